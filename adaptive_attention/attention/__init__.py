@@ -1,0 +1,149 @@
+"""Attention under learned masks: `attend`, one function for all uses."""
+
+import functools
+import logging
+
+import jax.numpy as jnp
+
+from adaptive_attention.attention import reference
+from adaptive_attention.masks import Mask
+
+IMPLEMENTATIONS = ("reference",)
+
+
+def attend(
+  q_BTHK,
+  k_BSHK,
+  v_BSHK,
+  mask: Mask | None,
+  memory: int = 0,
+  first_key=0,
+  dropout_rate: float = 0.0,
+  dropout_seed=None,
+  implementation: str | None = None,
+):
+  """Attends from the last T of S positions to what each head may look at.
+
+  out = softmax_s(q.k / sqrt(K) + log m(d) + log w(d)) v, d = S - T + t - s >= 0
+
+  Softmax and masks are float32 whatever the inputs are. A query that finds no
+  open key at all gets zeros, and its gradients are zeros.
+
+  Args:
+    q_BTHK: queries; query t stands at key index S - T + t.
+    k_BSHK: keys, S >= T. No length needs to be a multiple of anything.
+    v_BSHK: values.
+    mask: spans and waves of the H heads, or None for plain causal attention.
+    memory: static; the first `memory` keys and values are older tokens, to
+      which no gradient flows.
+    first_key: runtime integer; keys before this index do not exist yet.
+    dropout_rate: static; the share of attention weights to drop, in [0, 1).
+    dropout_seed: uint32 scalar; which ones is a pure function of
+      (seed, b, h, t, s), the same for every implementation.
+    implementation: "reference", or None for the best one that serves.
+
+  Returns:
+    (B, T, H, K) in the dtype of q. Differentiable in q, k, v and the arrays of
+    `mask`.
+
+  Raises:
+    ValueError: an unknown implementation, or arguments that do not fit.
+    NotImplementedError: a named implementation that cannot serve the case.
+  """
+  _check(
+    q_BTHK, k_BSHK, v_BSHK, mask, memory, first_key, dropout_rate, dropout_seed
+  )
+  if implementation is None:
+    implementation = "reference"
+    _say_once(implementation)
+  match implementation:
+    case "reference":
+      run = reference.attend
+    case _:
+      raise ValueError(
+        f"implementation={implementation!r} is unknown; choose one of "
+        f"{', '.join(IMPLEMENTATIONS)}, or None for the best that serves"
+      )
+  return run(
+    q_BTHK,
+    k_BSHK,
+    v_BSHK,
+    mask,
+    memory=memory,
+    first_key=first_key,
+    dropout_rate=dropout_rate,
+    dropout_seed=dropout_seed,
+  )
+
+
+@functools.cache
+def _say_once(implementation):
+  logging.getLogger(__name__).info("attention runs as %r", implementation)
+
+
+def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
+  def require(condition, message):
+    if not condition:
+      raise ValueError(message)
+
+  require(
+    q.ndim == 4 and k.ndim == 4,
+    f"q {q.shape} and k {k.shape} must have the four axes "
+    "(batch, position, head, width)",
+  )
+  require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
+  B, T, H, K = q.shape
+  S = k.shape[1]
+  require(
+    k.shape == (B, S, H, K),
+    f"k {k.shape} must have the batch, heads and width of q {q.shape}",
+  )
+  require(T >= 1, f"q {q.shape} must hold at least one query")
+  require(
+    S >= T,
+    f"S={S} keys are fewer than T={T} queries; the queries are the last T of "
+    "the S positions",
+  )
+  require(
+    q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16),
+    f"q, k, v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected all "
+    "float32 or all bfloat16",
+  )
+  require(
+    isinstance(memory, int) and 0 <= memory <= S - T,
+    f"memory={memory!r} must be an integer from 0 to S - T = {S - T}",
+  )
+  require(
+    jnp.ndim(first_key) == 0
+    and jnp.issubdtype(jnp.result_type(first_key), jnp.integer),
+    f"first_key={first_key!r} must be one integer",
+  )
+  require(
+    0 <= dropout_rate < 1,
+    f"dropout_rate={dropout_rate} must be at least 0 and less than 1",
+  )
+  require(
+    not dropout_rate or dropout_seed is not None,
+    f"dropout_rate={dropout_rate} needs a dropout_seed",
+  )
+  require(
+    dropout_seed is None or jnp.ndim(dropout_seed) == 0,
+    "dropout_seed must be one integer, not an array of them",
+  )
+  if mask is None:
+    return
+  lengths = {"span": mask.span}
+  if mask.wave is not None:
+    lengths |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
+    harmonics = mask.wave.harmonics
+    require(
+      harmonics is None or (isinstance(harmonics, int) and harmonics >= 1),
+      f"harmonics={harmonics!r} must be None or an integer of at least 1",
+    )
+  for name, value in lengths.items():
+    require(
+      jnp.shape(value) == (H,),
+      f"{name} has the shape {jnp.shape(value)}; expected one number for each "
+      f"of the {H} heads of q",
+    )
+  require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")

@@ -1,0 +1,49 @@
+"""Dropout of attention weights as a pure function of (seed, b, h, t, s).
+
+Every implementation of `attend` visits the weights in another order; a hash
+of the indices lets them all drop the same ones, and lets the backward pass
+draw them again rather than store them.
+"""
+
+import jax.numpy as jnp
+
+
+def _mix(x):
+  """An invertible mixer of 32 bits ("lowbias32", C. Wellons' hash-prospector).
+
+  x ^= x >> 16; x *= 0x7feb352d; x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16
+  """
+  x = x ^ (x >> 16)
+  x = x * jnp.uint32(0x7FEB352D)
+  x = x ^ (x >> 15)
+  x = x * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def row_hash(seed, b, h, t):
+  """mix(mix(mix(mix(seed) + b) + h) + t): the part of `keep` without keys."""
+  x = jnp.asarray(seed).astype(jnp.uint32)
+  for index in (b, h, t):
+    x = _mix(x) + jnp.asarray(index).astype(jnp.uint32)
+  return _mix(x)
+
+
+def keep_key(row, s, rate):
+  """mix(row + s * 0x9e3779b9) >= floor(rate * 2**32), all in uint32."""
+  s = jnp.asarray(s).astype(jnp.uint32)
+  bits = _mix(row + s * jnp.uint32(0x9E3779B9))
+  return bits >= jnp.uint32(int(rate * 2**32))
+
+
+def keep(seed, b, h, t, s, rate):
+  """Which attention weights stay: True with probability 1 - rate.
+
+  keep = keep_key(row_hash(seed, b, h, t), s, rate)
+
+  Args:
+    seed: uint32 scalar, another one for each layer and step.
+    b, h, t, s: integers that broadcast against each other: batch row, head,
+      query index in [0, T), key index in [0, S).
+    rate: the share to drop, a Python float in [0, 1).
+  """
+  return keep_key(row_hash(seed, b, h, t), s, rate)

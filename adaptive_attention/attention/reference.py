@@ -1,0 +1,56 @@
+"""Attention under learned masks, dense and obvious: the definition.
+
+All T x S pairs are computed, then hidden. It is what the other
+implementations are held against, and its time and memory are what they save.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from adaptive_attention import masks
+from adaptive_attention.attention import dropout
+
+
+def attend(
+  q_BTHK, k_BSHK, v_BSHK, mask, *, memory, first_key, dropout_rate, dropout_seed
+):
+  """softmax(q k^T / sqrt(K) + log m + log w) v; see `attention.attend`."""
+  B, T, H, K = q_BTHK.shape
+  S = k_BSHK.shape[1]
+
+  def cut_gradient(x_BSHK):
+    older = jax.lax.stop_gradient(x_BSHK[:, :memory])
+    return jnp.concatenate([older, x_BSHK[:, memory:]], axis=1)
+
+  if memory:
+    k_BSHK, v_BSHK = cut_gradient(k_BSHK), cut_gradient(v_BSHK)
+  t_T1 = jnp.arange(T)[:, None]
+  s_S = jnp.arange(S)
+  distance_TS = S - T + t_T1 - s_S
+  exists_TS = (distance_TS >= 0) & (s_S >= first_key)
+  if mask is None:
+    bias_HTS = jnp.zeros((1, T, S))
+  else:
+    bias_HTS = masks.log_weight(mask, distance_TS)
+  bias_HTS = jnp.where(exists_TS, bias_HTS, -jnp.inf)
+
+  logits_BHTS = jnp.einsum(
+    "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+  )
+  logits_BHTS = logits_BHTS / jnp.sqrt(K).astype(jnp.float32) + bias_HTS
+  # A row without any open key has only -inf: its weights are zero, not nan.
+  highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
+  highest_BHT1 = jnp.where(jnp.isfinite(highest_BHT1), highest_BHT1, 0.0)
+  weights_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(highest_BHT1))
+  total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
+  weights_BHTS = weights_BHTS / jnp.where(total_BHT1 > 0, total_BHT1, 1.0)
+  if dropout_rate:
+    b_B111 = jnp.arange(B)[:, None, None, None]
+    h_H11 = jnp.arange(H)[:, None, None]
+    kept_BHTS = dropout.keep(
+      dropout_seed, b_B111, h_H11, t_T1, s_S, dropout_rate
+    )
+    weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
+  return jnp.einsum(
+    "bhts,bshk->bthk", weights_BHTS.astype(v_BSHK.dtype), v_BSHK
+  ).astype(q_BTHK.dtype)

@@ -1,0 +1,183 @@
+"""What a run writes down: the console, metrics.jsonl and its copies."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+import adaptive_attention
+
+
+def say(text: str):
+  """One line on the console, good in a file too; of the primary process."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def bytes_text(count: float) -> str:
+  """A size as a person reads it: 1536 -> "1.5 KiB"."""
+  for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+    if count < 1024 or unit == "TiB":
+      return f"{count:.4g} {unit}"
+    count /= 1024
+
+
+def duration_text(seconds: float) -> str:
+  """A time as a person reads it: 4000 -> "1h06m"."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{seconds:02}s"
+
+
+def write_json(path, content):
+  """Replaces the file whole: a reader sees the old or the new content."""
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + ".part")
+  part.write_text(json.dumps(content, indent=2) + "\n")
+  part.replace(path)
+
+
+def environment() -> dict:
+  """Versions, devices and commit: what else a figure depends on."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  return {
+    "adaptive_attention": adaptive_attention.__version__,
+    "commit": _commit(),
+    "python": platform.python_version(),
+    "packages": {name: importlib.metadata.version(name) for name in packages},
+    "platform": platform.platform(),
+    "cpus": os.cpu_count(),
+    "backend": jax.default_backend(),
+    "devices": [device.device_kind for device in jax.devices()],
+    "processes": jax.process_count(),
+    "command": sys.argv,
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def _commit() -> str:
+  """The commit of the source, with a "+" if the tree differs from it."""
+
+  def git(*args):
+    return subprocess.run(
+      ["git", "-C", str(pathlib.Path(__file__).parent), *args],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + (
+      "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+class Logbook:
+  """The record of one training run; a context manager.
+
+  On entering, lines of metrics.jsonl after `resumed_step` are dropped: those
+  steps are made again. Only the primary process writes.
+
+  Args:
+    workdir: the run's folder.
+    config: every setting, for config.json.
+    resumed_step: the step that the run goes on from; 0 for a new one.
+  """
+
+  def __init__(self, workdir, config, resumed_step: int):
+    self._workdir = pathlib.Path(workdir)
+    self._config = config
+    self._resumed_step = resumed_step
+    self._metrics = None
+    self._tensorboard = None
+    self._wandb = None
+
+  def __enter__(self):
+    if jax.process_index() != 0:
+      return self
+    config = self._config
+    write_json(self._workdir / "config.json", config.to_dict())
+    write_json(self._workdir / "environment.json", environment())
+    path = self._workdir / "metrics.jsonl"
+    _drop_after(path, self._resumed_step)
+    self._metrics = path.open("a")
+    if config.tensorboard:
+      # Two writers opened within a second would share a file name.
+      import tensorboardX
+
+      folder = self._workdir / "tensorboard" / f"from_{self._resumed_step}"
+      self._tensorboard = tensorboardX.SummaryWriter(str(folder))
+    if config.wandb:
+      self._wandb = _start_wandb(self._workdir, config)
+    return self
+
+  def __exit__(self, *_):
+    if self._metrics:
+      self._metrics.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
+
+  def write(self, step: int, split: str, **values):
+    """One line of metrics.jsonl, and the same numbers to its copies."""
+    if not self._metrics:
+      return
+    line = {"step": step, "split": split, **values}
+    self._metrics.write(json.dumps(line) + "\n")
+    self._metrics.flush()
+    named = {f"{split}/{name}": value for name, value in values.items()}
+    if self._tensorboard:
+      for name, value in named.items():
+        self._tensorboard.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(named, step=step)
+
+
+class LogbookError(Exception):
+  """A record that cannot be kept as asked for."""
+
+
+def _drop_after(path, step):
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      entry = json.loads(line)
+    except json.JSONDecodeError:
+      continue  # the last line of a process that was killed in writing it
+    if entry["step"] <= step:
+      kept.append(line + "\n")
+  part = path.with_name(path.name + ".part")
+  part.write_text("".join(kept))
+  part.replace(path)
+
+
+def _start_wandb(workdir, config):
+  try:
+    import wandb
+  except ImportError as error:
+    raise LogbookError(
+      "config.wandb=True needs the package wandb; pip install wandb, or leave "
+      "it False"
+    ) from error
+  return wandb.init(
+    project="adaptive_attention",
+    name=workdir.name,
+    dir=str(workdir),
+    config=config.to_dict(),
+    id=workdir.name,
+    resume="allow",
+  )

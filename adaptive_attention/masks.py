@@ -1,0 +1,179 @@
+"""The masks of adaptive attention as pure functions of distance.
+
+A query at position t looks at a key at position s over the distance
+d = t - s >= 0 tokens, itself included. Each head h multiplies its attention
+by two weights in [0, 1] which depend on d alone:
+
+* the span weight m, a window with a soft end (Sukhbaatar et al. 2019,
+  "Adaptive Attention Span in Transformers", equation 3);
+* the wave weight w, a comb of teeth at the multiples of a learned period.
+
+A pair is hidden where min(m, w) <= 1e-6. Lengths are in tokens. All
+arithmetic is float32. `distance` may have any shape (...); the results have
+the shape (H, ...).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Wave:
+  """The comb of each head: period P and ratio r, the lift of its teeth.
+
+  Attributes:
+    period: (H,) P in tokens.
+    ratio: (H,) r, as a share of the period.
+    harmonics: None for the exact wave, or K for its Fourier series up to the
+      odd harmonic K (the published program has K = 5).
+    integer: round P in the forward pass. The gradient passes straight
+      through the rounding where P is an amplitude or a lift, and is cut off
+      where P is a phase: there it grows with the distance.
+  """
+
+  period: jax.Array
+  ratio: jax.Array
+  harmonics: int | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+  integer: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """What each head of one layer may look at.
+
+  Attributes:
+    span: (H,) z in tokens: up to here the window is fully open.
+    ramp: R in tokens: the window closes linearly from z to z + R.
+    wave: the comb, or None.
+  """
+
+  span: jax.Array
+  ramp: float = dataclasses.field(default=32.0, metadata={"static": True})
+  wave: Wave | None = None
+
+
+def bounded(logit_H, low, high):
+  """low + (high - low) * sigmoid(logit): how parameters become lengths."""
+  return low + (high - low) * jax.nn.sigmoid(logit_H)
+
+
+def _per_head(value_H, distance):
+  value_H = jnp.asarray(value_H, jnp.float32)
+  return value_H.reshape(value_H.shape + (1,) * jnp.ndim(distance))
+
+
+def _clip(x):
+  """clip(x, 0, 1) with slope one on all of [0, 1], as in the published code."""
+  return jnp.where(x < 0, 0.0, jnp.where(x > 1, 1.0, x))
+
+
+def _periods(wave: Wave):
+  """P as an amplitude and P as a phase: they differ in their gradients."""
+  period_H = jnp.asarray(wave.period, jnp.float32)
+  if not wave.integer:
+    return period_H, period_H
+  rounded_H = jax.lax.stop_gradient(jnp.round(period_H))
+  # The difference of equal numbers is an exact zero with a gradient of one.
+  return rounded_H + (period_H - jax.lax.stop_gradient(period_H)), rounded_H
+
+
+def span_weight(distance, span_H, ramp):
+  """m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
+  d = jnp.asarray(distance, jnp.float32)
+  return _clip((ramp + _per_head(span_H, d) - d) / ramp)
+
+
+def triangle_wave(distance, period_H, harmonics=None):
+  """The wave tri(d) of period P, amplitude A = P / 4 and crest at d = 0.
+
+  Exact: tri(d) = A - dist(d, P Z), slope one per token.
+  Series: tri(d) = A (8 / pi^2) sum over odd k <= K of cos(2 pi k d / P) / k^2.
+  """
+  return _triangle(distance, period_H, period_H, harmonics)
+
+
+def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
+  d = jnp.asarray(distance, jnp.float32)
+  amplitude = _per_head(amplitude_period_H, d) / 4
+  period = _per_head(phase_period_H, d)
+  # The nearest tooth is taken off first: the rest is at most half a period,
+  # so that neither dist nor cos loses digits at large distances.
+  rest = d - period * jax.lax.stop_gradient(jnp.round(d / period))
+  if harmonics is None:
+    return amplitude - jnp.abs(rest)
+  series = sum(
+    jnp.cos(2 * jnp.pi * k * rest / period) / k**2
+    for k in range(1, harmonics + 1, 2)
+  )
+  return amplitude * (8 / jnp.pi**2) * series
+
+
+def wave_weight(distance, wave: Wave):
+  """w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
+  amplitude_period_H, phase_period_H = _periods(wave)
+  lift_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
+  tri = _triangle(distance, amplitude_period_H, phase_period_H, wave.harmonics)
+  return _clip(tri + 0.5 + _per_head(lift_H, distance))
+
+
+def _weights(mask: Mask, distance):
+  span = span_weight(distance, mask.span, mask.ramp)
+  wave = None if mask.wave is None else wave_weight(distance, mask.wave)
+  lowest = span if wave is None else jnp.minimum(span, wave)
+  return span, wave, lowest > HIDDEN
+
+
+def is_open(mask: Mask, distance):
+  """Whether a pair at this distance is looked at: min(m, w) > 1e-6."""
+  return _weights(mask, distance)[2]
+
+
+def log_weight(mask: Mask, distance):
+  """log m(d) + log w(d), added to the logits; -inf where the pair is hidden.
+
+  Hidden pairs have no gradient.
+  """
+  span, wave, is_open = _weights(mask, distance)
+  # One inside the logarithm where it is not used: 0 * inf would be nan there.
+  log = jnp.log(jnp.where(is_open, span, 1.0))
+  if wave is not None:
+    log += jnp.log(jnp.where(is_open, wave, 1.0))
+  return jnp.where(is_open, log, -jnp.inf)
+
+
+def open_share(mask: Mask, length: int):
+  """(H,) the share of the distances 0, 1, ..., length - 1 that are open."""
+  return jnp.mean(is_open(mask, jnp.arange(length)), axis=-1)
+
+
+def open_fraction(wave: Wave):
+  """(H,) f, the open share of a continuous period, continued beyond one.
+
+  f = u if u < 1 else 1 + (1/2 + P r - A), with u = 1/P + 2 r + 1/2. It is the
+  wave's factor in `penalty`, not a count: for that see `open_share`.
+  """
+  period_H, _ = _periods(wave)
+  ratio_H = jnp.asarray(wave.ratio, jnp.float32)
+  share_H = 1 / period_H + 2 * ratio_H + 0.5
+  beyond_H = 1 + (0.5 + period_H * ratio_H - period_H / 4)
+  return jnp.where(share_H < 1, share_H, beyond_H)
+
+
+def penalty(mask: Mask):
+  """What one layer pays for looking far, in tokens, a mean over its heads.
+
+  mean_h[(z + R) f] with the wave, mean_h[z] without (the latter as in
+  Sukhbaatar et al. 2019, section 2.2).
+  """
+  span_H = jnp.asarray(mask.span, jnp.float32)
+  if mask.wave is None:
+    return jnp.mean(span_H)
+  return jnp.mean((span_H + mask.ramp) * open_fraction(mask.wave))

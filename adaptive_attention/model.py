@@ -1,0 +1,327 @@
+"""The transformer and its parts as Flax (linen) modules.
+
+The block is the published one: pre-norm, no biases unless asked for, GELU with
+erf, learned positions added before every block, the token embedding tied to
+the output layer. The modules hold parameters and call `attend`; what the heads
+look at is `masks`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adaptive_attention import masks
+from adaptive_attention.attention import IMPLEMENTATIONS, attend
+
+MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
+_NORM_EPSILON = 1e-5
+_INIT_STD = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The settings of a model; each is explained in configs/base.py.
+
+  Raises:
+    ValueError: a setting that is out of bounds, or two that do not fit.
+  """
+
+  vocab_size: int = 256
+  n_layer: int = 12
+  n_head: int = 8
+  width: int = 512
+  context_tokens: int = 512
+  attention: str = "span_wave"
+  max_span: float = 512.0
+  ramp: float = 32.0
+  span_coef: float = 4e-6
+  period: str = "real"
+  period_min: float = 2.0
+  period_max: float = 8.0
+  ratio_min: float = -0.25
+  ratio_max: float = 0.25
+  harmonics: int = 5
+  dropout: float = 0.0
+  bias: bool = False
+  dtype: str = "auto"
+  implementation: str = "auto"
+
+  def __post_init__(self):
+    def require(name, condition, expected):
+      if not condition:
+        raise ValueError(
+          f"model.{name}={getattr(self, name)!r} is not possible; expected "
+          f"{expected}"
+        )
+
+    for name in ("vocab_size", "n_layer", "n_head", "width", "context_tokens"):
+      require(name, getattr(self, name) >= 1, "an integer of at least 1")
+    require(
+      "width",
+      self.width % self.n_head == 0,
+      f"a multiple of model.n_head={self.n_head}",
+    )
+    choices = {
+      "attention": ("dense", "span", "span_wave"),
+      "period": ("real", "integer"),
+      "dtype": ("auto", "float32", "bfloat16"),
+      "implementation": ("auto", *IMPLEMENTATIONS),
+    }
+    for name, allowed in choices.items():
+      require(name, getattr(self, name) in allowed, f"one of {allowed}")
+    for name in ("max_span", "ramp"):
+      value = getattr(self, name)
+      require(name, 0 < value < math.inf, "more than 0 tokens, and finite")
+    require("span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite")
+    require("dropout", 0 <= self.dropout < 1, "a share of at least 0, under 1")
+    require("harmonics", self.harmonics >= 0, "0 for the exact wave, or more")
+    require(
+      "period_min", 1 <= self.period_min < math.inf, "a period of 1 token up"
+    )
+    require(
+      "period_max",
+      self.period_min < self.period_max < math.inf,
+      f"more than model.period_min={self.period_min}, and finite",
+    )
+    require(
+      "ratio_min",
+      -0.25 <= self.ratio_min < 0,
+      "-0.25 up to less than 0, lest a query cannot see itself",
+    )
+    require("ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5")
+
+  @property
+  def compute_dtype(self):
+    """What activations are computed in: bfloat16 on GPU and TPU when auto."""
+    if self.dtype != "auto":
+      return jnp.dtype(self.dtype)
+    cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
+
+
+def mask_from_logits(params: Mapping, config: ModelConfig) -> masks.Mask:
+  """The mask of one attention layer out of its own parameters."""
+  wave = None
+  if config.attention == "span_wave":
+    wave = masks.Wave(
+      period=masks.bounded(
+        params["period_logit"], config.period_min, config.period_max
+      ),
+      ratio=masks.bounded(
+        params["ratio_logit"], config.ratio_min, config.ratio_max
+      ),
+      harmonics=config.harmonics or None,
+      integer=config.period == "integer",
+    )
+  span_H = masks.bounded(params["span_logit"], 0.0, config.max_span)
+  return masks.Mask(span_H, config.ramp, wave)
+
+
+def mask_params(params: Mapping, config: ModelConfig) -> tuple[masks.Mask, ...]:
+  """One Mask per attention layer, first to last, from parameters alone.
+
+  Works for any tree that holds `AdaptiveSelfAttention` modules of this config,
+  somebody else's model too; layers are taken in the natural order of their
+  paths (block_2 before block_10). A dense layer is open over its whole context.
+  """
+  layers = {}
+
+  def visit(path, tree):
+    if "span_logit" in tree or ("qkv" in tree and "out" in tree):
+      layers[path] = tree
+    for name, child in tree.items():
+      if isinstance(child, Mapping):
+        visit((*path, name), child)
+
+  visit((), params)
+  ordered = [layers[path] for path in sorted(layers, key=_natural_order)]
+  if config.attention == "dense":
+    span_H = jnp.full(config.n_head, float(config.context_tokens))
+    return tuple(masks.Mask(span_H, config.ramp) for _ in ordered)
+  return tuple(mask_from_logits(layer, config) for layer in ordered)
+
+
+def _natural_order(path):
+  return [
+    [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    for name in path
+  ]
+
+
+class AdaptiveSelfAttention(nn.Module):
+  """Causal self-attention whose heads learn what to look at.
+
+  Takes and returns x_BTD of any width D that `config.n_head` divides. Learns
+  span_logit, and with the wave period_logit and ratio_logit, all (H,).
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, train: bool = False):
+    cfg = self.config
+    B, T, D = x_BTD.shape
+    H = cfg.n_head
+    qkv = nn.Dense(
+      3 * D,
+      use_bias=cfg.bias,
+      dtype=cfg.compute_dtype,
+      kernel_init=nn.initializers.normal(_INIT_STD),
+      name="qkv",
+    )(x_BTD)
+    q_BTHK, k_BTHK, v_BTHK = (
+      x.reshape(B, T, H, D // H) for x in jnp.split(qkv, 3, axis=-1)
+    )
+    dropout_rate = cfg.dropout if train else 0.0
+    dropout_seed = None
+    if dropout_rate:
+      dropout_seed = jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
+    y_BTHK = attend(
+      q_BTHK,
+      k_BTHK,
+      v_BTHK,
+      self._mask(),
+      dropout_rate=dropout_rate,
+      dropout_seed=dropout_seed,
+      implementation=None
+      if cfg.implementation == "auto"
+      else cfg.implementation,
+    )
+    y_BTD = nn.Dense(
+      D,
+      use_bias=cfg.bias,
+      dtype=cfg.compute_dtype,
+      kernel_init=_residual_init(cfg),
+      name="out",
+    )(y_BTHK.reshape(B, T, D))
+    return nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
+
+  def _mask(self):
+    cfg = self.config
+    if cfg.attention == "dense":
+      return None
+    zeros = nn.initializers.zeros
+    shape = (cfg.n_head,)
+    logits = {"span_logit": self.param("span_logit", zeros, shape)}
+    if cfg.attention == "span_wave":
+      logits["period_logit"] = self.param(
+        "period_logit", _uniform_after_sigmoid, shape
+      )
+      # The ratio starts at zero, wherever that lies between its bounds.
+      zero = -cfg.ratio_min / (cfg.ratio_max - cfg.ratio_min)
+      logits["ratio_logit"] = self.param(
+        "ratio_logit",
+        nn.initializers.constant(math.log(zero / (1 - zero))),
+        shape,
+      )
+    return mask_from_logits(logits, cfg)
+
+
+def _uniform_after_sigmoid(key, shape, dtype=jnp.float32):
+  return jax.random.logistic(key, shape, dtype)
+
+
+def _residual_init(cfg):
+  """Each block adds two branches to the stream: keep its variance at start."""
+  return nn.initializers.normal(_INIT_STD / math.sqrt(2 * cfg.n_layer))
+
+
+class MLP(nn.Module):
+  """down(gelu(up(x))), four times as wide inside."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, train: bool = False):
+    cfg = self.config
+    D = x_BTD.shape[-1]
+    x_BTF = nn.Dense(
+      4 * D,
+      use_bias=cfg.bias,
+      dtype=cfg.compute_dtype,
+      kernel_init=nn.initializers.normal(_INIT_STD),
+      name="up",
+    )(x_BTD)
+    x_BTD = nn.Dense(
+      D,
+      use_bias=cfg.bias,
+      dtype=cfg.compute_dtype,
+      kernel_init=_residual_init(cfg),
+      name="down",
+    )(nn.gelu(x_BTF, approximate=False))
+    return nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
+
+
+def _layer_norm(cfg, name):
+  return nn.LayerNorm(
+    epsilon=_NORM_EPSILON,
+    use_bias=cfg.bias,
+    dtype=cfg.compute_dtype,
+    name=name,
+  )
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, train: bool = False):
+    cfg = self.config
+    normed_BTD = _layer_norm(cfg, "norm_1")(x_BTD)
+    x_BTD += AdaptiveSelfAttention(cfg, name="attention")(normed_BTD, train)
+    normed_BTD = _layer_norm(cfg, "norm_2")(x_BTD)
+    return x_BTD + MLP(cfg, name="mlp")(normed_BTD, train)
+
+
+class Transformer(nn.Module):
+  """A language model over bytes: tokens_BT -> logits_BTV in float32.
+
+  Deterministic unless train=True, which then needs rngs={"dropout": key} when
+  config.dropout is not zero.
+
+  Raises:
+    ValueError: more tokens than `config.context_tokens`.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BT, train: bool = False):
+    cfg = self.config
+    T = tokens_BT.shape[1]
+    if T > cfg.context_tokens:
+      raise ValueError(
+        f"{T} tokens are more than model.context_tokens="
+        f"{cfg.context_tokens}, for which positions were learned; give fewer"
+      )
+    embed = nn.Embed(
+      cfg.vocab_size,
+      cfg.width,
+      embedding_init=nn.initializers.normal(_INIT_STD),
+      name="embed",
+    )
+    x_BTD = embed(tokens_BT)
+    for i in range(cfg.n_layer):
+      position_TD = self.param(
+        f"position_{i}",
+        nn.initializers.normal(_INIT_STD),
+        (cfg.context_tokens, cfg.width),
+      )[:T]
+      x_BTD = (x_BTD + position_TD).astype(cfg.compute_dtype)
+      if i == 0:
+        x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
+      x_BTD = Block(cfg, name=f"block_{i}")(x_BTD, train)
+    x_BTD = _layer_norm(cfg, "norm")(x_BTD)
+    return jnp.einsum(
+      "btd,vd->btv",
+      x_BTD,
+      embed.embedding.astype(cfg.compute_dtype),
+      preferred_element_type=jnp.float32,
+    )

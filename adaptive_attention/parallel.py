@@ -1,0 +1,108 @@
+"""Data parallelism over all devices: the only file that says pmap.
+
+The train state has no device axis. It is placed on every local device once and
+passed with `in_axes=None`, `out_axes=None`; batches carry a leading device axis
+N of this process' own devices.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_AXIS = "data"
+
+
+def start(config):
+  """Makes the devices; to be called before anything else asks for one.
+
+  On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
+  many as the batch can be dealt to evenly.
+  """
+  cores = len(os.sched_getaffinity(0))
+  sequences = config.batch_size // config.accumulation_steps
+  jax.config.update(
+    "jax_num_cpu_devices",
+    config.cpu_devices
+    or max(n for n in range(1, cores + 1) if sequences % n == 0),
+  )
+  if config.distributed:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+      coordinator_address=config.coordinator_address or None,
+      num_processes=config.process_count or None,
+      process_id=None if config.process_index < 0 else config.process_index,
+    )
+
+
+def device_count() -> int:
+  return jax.device_count()
+
+
+def local_device_count() -> int:
+  return jax.local_device_count()
+
+
+def is_primary() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def local_shards() -> list[int]:
+  """Which of the `device_count()` shards this process' devices have."""
+  first = jax.process_index() * jax.local_device_count()
+  return list(range(first, first + jax.local_device_count()))
+
+
+def replicate(tree):
+  """The tree, placed whole on every local device."""
+  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def train_step(step):
+  """step(state, batch_N..., stop_N) -> (state, metrics) over all devices.
+
+  Inside it `mean`, `total` and `device_index` may be used; what it returns
+  must be the same on every device. The state is donated.
+  """
+  return jax.pmap(
+    step,
+    axis_name=_AXIS,
+    in_axes=(None, 0, 0),
+    out_axes=None,
+    donate_argnums=0,
+  )
+
+
+def eval_step(step):
+  """step(params, batch_N...) -> out_N..., on this process' devices alone."""
+  return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
+
+
+def mean(tree):
+  return jax.lax.pmean(tree, _AXIS)
+
+
+def total(tree):
+  return jax.lax.psum(tree, _AXIS)
+
+
+def device_index():
+  return jax.lax.axis_index(_AXIS)
+
+
+def gather(local: np.ndarray) -> np.ndarray:
+  """The arrays of all processes, one after the other."""
+  if jax.process_count() == 1:
+    return local
+  return multihost_utils.process_allgather(local, tiled=True)
+
+
+def process_share(count: int) -> range:
+  """Which of `count` things this process does, so that `gather` orders them."""
+  each = -(-count // jax.process_count())
+  first = jax.process_index() * each
+  return range(first, first + each)

@@ -1,0 +1,41 @@
+"""What a run will take: counted and compiled, not allocated, not trained."""
+
+import jax
+
+from adaptive_attention import accounting, logbook, parallel, steps
+from adaptive_attention.model import ModelConfig
+
+
+def run(config):
+  """Prints parameters, FLOPs and the compiled memory of one training step.
+
+  Args:
+    config: all settings, checked.
+  """
+  model_config = ModelConfig(**config.model)
+  state = jax.eval_shape(lambda: steps.init_state(config))
+  T = model_config.context_tokens
+  tokens = config.batch_size * T
+  flops = accounting.train_flops_per_token(model_config, T)
+  compiled = (
+    steps.make_train_step(config)
+    .lower(state, *steps.batch_shapes(config))
+    .compile()
+  )
+  memory = steps.memory(compiled)
+  logbook.say(
+    f"devices    {parallel.device_count()} x {jax.devices()[0].device_kind}"
+  )
+  logbook.say(
+    f"parameters {accounting.parameter_count(state.params):,} "
+    f"({model_config.attention})"
+  )
+  logbook.say(
+    f"FLOPs      {flops:,.0f} a token, {flops * tokens:,.0f} a step of "
+    f"{config.batch_size} x {T} tokens, with all causal pairs; "
+    f"{flops * tokens * config.steps:.3g} in {config.steps:,} steps"
+  )
+  for name, size in memory.items():
+    logbook.say(
+      f"memory     {logbook.bytes_text(size):>10} {name}, per device, compiled"
+    )

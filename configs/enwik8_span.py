@@ -1,0 +1,12 @@
+"""The published run without its triangle waves: spans alone.
+
+python main.py --config configs/enwik8_span.py
+"""
+
+from configs import enwik8
+
+
+def get_config():
+  config = enwik8.get_config()
+  config.model.attention = "span"
+  return config

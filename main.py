@@ -1,0 +1,219 @@
+"""The command line: which verb, on which settings, into which folder."""
+
+import logging
+import pathlib
+import runpy
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import base
+
+_HERE = pathlib.Path(__file__).parent
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  str(_HERE / "configs" / "base.py"),
+  "The experiment, a file of configs/; --config.FIELD=VALUE changes a setting.",
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The run's folder; runs/NAME for --config configs/NAME.py."
+)
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "plan"], "What to do."
+)
+_STEP = flags.DEFINE_string(
+  "step", None, "The checkpoint to use: latest (if not given), best or N."
+)
+_SPLIT = flags.DEFINE_enum(
+  "split", "valid", ["valid", "test"], "Which split to evaluate."
+)
+_PROTOCOL = flags.DEFINE_string(
+  "protocol", "window", "How to evaluate: window (disjoint), or stride:N."
+)
+
+
+def main() -> int:
+  """Runs the verb; returns the exit code, an error said in one sentence."""
+  # Imported after the flags were read, so that a wrong one is told at once.
+  from adaptive_attention import (
+    checkpoint,
+    evaluate,
+    logbook,
+    parallel,
+    plan,
+    settings,
+    train,
+    weights,
+  )
+  from data import CorpusError
+
+  mode, config = _MODE.value, _CONFIG.value
+  try:
+    _check_flags(settings)
+    settings.check(config)
+    corpus = _corpus(config) if mode == "train" else None
+    parallel.start(config)
+    step = None
+    if mode == "eval" or (mode == "plan" and not _config_given()):
+      config, step = _saved_settings(checkpoint, settings)
+    settings.check_devices(config, parallel.device_count())
+    match mode:
+      case "train":
+        settings.check_data(config, corpus, parallel.device_count())
+        _say_header(logbook)
+        train.run(config, _workdir(), corpus, step=_STEP.value)
+      case "eval":
+        evaluate.run(
+          config,
+          _workdir(),
+          _corpus(config),
+          step=step,
+          split=_SPLIT.value,
+          protocol=_PROTOCOL.value,
+        )
+      case "plan":
+        plan.run(config)
+  except settings.SettingsError as error:
+    return _fail(error, 2)
+  except train.Stopped as stopped:
+    return _fail(stopped, stopped.exit_code)
+  except (
+    CorpusError,
+    checkpoint.CheckpointError,
+    evaluate.EvaluationError,
+    logbook.LogbookError,
+    train.TrainingError,
+    weights.WeightsError,
+  ) as error:
+    return _fail(error, 1)
+  return 0
+
+
+def _fail(error, code) -> int:
+  print(f"main.py: {error}", file=sys.stderr, flush=True)
+  return code
+
+
+def _config_given() -> bool:
+  return any(a.lstrip("-").split("=")[0] == "config" for a in sys.argv[1:])
+
+
+def _workdir() -> pathlib.Path:
+  if _WORKDIR.value:
+    return pathlib.Path(_WORKDIR.value)
+  return pathlib.Path("runs") / pathlib.Path(_config_path()).stem
+
+
+def _config_path() -> str:
+  return flags.FLAGS["config"].config_filename
+
+
+def _check_flags(settings):
+  """Each verb has what it needs, and nothing that it would pass over."""
+  mode = _MODE.value
+  if not _config_given() and (mode == "train" or not _WORKDIR.value):
+    needed = {
+      "train": "--config=FILE, the experiment, a file of configs/",
+      "eval": "--workdir=DIR, the folder of a run",
+      "plan": "--config=FILE or --workdir=DIR",
+    }[mode]
+    raise settings.SettingsError(f"--mode={mode} needs {needed}")
+  used = {
+    "train": {"step"},
+    "eval": {"step", "split", "protocol"},
+    "plan": {"step"},
+  }
+  for name in ("step", "split", "protocol"):
+    if flags.FLAGS[name].present and name not in used[mode]:
+      raise settings.SettingsError(
+        f"--{name}={flags.FLAGS[name].value} means nothing to --mode={mode}; "
+        "leave it out"
+      )
+
+
+def _saved_settings(checkpoint, settings):
+  """The checkpoint's settings under the flags that were given, and its step.
+
+  The model is the checkpoint's: flags may not change what it computes.
+  """
+  overrides = flags.FLAGS["config"].override_values
+  for name, value in overrides.items():
+    if settings.fixes_the_model(name):
+      raise settings.SettingsError(
+        f"--config.{name}={value} has no place in --mode={_MODE.value}, which "
+        "takes the model from the checkpoint; leave it out"
+      )
+  with checkpoint.Checkpoints(_workdir()) as checkpoints:
+    step = checkpoints.resolve(_STEP.value or "latest")
+    saved = checkpoints.read_meta(step)["config"]
+  config = base.get_config()
+  with config.unlocked():
+    for name, (_, value) in settings.changes(config, saved).items():
+      config.update_from_flattened_dict({name: value})
+  config.update_from_flattened_dict(overrides)
+  settings.check(config)
+  return config, step
+
+
+def _corpus(config):
+  """The bytes that the settings name, split."""
+  from data import enwik8, python_source, text_file
+
+  if config.data.path:
+    return text_file.load(config.data.path)
+  match config.data.corpus:
+    case "enwik8":
+      return enwik8.load(config.data.cache_dir, log=print)
+    case "python_source":
+      return python_source.load()
+
+
+def _say_header(logbook):
+  """What runs here: versions, and the settings that flags have changed."""
+  versions = logbook.environment()
+  logbook.say(
+    f"adaptive_attention {versions['adaptive_attention']} "
+    f"({versions['commit']}), python {versions['python']}, "
+    f"jax {versions['packages']['jax']}"
+  )
+  before = runpy.run_path(_config_path())["get_config"]()
+  overrides = flags.FLAGS["config"].override_values
+  changed = [
+    f"{name}={value!r} (was {_get(before, name)!r})"
+    for name, value in overrides.items()
+  ]
+  logbook.say(f"{'settings':<10} {', '.join([_config_path(), *changed])}")
+
+
+def _get(config: ConfigDict, name: str):
+  for part in name.split("."):
+    config = config[part]
+  return config
+
+
+def _parse_flags() -> None:
+  """Reads the command line; a wrong flag is one sentence and exit code 2."""
+  try:
+    positional = flags.FLAGS(sys.argv)[1:]
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    reason = str(e).strip().strip("'\"").replace("\n", " ")
+    sys.exit(_fail(f"{reason.rstrip('.')}; see --help", 2))
+  except OSError as e:
+    sys.exit(
+      _fail(f"--config cannot be read ({e}); give a file of configs/", 2)
+    )
+  if positional:
+    sys.exit(
+      _fail(
+        f"{positional[0]!r} is no flag; settings are changed as "
+        "--config.FIELD=VALUE",
+        2,
+      )
+    )
+
+
+if __name__ == "__main__":
+  logging.basicConfig(level=logging.WARNING)
+  _parse_flags()
+  sys.exit(main())
