@@ -196,12 +196,15 @@ def _parse_flags() -> None:
   """Reads the command line; a wrong flag is one sentence and exit code 2."""
   try:
     positional = flags.FLAGS(sys.argv)[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    reason = str(e).strip().strip("'\"").replace("\n", " ")
-    sys.exit(_fail(f"{reason.rstrip('.')}; see --help", 2))
-  except OSError as e:
+  except (AttributeError, KeyError) as error:  # of the locked config
+    reason = " ".join(str(error.args[0]).split())
+    sys.exit(_fail(f"unknown setting: {reason}", 2))
+  except (flags.Error, TypeError, ValueError) as error:
+    reason = " ".join(str(error).split()).rstrip(".")
+    sys.exit(_fail(f"{reason}; see --help", 2))
+  if not pathlib.Path(_config_path()).is_file():
     sys.exit(
-      _fail(f"--config cannot be read ({e}); give a file of configs/", 2)
+      _fail(f"--config={_config_path()} is no file; give one of configs/", 2)
     )
   if positional:
     sys.exit(

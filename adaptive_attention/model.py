@@ -37,7 +37,7 @@ class ModelConfig:
   width: int = 512
   context_tokens: int = 512
   attention: str = "span_wave"
-  max_span: float = 512.0
+  max_span: int = 512
   ramp: float = 32.0
   span_coef: float = 4e-6
   period: str = "real"

@@ -65,7 +65,7 @@ def config_from_nanogpt(settings: Mapping) -> ModelConfig:
   return ModelConfig(
     **fields,
     attention="span_wave" if wave else "span",
-    max_span=float(settings["block_size"]),
+    max_span=settings["block_size"],
   )
 
 

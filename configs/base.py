@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
   # "dense", "span" (a learned window), "span_wave" (and a learned comb).
   config.model.attention = "span_wave"
   # The longest span that a head can learn, in tokens; the context unless set.
-  config.model.max_span = config.model.get_oneway_ref("context_tokens") * 1.0
+  config.model.max_span = config.model.get_oneway_ref("context_tokens")
   # R, the soft end of the window in tokens: where a span has its gradient.
   config.model.ramp = 32.0
   # Nats per token of mean span, per layer: what looking far costs.

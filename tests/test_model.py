@@ -1,0 +1,239 @@
+"""The modules: causal, local, alone in other models, and what they refuse."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive_attention import losses, masks
+from adaptive_attention.model import (
+  MASK_PARAMETERS,
+  AdaptiveSelfAttention,
+  ModelConfig,
+  Transformer,
+  mask_params,
+)
+
+SMALL = ModelConfig(
+  n_layer=2,
+  n_head=2,
+  width=16,
+  context_tokens=24,
+  max_span=24,
+  ramp=4.0,
+  span_coef=1e-3,
+  implementation="reference",
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 24)))
+
+
+def small(**changes):
+  return dataclasses.replace(SMALL, **changes)
+
+
+def init(config, tokens=TOKENS):
+  return Transformer(config).init(jax.random.key(0), tokens)["params"]
+
+
+def randomized(params, scale=1.0):
+  """The same tree with every leaf drawn anew, so that nothing is at zero."""
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return jax.tree.unflatten(
+    treedef,
+    [
+      scale * jax.random.normal(k, x.shape)
+      for k, x in zip(keys, leaves, strict=True)
+    ],
+  )
+
+
+@pytest.mark.parametrize("attention", ["dense", "span", "span_wave"])
+def test_no_logit_depends_on_a_later_token(attention):
+  config = small(attention=attention)
+  params = randomized(init(config))
+  model = Transformer(config)
+  logits = model.apply({"params": params}, TOKENS)
+  for t in (1, 12, 23):
+    changed = TOKENS.at[:, t].set((TOKENS[:, t] + 1) % 256)
+    after = model.apply({"params": params}, changed)
+    np.testing.assert_array_equal(after[:, :t], logits[:, :t])
+    assert not np.array_equal(after[:, t:], logits[:, t:])
+
+
+def test_a_layer_looks_no_further_than_its_span_by_gradient():
+  config = small(attention="span", n_layer=1)
+  module = AdaptiveSelfAttention(config)
+  x_BTD = jax.random.normal(jax.random.key(0), (1, 24, 16))
+  params = randomized(module.init(jax.random.key(0), x_BTD)["params"])
+  # z = 24 sigmoid(logit) = 6 for both heads; with R = 4, d = 9 is the last.
+  params["span_logit"] = jnp.full(2, math.log(6 / 18))
+
+  def last(x_BTD):
+    return module.apply({"params": params}, x_BTD)[0, -1].sum()
+
+  reached = np.abs(jax.grad(last)(x_BTD))[0].max(-1) > 0
+  np.testing.assert_array_equal(np.flatnonzero(reached), np.arange(14, 24))
+
+
+def test_dense_is_what_the_masks_leave_when_all_is_open():
+  config = small(attention="span_wave", ratio_max=0.5, period_max=8.0)
+  params = randomized(init(config), scale=0.3)
+  wide_open = jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      jnp.full_like(x, 40.0) if path[-1].key in MASK_PARAMETERS else x
+    ),
+    params,
+  )
+  dense = jax.tree.map(lambda x: x, wide_open)
+  for i in range(config.n_layer):
+    for name in MASK_PARAMETERS:
+      del dense[f"block_{i}"]["attention"][name]
+  adaptive = Transformer(config).apply({"params": wide_open}, TOKENS)
+  plain = Transformer(small(attention="dense")).apply({"params": dense}, TOKENS)
+  np.testing.assert_allclose(adaptive, plain, atol=1e-5)
+
+
+def test_initial_parameters():
+  config = small(n_layer=8, n_head=16, width=64)
+  params = init(config)
+  layers = mask_params(params, config)
+  assert len(layers) == 8
+  for mask in layers:
+    np.testing.assert_allclose(mask.span, 12.0)
+    np.testing.assert_allclose(mask.wave.ratio, 0.0, atol=1e-7)
+  periods = np.concatenate([mask.wave.period for mask in layers])
+  # Uniform in (2, 8): the mean of 128 draws is 5 to 4 standard errors.
+  assert abs(periods.mean() - 5) < 4 * 6 / math.sqrt(12 * 128)
+  assert periods.min() > 2
+  assert periods.max() < 8
+  block = params["block_0"]
+  for kernel, std in (
+    (block["attention"]["qkv"]["kernel"], 0.02),
+    (block["attention"]["out"]["kernel"], 0.02 / 4),
+    (block["mlp"]["down"]["kernel"], 0.02 / 4),
+    (params["position_3"], 0.02),
+  ):
+    np.testing.assert_allclose(kernel.std(), std, rtol=0.1)
+
+
+def test_the_ratio_starts_at_zero_between_uneven_bounds():
+  config = small(ratio_max=0.5)
+  mask = mask_params(init(config), config)[0]
+  np.testing.assert_allclose(mask.wave.ratio, 0.0, atol=1e-7)
+
+
+def test_dropout_needs_train_and_a_key_and_follows_it():
+  config = small(dropout=0.3)
+  params = {"params": init(config)}
+  model = Transformer(config)
+  plain = model.apply(params, TOKENS)
+  np.testing.assert_array_equal(plain, model.apply(params, TOKENS))
+  drawn = [
+    model.apply(params, TOKENS, train=True, rngs={"dropout": jax.random.key(i)})
+    for i in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert not np.array_equal(drawn[0], drawn[2])
+  assert not np.array_equal(drawn[0], plain)
+
+
+def test_bfloat16_computes_near_float32_and_returns_float32():
+  params = {"params": init(SMALL)}
+  exact = Transformer(SMALL).apply(params, TOKENS)
+  rounded = Transformer(small(dtype="bfloat16")).apply(params, TOKENS)
+  assert rounded.dtype == jnp.float32
+  np.testing.assert_allclose(rounded, exact, atol=0.02)
+  assert not np.array_equal(rounded, exact)
+
+
+def test_biases():
+  config = small(bias=True)
+  params = init(config)
+  assert params["block_0"]["mlp"]["up"]["bias"].shape == (64,)
+  assert params["norm"]["bias"].shape == (16,)
+  assert "bias" not in init(SMALL)["norm"]
+
+
+class SomebodysModel(nn.Module):
+  """Not ours: an attention layer of ours inside."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    for _ in range(12):
+      x_BTD += AdaptiveSelfAttention(self.config)(nn.LayerNorm()(x_BTD))
+    return nn.Dense(3)(x_BTD)
+
+
+def test_the_module_and_the_penalty_serve_other_models():
+  config = small(max_span=100)
+  x_BTD = jnp.ones((1, 7, 32))
+  params = SomebodysModel(config).init(jax.random.key(0), x_BTD)["params"]
+  for i in range(12):
+    params[f"AdaptiveSelfAttention_{i}"]["span_logit"] = jnp.full(2, i / 10)
+  spans = [float(mask.span[0]) for mask in mask_params(params, config)]
+  assert spans == sorted(spans)  # layer 2 before layer 10
+  assert len(spans) == 12
+  expected = sum(masks.penalty(m) for m in mask_params(params, config))
+  np.testing.assert_allclose(
+    losses.regularizer(params, config), 1e-3 * expected, rtol=1e-6
+  )
+  grads = jax.grad(losses.regularizer)(params, config)
+  assert (grads["AdaptiveSelfAttention_3"]["span_logit"] > 0).all()
+
+
+def test_dense_layers_have_open_masks_and_no_penalty():
+  config = small(attention="dense")
+  params = init(config)
+  layers = mask_params(params, config)
+  assert len(layers) == 2
+  assert all(masks.open_share(mask, 24).min() == 1 for mask in layers)
+  assert losses.regularizer(params, config) == 0
+
+
+def test_longer_than_the_context_is_refused():
+  with pytest.raises(ValueError, match="25 tokens are more than"):
+    Transformer(SMALL).init(jax.random.key(0), jnp.zeros((1, 25), int))
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("n_layer", 0),
+    ("n_head", -1),
+    ("width", 15),
+    ("context_tokens", 0),
+    ("attention", "sparse"),
+    ("period", "rational"),
+    ("dtype", "float16"),
+    ("implementation", "fast"),
+    ("max_span", 0),
+    ("ramp", 0.0),
+    ("ramp", math.nan),
+    ("span_coef", -1.0),
+    ("span_coef", math.inf),
+    ("dropout", 1.0),
+    ("harmonics", -1),
+    ("period_min", 0.5),
+    ("period_max", 2.0),
+    ("ratio_min", -0.3),
+    ("ratio_max", 0.6),
+  ],
+)
+def test_impossible_settings_are_named(name, value):
+  with pytest.raises(ValueError, match=rf"model\.{name}=.* expected") as error:
+    small(**{name: value})
+  assert "\n" not in str(error.value)
+
+
+def test_cross_entropy_is_in_nats():
+  logits = jnp.zeros((1, 2, 256), jnp.bfloat16)
+  nats = losses.cross_entropy(logits, jnp.array([[1, 200]]))
+  np.testing.assert_allclose(nats, math.log(256), rtol=1e-6)
+  assert nats.dtype == jnp.float32
