@@ -118,7 +118,9 @@ def _start_state(config, corpus, saved, which):
       state = state.replace(params=params)
     return state, 0
   first_step = saved.resolve("latest" if which is None else which)
-  params, opt_state, meta = saved.restore(first_step, state.opt_state)
+  params, opt_state, meta = saved.restore(
+    first_step, state.params, state.opt_state
+  )
   _check_resumed(config, corpus, meta, first_step)
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(first_step)
