@@ -1,0 +1,207 @@
+"""enwik8: the first 100 MB of the English Wikipedia of 3 March 2006."""
+
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import pathlib
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+
+import numpy as np
+
+from data import Corpus, CorpusError, sha256_of, split
+
+_PIECE_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 30
+_PAUSES_SECONDS = (1, 5, 20)  # before each further try
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a zipped corpus lies and what must come out of it."""
+
+  name: str
+  url: str
+  zip_bytes: int
+  zip_sha256: str
+  sha256: str
+  sizes: tuple[int, int, int]
+
+  @property
+  def bytes(self) -> int:
+    return sum(self.sizes)
+
+
+ENWIK8 = Source(
+  name="enwik8",
+  url="https://mattmahoney.net/dc/enwik8.zip",
+  zip_bytes=36_445_475,
+  zip_sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+  sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+  sizes=(90_000_000, 5_000_000, 5_000_000),
+)
+
+
+def load(
+  cache_dir, *, source=ENWIK8, log=None, pauses_seconds=_PAUSES_SECONDS
+) -> Corpus:
+  """The corpus out of `cache_dir`, fetched and verified where it is not there.
+
+  Args:
+    cache_dir: a folder, made if absent; it may hold `enwik8` or `enwik8.zip`.
+    source: what to fetch.
+    log: called with a line of progress now and then.
+    pauses_seconds: how long to wait before each further try.
+
+  Raises:
+    CorpusError: it cannot be fetched, or what is there is not what it should
+      be. Files that were there are left as they were.
+  """
+  folder = pathlib.Path(cache_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  raw = folder / source.name
+  zipped = folder / f"{source.name}.zip"
+  # Two runs that start together fetch once.
+  with (folder / f"{source.name}.lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    if not raw.exists():
+      if not zipped.exists():
+        _fetch(source, zipped, log or (lambda line: None), pauses_seconds)
+      _check_zip(source, zipped)
+      _unpack(source, zipped, raw)
+  content = np.memmap(raw, np.uint8, mode="r") if raw.stat().st_size else b""
+  digest = sha256_of(content)
+  if digest != source.sha256:
+    raise CorpusError(
+      f"{raw} has the sha256 {digest}; expected {source.sha256}; remove it to "
+      "have it made again"
+    )
+  return split(source.name, content, source.sizes, digest)
+
+
+def _fetch(source, target, log, pauses_seconds):
+  """Downloads to `target`; what came of a broken try is gone on with."""
+  host = urllib.parse.urlsplit(source.url)
+  if host.scheme != "https" and host.hostname not in ("127.0.0.1", "localhost"):
+    raise CorpusError(f"{source.url} is not fetched; expected https")
+  part = target.with_name(target.name + ".part")
+  for pause in (*pauses_seconds, None):
+    try:
+      _fetch_once(source, part, log)
+      break
+    except urllib.error.HTTPError as error:
+      if error.code == 416:  # the part is as long as the whole, or longer
+        part.unlink(missing_ok=True)
+      reason, final = f"HTTP status {error.code}", 400 <= error.code < 500
+      final = final and error.code not in (408, 416, 429)
+    except (OSError, http.client.HTTPException) as error:
+      reason, final = str(error) or type(error).__name__, False
+    if final or pause is None:
+      raise CorpusError(
+        f"{source.url} cannot be fetched ({reason}); put {target.name} or "
+        f"{source.name} into {target.parent} yourself"
+      )
+    log(f"{source.url}: {reason}; again in {pause} s")
+    time.sleep(pause)
+  if part.stat().st_size != source.zip_bytes or (
+    _file_sha256(part) != source.zip_sha256
+  ):
+    size, digest = part.stat().st_size, _file_sha256(part)
+    part.unlink()
+    raise CorpusError(
+      f"{source.url} gave {size:,} bytes with the sha256 {digest}; expected "
+      f"{source.zip_bytes:,} with {source.zip_sha256}; put {target.name} into "
+      f"{target.parent} yourself"
+    )
+  part.replace(target)
+
+
+def _fetch_once(source, part, log):
+  have = part.stat().st_size if part.exists() else 0
+  if have == source.zip_bytes:
+    return
+  request = urllib.request.Request(source.url)
+  if have:
+    request.add_header("Range", f"bytes={have}-")
+  with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+    if response.status != 206:  # the server sends the whole again
+      have = 0
+    told = have * 10 // source.zip_bytes
+    with part.open("ab" if have else "wb") as file:
+      while piece := response.read(_PIECE_BYTES):
+        have += len(piece)
+        if have > source.zip_bytes:
+          file.close()
+          part.unlink()
+          raise CorpusError(
+            f"{source.url} gave more than {source.zip_bytes:,} bytes, the size "
+            f"of the file; put {source.name} into {part.parent} yourself"
+          )
+        file.write(piece)
+        if have * 10 // source.zip_bytes > told:
+          told = have * 10 // source.zip_bytes
+          log(f"{source.url}: {have:,} of {source.zip_bytes:,} bytes")
+  if have < source.zip_bytes:
+    raise ConnectionError(f"it broke off after {have:,} bytes")
+
+
+def _file_sha256(path):
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_zip(source, zipped):
+  digest = _file_sha256(zipped)
+  if digest != source.zip_sha256:
+    raise CorpusError(
+      f"{zipped} has the sha256 {digest}; expected {source.zip_sha256}; remove "
+      "it to have it fetched again"
+    )
+
+
+def _unpack(source, zipped, raw):
+  """Streams the one member into place; it appears whole or not at all."""
+  part = raw.with_name(raw.name + ".part")
+  try:
+    with zipfile.ZipFile(zipped) as archive:
+      infos = archive.infolist()
+      found = [(info.filename, info.file_size) for info in infos]
+      if found != [(source.name, source.bytes)]:
+        raise CorpusError(
+          f"{zipped} holds {found[:3]}; expected the one member "
+          f"{source.name} of {source.bytes:,} bytes; remove it to have it "
+          "fetched again"
+        )
+      digest, size = hashlib.sha256(), 0
+      with archive.open(infos[0]) as member, part.open("wb") as file:
+        while piece := member.read(_PIECE_BYTES):
+          size += len(piece)
+          if size > source.bytes:
+            break
+          digest.update(piece)
+          file.write(piece)
+    if digest.hexdigest() != source.sha256:
+      raise CorpusError(
+        f"{zipped} unpacks to other bytes (sha256 {digest.hexdigest()}; "
+        f"expected {source.sha256}); remove it to have it fetched again"
+      )
+    part.replace(raw)
+  except (
+    OSError,
+    EOFError,
+    RuntimeError,  # an encrypted member
+    NotImplementedError,  # a compression that zipfile does not have
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    raise CorpusError(
+      f"{zipped} cannot be unpacked ({error}); remove it to have it fetched "
+      "again"
+    ) from error
+  finally:
+    part.unlink(missing_ok=True)
