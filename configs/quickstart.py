@@ -8,15 +8,15 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.steps = 600
+  config.steps = 500
   config.batch_size = 16
   config.log_every_steps = 50
-  config.eval_every_steps = 300
-  config.checkpoint_every_steps = 300
+  config.eval_every_steps = 500
+  config.checkpoint_every_steps = 250
   config.data.corpus = "python_source"
-  config.model.n_layer = 3
+  config.model.n_layer = 2
   config.model.n_head = 4
   config.model.width = 192
-  config.model.context_tokens = 192
+  config.model.context_tokens = 128
   config.optimizer.learning_rate = 2e-3
   return config

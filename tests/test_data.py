@@ -1,0 +1,328 @@
+"""Where the bytes come from, and what happens when they do not."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import io
+import lzma
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import CorpusError, enwik8, python_source, split, text_file
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 50_000, np.uint8).tobytes()
+
+
+def sha256(content):
+  return hashlib.sha256(content).hexdigest()
+
+
+def zipped(**members):
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name, content in members.items():
+      archive.writestr(name, content)
+  return file.getvalue()
+
+
+ZIP = zipped(tiny=CONTENT)
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """Serves one body; remembers the Range headers and what it sent."""
+
+  def __init__(self, body):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.body, self.ranges, self.sent = body, [], []
+    self.break_off_at = []  # of each request in turn
+    self.statuses = []  # likewise, other than 200
+    self.honours_range = True
+
+  @property
+  def url(self):
+    return f"http://127.0.0.1:{self.server_port}/tiny.zip"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  def do_GET(self):
+    server = self.server
+    wanted = self.headers.get("Range")
+    server.ranges.append(wanted)
+    if server.statuses and (status := server.statuses.pop(0)) != 200:
+      self.send_error(status)
+      return
+    start = 0
+    if wanted and server.honours_range:
+      start = int(wanted.removeprefix("bytes=").rstrip("-"))
+      if start >= len(server.body):
+        self.send_error(416)
+        return
+    body = server.body[start:]
+    self.send_response(206 if start else 200)
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    if server.break_off_at:
+      body = body[: server.break_off_at.pop(0)]
+    server.sent.append(len(body))
+    self.wfile.write(body)
+
+  def log_message(self, *_):
+    pass
+
+
+@contextlib.contextmanager
+def serve(body):
+  with Server(body) as server:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+      yield server
+    finally:
+      server.shutdown()
+      thread.join()
+
+
+def source(url, body=ZIP, **changes):
+  return dataclasses.replace(
+    enwik8.Source(
+      name="tiny",
+      url=url,
+      zip_bytes=len(body),
+      zip_sha256=sha256(body),
+      sha256=sha256(CONTENT),
+      sizes=(45_000, 2_500, 2_500),
+    ),
+    **changes,
+  )
+
+
+def load(folder, wanted, tries=3):
+  return enwik8.load(folder, source=wanted, pauses_seconds=(0,) * (tries - 1))
+
+
+def refused(folder, wanted, match, tries=3):
+  """The load fails in one sentence and leaves nothing half made."""
+  with pytest.raises(CorpusError, match=match) as error:
+    load(folder, wanted, tries)
+  assert "\n" not in str(error.value)
+  assert not (folder / "tiny").exists()
+  return str(error.value)
+
+
+def test_fetch_verify_split_and_never_again(tmp_path):
+  with serve(ZIP) as server:
+    wanted = source(server.url)
+    corpus = load(tmp_path, wanted)
+    assert corpus.sha256 == sha256(CONTENT)
+    joined = np.concatenate([corpus.train, corpus.valid, corpus.test])
+    assert joined.tobytes() == CONTENT
+    assert [len(x) for x in (corpus.train, corpus.valid, corpus.test)] == [
+      45_000,
+      2_500,
+      2_500,
+    ]
+    load(tmp_path, wanted)
+    assert len(server.ranges) == 1
+  assert {p.name for p in tmp_path.iterdir()} == {
+    "tiny",
+    "tiny.zip",
+    "tiny.lock",
+  }
+
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
+  with serve(ZIP) as server:
+    server.break_off_at = [20_000]
+    load(tmp_path, source(server.url))
+    assert server.ranges == [None, "bytes=20000-"]
+    assert server.sent == [20_000, len(ZIP) - 20_000]
+
+
+def test_a_part_of_an_earlier_run_is_gone_on_with(tmp_path):
+  (tmp_path / "tiny.zip.part").write_bytes(ZIP[:1000])
+  with serve(ZIP) as server:
+    load(tmp_path, source(server.url))
+    assert server.ranges == ["bytes=1000-"]
+
+
+def test_a_server_without_ranges_sends_all_again(tmp_path):
+  (tmp_path / "tiny.zip.part").write_bytes(b"x" * 1000)
+  with serve(ZIP) as server:
+    server.honours_range = False
+    load(tmp_path, source(server.url))
+    assert server.sent == [len(ZIP)]
+
+
+def test_a_part_that_is_too_long_is_begun_again(tmp_path):
+  (tmp_path / "tiny.zip.part").write_bytes(ZIP + b"more")
+  with serve(ZIP) as server:
+    load(tmp_path, source(server.url))
+    assert server.ranges == [f"bytes={len(ZIP) + 4}-", None]
+
+
+def test_a_failing_server_is_asked_again(tmp_path):
+  with serve(ZIP) as server:
+    server.statuses = [500, 503, 200]
+    load(tmp_path, source(server.url))
+    assert len(server.ranges) == 3
+
+
+def test_a_missing_file_is_not(tmp_path):
+  with serve(ZIP) as server:
+    server.statuses = [404] * 9
+    message = refused(tmp_path, source(server.url), "HTTP status 404")
+    assert len(server.ranges) == 1
+  assert f"put tiny.zip or tiny into {tmp_path}" in message
+
+
+def test_other_bytes_are_refused_and_the_next_try_is_fresh(tmp_path):
+  other = ZIP[:-1] + b"!"
+  with serve(other) as server:
+    refused(tmp_path, source(server.url), sha256(other))
+  assert not list(tmp_path.glob("*.zip*"))
+
+
+def test_a_short_body_is_told(tmp_path):
+  with serve(ZIP[:1000]) as server:
+    refused(tmp_path, source(server.url), "cannot be fetched")
+
+
+def test_a_long_body_is_cut_off(tmp_path):
+  with serve(ZIP + b"x") as server:
+    refused(tmp_path, source(server.url), f"more than {len(ZIP):,} bytes")
+  assert not list(tmp_path.glob("*.zip*"))
+
+
+@pytest.mark.parametrize(
+  ("members", "match"),
+  [
+    ({"tiny": CONTENT, "other": b"x"}, "expected the one member tiny"),
+    ({"other": CONTENT}, "expected the one member tiny"),
+    ({"tiny": CONTENT + b"x"}, "of 50,000 bytes"),
+    ({"tiny": CONTENT[::-1]}, "unpacks to other bytes"),
+  ],
+)
+def test_a_zip_of_something_else_is_refused_and_left(tmp_path, members, match):
+  body = zipped(**members)
+  (tmp_path / "tiny.zip").write_bytes(body)
+  refused(tmp_path, source("https://127.0.0.1:1/", body), match)
+  assert (tmp_path / "tiny.zip").read_bytes() == body
+
+
+def test_a_damaged_zip_of_ones_own_is_refused_and_left(tmp_path):
+  (tmp_path / "tiny.zip").write_bytes(ZIP[:-1])
+  refused(tmp_path, source("https://127.0.0.1:1/"), "tiny.zip has the sha256")
+  assert (tmp_path / "tiny.zip").read_bytes() == ZIP[:-1]
+
+
+def test_a_raw_file_of_ones_own_serves_if_it_is_right(tmp_path):
+  wanted = source("https://127.0.0.1:1/")
+  (tmp_path / "tiny").write_bytes(CONTENT)
+  assert load(tmp_path, wanted).name == "tiny"
+  (tmp_path / "tiny").write_bytes(CONTENT[:-1])
+  with pytest.raises(CorpusError, match="expected " + sha256(CONTENT)):
+    load(tmp_path, wanted)
+  assert (tmp_path / "tiny").read_bytes() == CONTENT[:-1]
+
+
+def test_offline_is_one_sentence_that_says_where_to_put_the_file(tmp_path):
+  message = refused(
+    tmp_path, source("https://127.0.0.1:1/"), "cannot be fetched"
+  )
+  assert f"put tiny.zip or tiny into {tmp_path} yourself" in message
+
+
+def test_plain_http_is_not_spoken_to_strangers(tmp_path):
+  refused(tmp_path, source("http://example.invalid/tiny.zip"), "expected https")
+
+
+def test_the_real_source_is_whole():
+  assert enwik8.ENWIK8.bytes == 100_000_000
+  assert enwik8.ENWIK8.url.startswith("https://")
+
+
+def test_python_source_is_the_same_twice_and_bounded():
+  first, second = python_source.load(), python_source.load()
+  assert first.sha256 == second.sha256
+  total = len(first.train) + len(first.valid) + len(first.test)
+  assert 1_000_000 < total <= python_source.CAP_BYTES
+  assert b"import unittest\n" not in first.valid.tobytes()
+  # Python, and not the tables of characters.
+  assert first.train.tobytes().count(b"def ") > 5_000
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("raw.txt", CONTENT),
+    ("a.gz", gzip.compress(CONTENT)),
+    ("a.xz", lzma.compress(CONTENT)),
+    ("a.zip", zipped(inside=CONTENT)),
+    ("misnamed.txt", gzip.compress(CONTENT)),
+  ],
+)
+def test_text_files_of_each_kind(tmp_path, name, content):
+  (tmp_path / name).write_bytes(content)
+  corpus = text_file.load(tmp_path / name)
+  assert corpus.name == name
+  assert corpus.sha256 == sha256(CONTENT)
+  assert [len(x) for x in (corpus.train, corpus.valid, corpus.test)] == [
+    45_000,
+    2_500,
+    2_500,
+  ]
+  with pytest.raises(ValueError, match="read-only"):
+    corpus.train[0] = 0
+
+
+@pytest.mark.parametrize(
+  ("content", "match"),
+  [
+    (None, "is no file"),
+    (b"", "is empty"),
+    (b"short", "at least 100"),
+    (gzip.compress(CONTENT)[:-9], "cannot be read"),
+    (gzip.compress(CONTENT)[:100] + b"?" * 100, "cannot be read"),
+    (lzma.compress(CONTENT)[:-9], "cannot be read"),
+    (ZIP[:-30], "cannot be read"),
+    (zipped(a=CONTENT, b=b"x"), "holds 2 members"),
+    (zipped(), "holds 0 members"),
+    (gzip.compress(CONTENT * 3), "more than 100,000 bytes"),
+    (zipped(a=CONTENT * 3), "more than 100,000 bytes"),
+  ],
+)
+def test_text_files_that_cannot_serve(tmp_path, content, match):
+  path = tmp_path / "text"
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(CorpusError, match=match) as error:
+    text_file.load(path, cap_bytes=100_000)
+  assert "\n" not in str(error.value)
+  assert "text" in str(error.value)
+
+
+def test_a_folder_is_no_text(tmp_path):
+  with pytest.raises(CorpusError, match="is no file"):
+    text_file.load(tmp_path)
+
+
+@given(st.integers(100, 5_000))
+def test_the_splits_are_the_content(total):
+  content = np.arange(total, dtype=np.uint32).view(np.uint8)[:total]
+  corpus = split("x", content)
+  joined = np.concatenate([corpus.train, corpus.valid, corpus.test])
+  np.testing.assert_array_equal(joined, content)
+  assert len(corpus.valid) == len(corpus.test) == total * 5 // 100
+  assert corpus.sha256 == sha256(content.tobytes())
+
+
+def test_sizes_must_add_up():
+  with pytest.raises(CorpusError, match="expected 50,001"):
+    split("x", CONTENT, sizes=(50_000, 1, 0))
