@@ -134,10 +134,11 @@ class Checkpoints:
 
     Args:
       step: its number, which must be new.
-      params, opt_state: trees of host arrays.
+      params, opt_state: trees of arrays, each one whole on this host.
       meta: what else to keep; JSON.
       bits_per_char: of the validation split, if it was evaluated.
     """
+    params, opt_state = jax.device_get((params, opt_state))
     items = {"params": params, "opt_state": _flat(opt_state)}
     meta = {
       **meta,

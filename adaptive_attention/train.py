@@ -353,8 +353,8 @@ class _Run:
       corpus = self.corpus
       self.saved.save(
         done,
-        jax.device_get(state.params),
-        jax.device_get(state.opt_state),
+        state.params,
+        state.opt_state,
         {
           "config": self.config.to_dict(),
           "data": {"name": corpus.name, "sha256": corpus.sha256},

@@ -1,0 +1,285 @@
+"""Checkpoints come back to the bit, or not at all and with a way out."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adaptive_attention import checkpoint
+from adaptive_attention.checkpoint import CheckpointError, Checkpoints
+
+PARAMS = {
+  "block_0": {
+    "kernel": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
+    "scale": jnp.array([1.5, -0.0, 3.0e-39, np.inf], jnp.bfloat16),
+  },
+  "span_logit": np.zeros(4, np.float32),
+}
+OPTIMIZER = optax.chain(
+  optax.clip_by_global_norm(1.0),
+  optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+  optax.masked(optax.scale(2.0), {"block_0": False, "span_logit": True}),
+)
+STATE = jax.device_get(OPTIMIZER.init(PARAMS))
+
+
+def save(workdir, steps, figures=None, keep=9):
+  with Checkpoints(workdir, keep=keep) as saved:
+    for i, step in enumerate(steps):
+      params = {**PARAMS, "span_logit": np.full(4, step, np.float32)}
+      figure = figures[i] if figures else None
+      saved.save(step, params, STATE, {"config": {"a": 1}}, figure)
+
+
+def read(workdir, step):
+  with Checkpoints(workdir) as saved:
+    return saved.restore(step, PARAMS, STATE)
+
+
+def refused(workdir, step, *parts):
+  with pytest.raises(CheckpointError) as error:
+    read(workdir, step)
+  message = str(error.value)
+  for part in (*parts, str(step)):
+    assert part in message
+  assert "\n" not in message
+  return message
+
+
+def test_everything_comes_back_to_the_bit(tmp_path):
+  save(tmp_path, [7])
+  params, state, meta = read(tmp_path, 7)
+  assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
+  assert jax.tree.structure(state) == jax.tree.structure(STATE)
+  expected = {**PARAMS, "span_logit": np.full(4, 7, np.float32)}
+  for found, wanted in zip(
+    jax.tree.leaves((params, state)), jax.tree.leaves((expected, STATE))
+  ):
+    wanted = np.asarray(wanted)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    assert found.tobytes() == wanted.tobytes()
+  assert meta["config"] == {"a": 1}
+  assert meta["step"] == 7
+  assert meta["leaves"]["params"]["block_0.kernel"] == [[8, 3], "float32"]
+
+
+def test_parameters_come_alone(tmp_path):
+  save(tmp_path, [7])
+  shutil.rmtree(tmp_path / "checkpoints" / "7" / "opt_state")
+  with Checkpoints(tmp_path) as saved:
+    params, meta = saved.restore_params(7)
+  assert params["span_logit"][0] == 7
+  assert meta["step"] == 7
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+  save(tmp_path, [1, 2, 3, 4, 5], [3.0, 1.0, None, 2.0, None], keep=2)
+  with Checkpoints(tmp_path, keep=2) as saved:
+    assert saved.steps() == [2, 4, 5]
+    assert saved.resolve("best") == 2
+    assert saved.resolve("latest") == 5
+    assert saved.resolve("4") == 4
+  # Another process knows of the best one too.
+  save(tmp_path, [6, 7], [1.5, 0.5], keep=2)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [6, 7]
+    assert saved.resolve("best") == 7
+
+
+def test_a_step_is_not_saved_twice(tmp_path):
+  save(tmp_path, [7])
+  with pytest.raises(CheckpointError, match="step 7 was not written"):
+    save(tmp_path, [7])
+
+
+@pytest.mark.parametrize("which", ["3", "first", "-1", "1.5", ""])
+def test_a_step_that_is_not_there(tmp_path, which):
+  save(tmp_path, [7])
+  with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
+    saved.resolve(which)
+  assert "one of 7" in str(error.value)
+
+
+def test_best_needs_an_evaluation(tmp_path):
+  save(tmp_path, [7])
+  with (
+    Checkpoints(tmp_path) as saved,
+    pytest.raises(CheckpointError, match="choose latest"),
+  ):
+    saved.resolve("best")
+
+
+def test_reading_an_empty_workdir_makes_nothing(tmp_path):
+  with (
+    Checkpoints(tmp_path / "none") as saved,
+    pytest.raises(CheckpointError, match="holds no checkpoint"),
+  ):
+    saved.resolve("latest")
+  assert not list(tmp_path.iterdir())
+
+
+def data_files(folder):
+  """Where the bytes of the parameters lie."""
+  return [p for p in (folder / "params").rglob("d/*") if p.is_file()]
+
+
+def flip(folder):
+  """One bit in the middle of what holds the arrays."""
+  for path in data_files(folder):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+  for path in data_files(folder):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+def forget_item(folder):
+  shutil.rmtree(folder / "opt_state")
+
+
+def other_item(folder):
+  """The optimizer's state of another step, otherwise whole."""
+  shutil.rmtree(folder / "params")
+  shutil.copytree(folder.parent / "1" / "params", folder / "params")
+
+
+def spoil_meta(folder):
+  (folder / "meta" / "metadata").write_text('{"step": 3')
+
+
+def copy_older(folder):
+  shutil.rmtree(folder)
+  shutil.copytree(folder.parent / "1", folder)
+
+
+@pytest.mark.parametrize(
+  ("damage", "told"),
+  [
+    (flip, "params"),
+    (truncate, "params"),
+    (empty, "meta"),
+    (forget_item, "opt_state"),
+    (other_item, "params"),
+    (spoil_meta, "meta"),
+    (copy_older, "it is of step 1"),
+  ],
+)
+def test_damage_is_told_with_the_older_ones_that_are_whole(
+  tmp_path, damage, told
+):
+  save(tmp_path, [1, 2, 3])
+  damage(tmp_path / "checkpoints" / "3")
+  empty(tmp_path / "checkpoints" / "2")
+  message = refused(tmp_path, 3, told, "whole: 1;", "--step=1")
+  assert "2" not in message.split("whole:")[1]
+  assert read(tmp_path, 1)[2]["step"] == 1
+
+
+def test_damage_of_the_only_one(tmp_path):
+  save(tmp_path, [3])
+  flip(tmp_path / "checkpoints" / "3")
+  refused(tmp_path, 3, "no older one is whole", "--workdir")
+
+
+@pytest.mark.parametrize(
+  ("params", "state", "told"),
+  [
+    ({**PARAMS, "span_logit": np.zeros(5, np.float32)}, STATE, "float32[5]"),
+    ({**PARAMS, "more": np.zeros(5, np.float32)}, STATE, "nothing at more"),
+    ({"span_logit": PARAMS["span_logit"]}, STATE, "block_0"),
+    (PARAMS, optax.sgd(0.1, momentum=0.9).init(PARAMS), "trace"),
+  ],
+)
+def test_another_model_or_optimizer_is_named(tmp_path, params, state, told):
+  save(tmp_path, [3])
+  with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
+    saved.restore(3, params, state)
+  assert told in str(error.value)
+  assert "damaged" not in str(error.value)
+
+
+def test_later_checkpoints_are_set_aside_not_lost(tmp_path):
+  for _ in range(2):
+    save(
+      tmp_path, [1, 2, 3] if not (tmp_path / "checkpoints").exists() else [2, 3]
+    )
+    with Checkpoints(tmp_path) as saved:
+      assert saved.set_aside_after(1) == [2, 3]
+      assert saved.steps() == [1]
+  assert sorted(p.name for p in (tmp_path / "set_aside").iterdir()) == [
+    "2",
+    "2-2",
+    "3",
+    "3-2",
+  ]
+
+
+def test_one_writer(tmp_path):
+  code = textwrap.dedent(
+    """
+    import sys, time
+    from adaptive_attention import checkpoint
+    with checkpoint.lock(sys.argv[1]):
+      print("held", flush=True)
+      time.sleep(60)
+    """
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+  assert holder.stdout.readline() == b"held\n"
+  with (
+    pytest.raises(CheckpointError, match=f"by process {holder.pid}"),
+    checkpoint.lock(tmp_path),
+  ):
+    pass
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  with checkpoint.lock(tmp_path):
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
+  save(tmp_path, [1])
+  half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+  shutil.copytree(tmp_path / "checkpoints" / "1", half)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.resolve("latest") == 1
+  save(tmp_path, [2])
+  assert not half.exists()
+  assert read(tmp_path, 2)[2]["step"] == 2
+
+
+def test_outside_tools_read_the_parameters_alone(tmp_path):
+  import orbax.checkpoint as ocp
+
+  save(tmp_path, [7])
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(tmp_path / "checkpoints" / "7" / "params")
+  np.testing.assert_array_equal(
+    params["block_0"]["kernel"], PARAMS["block_0"]["kernel"]
+  )
+  meta = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
+  assert json.loads(meta.read_text())["step"] == 7
