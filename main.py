@@ -52,7 +52,10 @@ def main() -> int:
   try:
     _check_flags(settings)
     settings.check(config)
-    corpus = _corpus(config) if mode == "train" else None
+    corpus = None
+    if mode == "train":
+      corpus = _corpus(config)
+      settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
     parallel.start(config)
     step = None
     if mode == "eval" or (mode == "plan" and not _config_given()):

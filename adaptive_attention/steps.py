@@ -68,7 +68,7 @@ def make_train_step(config):
       jax.tree.map(lambda x: x / A, sums)
     )
     loss = cross_entropy + penalty
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updated = state.apply_gradients(grads=grads)
     updated = jax.tree.map(

@@ -1,5 +1,89 @@
-"""Two CPU devices for all tests, so that what is parallel runs so."""
+"""Two CPU devices for all tests, and main.py as a function."""
 
-import jax
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
+# Tests compile the same few steps over and over, in processes of their own too.
+_CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="session")
+def main():
+  """main(*flags) -> (exit code, stdout, stderr) of main.py."""
+  with subprocess.Popen(
+    [sys.executable, "-m", "tests.main_server"],
+    cwd=ROOT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as server:
+
+    def run(*flags):
+      server.stdin.write(json.dumps([str(flag) for flag in flags]) + "\n")
+      server.stdin.flush()
+      return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+  """A file of 20,000 bytes that a model can learn something of."""
+  words = [b"span", b"wave", b"head", b"query", b"key", b"token", b"comb"]
+  drawn = np.random.default_rng(0).integers(0, len(words), 5000)
+  path = tmp_path_factory.mktemp("data") / "text.txt"
+  path.write_bytes(b" ".join(words[i] for i in drawn)[:20_000])
+  return path
+
+
+TINY = {
+  "steps": 12,
+  "batch_size": 4,
+  "log_every_steps": 3,
+  "eval_every_steps": 6,
+  "eval_tokens": 500,
+  "eval_batch_size": 8,
+  "checkpoint_every_steps": 3,
+  "model.n_layer": 2,
+  "model.n_head": 2,
+  "model.width": 16,
+  "model.context_tokens": 24,
+  "model.ramp": 4.0,
+  "model.dropout": 0.3,
+  "optimizer.warmup_steps": 4,
+  "cpu_devices": 2,
+}
+
+
+@pytest.fixture
+def tiny(text):
+  """A config whose whole run takes seconds."""
+  from configs import base
+
+  config = base.get_config()
+  config.update_from_flattened_dict({**TINY, "data.path": str(text)})
+  return config
+
+
+@pytest.fixture
+def tiny_flags(text):
+  """The same as flags of main.py."""
+  return [
+    f"--config={ROOT / 'configs' / 'base.py'}",
+    f"--config.data.path={text}",
+    *(f"--config.{name}={value}" for name, value in TINY.items()),
+  ]

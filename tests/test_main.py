@@ -1,0 +1,189 @@
+"""The command line: wrong settings end in one sentence, before any device."""
+
+import pathlib
+import runpy
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def refused(main):
+  """refused(code, *flags) -> the one sentence with which main.py ended."""
+
+  def run(code, *flags):
+    found, _, err = main(*flags)
+    assert found == code, err
+    assert err.startswith("main.py: ")
+    assert err.count("\n") == 1
+    return err
+
+  return run
+
+
+ENWIK8 = "--config=configs/enwik8.py"
+
+
+@pytest.mark.parametrize(
+  ("flag", "named"),
+  [
+    # Typos and wrong types.
+    ("--config.model.n_layr=4", 'Did you mean "n_layer"'),
+    ("--config.model.n_layer=four", "--config.model.n_layer=four"),
+    ("--config.model.n_layer=1.5", "--config.model.n_layer=1.5"),
+    ("--config.steps=", "--config.steps="),
+    ("--confg=x", "confg"),
+    ("--mode=fly", "--mode=fly"),
+    ("model.n_layer=4", "'model.n_layer=4' is no flag"),
+    ("--split=train", "--split=train"),
+    # Negatives, zeros and nan.
+    ("--config.steps=0", "config.steps=0"),
+    ("--config.batch_size=-8", "config.batch_size=-8"),
+    ("--config.seed=-1", "config.seed=-1"),
+    ("--config.eval_tokens=-1", "config.eval_tokens=-1"),
+    ("--config.cpu_devices=-1", "config.cpu_devices=-1"),
+    ("--config.optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
+    ("--config.optimizer.learning_rate=-1", "optimizer.learning_rate=-1.0"),
+    ("--config.optimizer.weight_decay=inf", "optimizer.weight_decay=inf"),
+    ("--config.optimizer.beta2=1", "optimizer.beta2=1.0"),
+    ("--config.optimizer.clip_norm=0", "optimizer.clip_norm=0.0"),
+    ("--config.model.n_layer=-4", "config.model.n_layer=-4"),
+    ("--config.model.ramp=0", "config.model.ramp=0.0"),
+    ("--config.model.ramp=nan", "config.model.ramp=nan"),
+    ("--config.model.span_coef=-1", "config.model.span_coef=-1.0"),
+    ("--config.model.dropout=1", "config.model.dropout=1.0"),
+    # Pairs that do not fit.
+    ("--config.model.width=500", "a multiple of model.n_head=8"),
+    ("--config.model.period_max=1.5", "more than model.period_min=2.0"),
+    ("--config.model.vocab_size=100", "at least 256"),
+    ("--config.optimizer.min_learning_rate=1", "at most optimizer.learning"),
+    ("--config.accumulation_steps=3", "config.batch_size=64"),
+    ("--config.cpu_devices=3", "a multiple of 3 device(s)"),
+    # Names.
+    ("--config.model.attention=sparse", "config.model.attention='sparse'"),
+    ("--config.model.implementation=fast", "model.implementation='fast'"),
+    ("--config.data.corpus=books", "config.data.corpus='books'"),
+    # Flags that the verb would pass over.
+    ("--protocol=window", "--protocol=window means nothing to --mode=train"),
+  ],
+)
+def test_wrong_settings(refused, flag, named):
+  assert named in refused(2, ENWIK8, flag)
+
+
+def test_a_context_longer_than_the_data(refused, text):
+  message = refused(
+    2,
+    ENWIK8,
+    f"--config.data.path={text}",
+    "--config.model.context_tokens=5000",
+  )
+  assert "context_tokens=5000" in message
+
+
+def test_what_is_needed(refused):
+  assert "needs --config=FILE" in refused(2)
+  assert "needs --workdir=DIR" in refused(2, "--mode=eval")
+  assert "needs --config=FILE or" in refused(2, "--mode=plan")
+  assert "is no file" in refused(2, "--config=configs/none.py")
+
+
+def test_what_is_not_there(refused, tmp_path):
+  none = tmp_path / "none"
+  assert "is no file" in refused(1, ENWIK8, f"--config.data.path={none}")
+  message = refused(1, "--mode=eval", f"--workdir={none}")
+  assert "holds no checkpoint" in message
+  assert not none.exists()
+
+
+def test_plan_counts_without_training(main, tmp_path):
+  code, out, err = main(
+    "--mode=plan",
+    "--config=configs/quickstart.py",
+    "--config.batch_size=4",
+    f"--workdir={tmp_path / 'w'}",
+  )
+  assert code == 0, err
+  # 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits a layer, norms
+  # of 192 (two a block and the last), 256 bytes and 2 x 128 positions.
+  D = 192
+  expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + (256 + 2 * 128) * D
+  assert f"parameters {expected:,} (span_wave)" in out
+  assert "temporary" in out
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
+)
+def test_configs_build_and_know_their_fields(path):
+  if path.stem == "__init__":
+    return
+  from adaptive_attention import settings
+  from configs import base
+
+  config = runpy.run_path(str(path))["get_config"]()
+  settings.check(config)
+  assert settings.changes(base.get_config(), config).keys() <= set(
+    settings.changes({}, base.get_config())
+  )
+  assert config.is_locked
+  with pytest.raises(AttributeError):
+    config.model.n_layr = 3
+
+
+def test_base_has_the_defaults_of_the_model_config():
+  from adaptive_attention.model import ModelConfig
+  from configs import base
+
+  assert ModelConfig(**base.get_config().model) == ModelConfig()
+
+
+def test_the_published_run_is_what_was_published():
+  from configs import enwik8
+
+  config = enwik8.get_config()
+  published = {
+    "steps": 150_000,
+    "batch_size": 64,
+    "model": {
+      "n_layer": 12,
+      "n_head": 8,
+      "width": 512,
+      "context_tokens": 512,
+      "max_span": 512,
+      "ramp": 32.0,
+      "period_min": 2.0,
+      "period_max": 8.0,
+      "span_coef": 4e-6,
+      "dropout": 0.2,
+      "attention": "span_wave",
+      "harmonics": 5,
+    },
+    "optimizer": {
+      "learning_rate": 1e-3,
+      "min_learning_rate": 1e-4,
+      "warmup_steps": 100,
+      "beta1": 0.9,
+      "beta2": 0.99,
+      "weight_decay": 0.1,
+      "clip_norm": 1.0,
+    },
+  }
+  for name, value in published.items():
+    if isinstance(value, dict):
+      assert {k: config[name][k] for k in value} == value
+    else:
+      assert config[name] == value
+
+
+def test_the_largest_span_follows_the_context_unless_set():
+  from configs import base
+
+  config = base.get_config()
+  config.model.context_tokens = 64
+  assert config.model.max_span == 64
+  config.model.max_span = 100
+  config.model.context_tokens = 32
+  assert (config.model.max_span, config.model.context_tokens) == (100, 32)

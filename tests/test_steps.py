@@ -1,0 +1,178 @@
+"""One training step: on any number of devices, in any number of parts."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from adaptive_attention import batches, parallel, steps
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
+
+
+def train(config, count, data=DATA):
+  """`count` steps, each on the same rows however these are dealt out."""
+  N, A = parallel.local_device_count(), config.accumulation_steps
+  T = config.model.context_tokens
+  state = parallel.replicate(jax.device_get(steps.init_state(config)))
+  step = steps.make_train_step(config)
+  history = []
+  for i in range(count):
+    tokens_BT = batches.train_batch(
+      data,
+      seed=0,
+      step=i,
+      shard_index=0,
+      batch_size=config.batch_size,
+      context_tokens=T,
+    )
+    stop_N = np.zeros(N, np.int32)
+    state, metrics = step(state, tokens_BT.reshape(N, A, -1, T + 1), stop_N)
+    history.append({name: float(value) for name, value in metrics.items()})
+  return state, history
+
+
+def flat(tree):
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def check_equal(found, expected, **tolerance):
+  found, expected = flat(found), flat(expected)
+  assert found.keys() == expected.keys()
+  for name, value in found.items():
+    np.testing.assert_allclose(value, expected[name], err_msg=name, **tolerance)
+
+
+def test_all_replicas_stay_equal_with_dropout_on(tiny):
+  state, _ = train(tiny, 5)
+  for name, leaf in [*jax.tree_util.tree_leaves_with_path(state)]:
+    shards = [np.asarray(s.data) for s in leaf.addressable_shards]
+    assert len(shards) == 2
+    np.testing.assert_array_equal(shards[0], shards[1], err_msg=str(name))
+
+
+def test_devices_draw_their_dropout_apart(tiny):
+  """The same rows on both devices: equal masks would give equal losses."""
+  rows = batches.train_batch(
+    DATA,
+    seed=0,
+    step=0,
+    shard_index=0,
+    batch_size=2,
+    context_tokens=tiny.model.context_tokens,
+  )
+  tokens = np.stack([rows, rows])[:, None]
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  _, both = steps.make_train_step(tiny)(state, tokens, np.zeros(2, np.int32))
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  halves = np.stack([rows, np.roll(rows, 1, 0)])[:, None]
+  _, rolled = steps.make_train_step(tiny)(state, halves, np.zeros(2, np.int32))
+  # Without dropout the order of rows is nothing to the mean; with a mask of
+  # its own for each row of each device it is.
+  assert both["cross_entropy"] != rolled["cross_entropy"]
+
+
+def test_accumulation_is_the_whole_batch(tiny):
+  tiny.model.dropout = 0.0
+  tiny.batch_size = 8
+  whole, whole_history = train(tiny, 3)
+  tiny.accumulation_steps = 4
+  parts, parts_history = train(tiny, 3)
+  check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+  check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
+
+
+ONE_DEVICE = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 1)
+from ml_collections import ConfigDict
+import json
+from tests import test_steps
+config = ConfigDict(json.loads(sys.argv[1]))
+state, history = test_steps.train(config, 3)
+np.savez(sys.argv[2], **test_steps.flat(state.params))
+print(json.dumps(history))
+"""
+
+
+def test_two_devices_do_what_one_does(tiny, tmp_path):
+  tiny.model.dropout = 0.0
+  two, two_history = train(tiny, 3)
+  out = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      ONE_DEVICE,
+      json.dumps(tiny.to_dict()),
+      str(tmp_path / "one.npz"),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  with np.load(tmp_path / "one.npz") as one:
+    for name, value in flat(two.params).items():
+      np.testing.assert_allclose(
+        value, one[name], rtol=1e-4, atol=1e-6, err_msg=name
+      )
+  check_equal(two_history, json.loads(out), rtol=1e-5, atol=1e-6)
+
+
+def test_golden_steps(tiny):
+  """The numbers of this very program: a change of any of them is a change."""
+  golden = json.loads(
+    (pathlib.Path(__file__).parent / "golden" / "steps.json").read_text()
+  )
+  for attention, expected in golden.items():
+    tiny.model.attention = attention
+    _, history = train(tiny, len(expected))
+    check_equal(history, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, 3e38])
+def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
+  state = jax.device_get(steps.init_state(tiny))
+  params = dict(state.params)
+  params["position_0"] = np.full_like(params["position_0"], spoil)
+  state = parallel.replicate(state.replace(params=params))
+  before = flat(state)
+  shapes = steps.batch_shapes(tiny)
+  state, metrics = steps.make_train_step(tiny)(
+    state, *(np.zeros(s.shape, s.dtype) for s in shapes)
+  )
+  assert not math.isfinite(float(metrics["loss"] + metrics["grad_norm"]))
+  for name, value in flat(state).items():
+    np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_signal_on_one_device_is_seen_by_all(tiny):
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  shapes = steps.batch_shapes(tiny)
+  tokens = np.zeros(shapes[0].shape, shapes[0].dtype)
+  _, metrics = steps.make_train_step(tiny)(
+    state, tokens, np.array([0, 1], np.int32)
+  )
+  assert metrics["stop"] == 1
+
+
+def test_metrics_are_those_of_the_parameters(tiny):
+  from adaptive_attention import masks
+  from adaptive_attention.model import ModelConfig, mask_params
+
+  state, history = train(tiny, 1)
+  layers = mask_params(state.params, ModelConfig(**tiny.model))
+  spans = np.concatenate([mask.span for mask in layers])
+  np.testing.assert_allclose(history[0]["span_mean"], spans.mean(), rtol=1e-6)
+  T = tiny.model.context_tokens
+  counted = np.mean([masks.is_open(mask, np.arange(T)) for mask in layers])
+  np.testing.assert_allclose(history[0]["open_share"], counted, rtol=1e-6)
