@@ -140,6 +140,8 @@ class Evaluator:
 
 def _standard_error(nats: np.ndarray) -> float:
   """Of the mean, in nats: bytes within a block are not taken as independent."""
+  if len(nats) == 1:
+    return 0.0  # nothing can be said; 0 keeps the record valid JSON
   block = min(_BLOCK_BYTES, -(-len(nats) // 2))
   starts = np.arange(0, len(nats), block)
   counts = np.diff(np.append(starts, len(nats)))

@@ -77,6 +77,26 @@ def train_step(step):
   )
 
 
+def compile_step(step, *args):
+  """Compiles a `train_step` ahead: (what to call, its bytes per device).
+
+  Under several processes pmap turns what is local into what is global at each
+  call, which a compiled function no longer can; there it compiles at its first
+  call, and the bytes are None.
+  """
+  if jax.process_count() > 1:
+    return step, None
+  compiled = step.lower(*args).compile()
+  stats = compiled.memory_analysis()
+  sizes = {
+    "arguments": stats.argument_size_in_bytes,
+    "results not in their place": stats.output_size_in_bytes
+    - stats.alias_size_in_bytes,
+    "temporary": stats.temp_size_in_bytes,
+  }
+  return compiled, {"total": sum(sizes.values()), **sizes}
+
+
 def eval_step(step):
   """step(params, batch_N...) -> out_N..., on this process' devices alone."""
   return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())

@@ -17,12 +17,9 @@ def run(config):
   T = model_config.context_tokens
   tokens = config.batch_size * T
   flops = accounting.train_flops_per_token(model_config, T)
-  compiled = (
-    steps.make_train_step(config)
-    .lower(state, *steps.batch_shapes(config))
-    .compile()
+  _, memory = parallel.compile_step(
+    steps.make_train_step(config), state, *steps.batch_shapes(config)
   )
-  memory = steps.memory(compiled)
   logbook.say(
     f"devices    {parallel.device_count()} x {jax.devices()[0].device_kind}"
   )

@@ -73,6 +73,12 @@ def check(config):
     "more than 0",
   )
   check_devices(config, max(config.cpu_devices, 1))
+  _require(
+    not config.process_count or config.process_index < config.process_count,
+    "process_index",
+    config.process_index,
+    f"less than process_count={config.process_count}",
+  )
   try:
     ModelConfig(**config.model)
   except ValueError as error:

@@ -97,18 +97,6 @@ def batch_shapes(config):
   )
 
 
-def memory(compiled) -> dict[str, int]:
-  """Bytes per device that the compiler counted for one step."""
-  stats = compiled.memory_analysis()
-  sizes = {
-    "arguments": stats.argument_size_in_bytes,
-    "results not in their place": stats.output_size_in_bytes
-    - stats.alias_size_in_bytes,
-    "temporary": stats.temp_size_in_bytes,
-  }
-  return {"total": sum(sizes.values()), **sizes}
-
-
 def mask_metrics(params, config: ModelConfig):
   """Means over all heads: span in tokens, open share of the distances."""
   layers = mask_params(params, config)

@@ -160,18 +160,16 @@ def _check_resumed(config, corpus, meta, step):
 
 def _compile(config, state):
   start = time.perf_counter()
-  compiled = (
-    steps.make_train_step(config)
-    .lower(state, *steps.batch_shapes(config))
-    .compile()
+  step, memory = parallel.compile_step(
+    steps.make_train_step(config), state, *steps.batch_shapes(config)
   )
-  memory = steps.memory(compiled)
-  logbook.say(
-    f"compiled   in {time.perf_counter() - start:.1f} s; memory per device "
-    f"{logbook.bytes_text(memory['total'])}, of it temporary "
-    f"{logbook.bytes_text(memory['temporary'])}"
-  )
-  return compiled
+  if memory:
+    logbook.say(
+      f"compiled   in {time.perf_counter() - start:.1f} s; memory per device "
+      f"{logbook.bytes_text(memory['total'])}, of it temporary "
+      f"{logbook.bytes_text(memory['temporary'])}"
+    )
+  return step
 
 
 def _say_start(config, workdir, corpus, state, first_step):

@@ -22,7 +22,10 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 @pytest.fixture(scope="session")
 def main():
-  """main(*flags) -> (exit code, stdout, stderr) of main.py."""
+  """main(*flags) -> (exit code, stdout, stderr) of main.py.
+
+  `main.backend_was_started` tells whether the last call touched a device.
+  """
   with subprocess.Popen(
     [sys.executable, "-m", "tests.main_server"],
     cwd=ROOT,
@@ -34,7 +37,8 @@ def main():
     def run(*flags):
       server.stdin.write(json.dumps([str(flag) for flag in flags]) + "\n")
       server.stdin.flush()
-      return json.loads(server.stdout.readline())
+      *answer, run.backend_was_started = json.loads(server.stdout.readline())
+      return answer
 
     yield run
     server.stdin.close()

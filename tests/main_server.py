@@ -1,10 +1,11 @@
 """Runs main.py once per line of stdin, each time in a fork of a warm process.
 
 A line is a JSON list of flags; the answer is a JSON list [exit code, stdout,
-stderr]. What is slow to import is imported once; no child starts with a
-backend, and one that ends with code 2 must not have started any.
+stderr, whether a backend was started]. What is slow to import is imported once;
+no child starts with a backend.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,10 +20,9 @@ import adaptive_attention.plan
 import adaptive_attention.train  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
-BACKEND_WAS_STARTED = 99
 
 
-def child(flags, out, err):
+def child(flags, out, err, started):
   code = 70
   try:
     os.dup2(out.fileno(), 1)
@@ -36,18 +36,26 @@ def child(flags, out, err):
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 2 and xla_bridge._backends:
-      code = BACKEND_WAS_STARTED
+    if xla_bridge._backends:
+      started.write("yes")
+      started.flush()
     os._exit(code)
 
 
+def read(file):
+  file.seek(0)
+  return file.read()
+
+
 for line in sys.stdin:
-  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+  with contextlib.ExitStack() as files:
+    out, err, started = (
+      files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)
+    )
     pid = os.fork()
     if not pid:
-      child(json.loads(line), out, err)
+      child(json.loads(line), out, err, started)
     _, status = os.waitpid(pid, 0)
-    out.seek(0)
-    err.seek(0)
-    answer = [os.waitstatus_to_exitcode(status), out.read(), err.read()]
+    code = os.waitstatus_to_exitcode(status)
+    answer = [code, read(out), read(err), bool(read(started))]
   print(json.dumps(answer), flush=True)

@@ -17,6 +17,7 @@ def refused(main):
     assert found == code, err
     assert err.startswith("main.py: ")
     assert err.count("\n") == 1
+    assert code != 2 or not main.backend_was_started
     return err
 
   return run

@@ -1,0 +1,151 @@
+"""Bits per character: every byte once, the same however it is computed."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from adaptive_attention import evaluate, parallel
+from adaptive_attention.model import ModelConfig, Transformer
+from adaptive_attention.settings import SettingsError
+
+CONFIG = ModelConfig(
+  n_layer=2, n_head=2, width=16, context_tokens=12, max_span=12, ramp=4.0
+)
+DATA = np.random.default_rng(0).integers(97, 123, 401, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def params():
+  tokens = np.zeros((1, 12), int)
+  tree = Transformer(CONFIG).init(jax.random.key(0), tokens)["params"]
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  return jax.tree.map(
+    lambda x: jax.random.normal(next(keys), x.shape) / 4, tree
+  )
+
+
+def nats_byte_by_byte(params, stride):
+  """Each byte's loss, one window and one prediction at a time, in float64."""
+  T = CONFIG.context_tokens
+  forward = jax.jit(lambda x: Transformer(CONFIG).apply({"params": params}, x))
+  nats = []
+  for i in range(1, len(DATA)):
+    # The byte's window begins at a multiple of the stride, the last one that
+    # shows at least T - stride bytes before it, unless it is the first.
+    start = 0 if i <= T else -(-(i - T) // stride) * stride
+    row = np.zeros((1, T), int)
+    row[0, : i - start] = DATA[start:i]
+    logits = np.asarray(forward(row), np.float64)[0, i - start - 1]
+    logits -= logits.max()
+    nats.append(np.log(np.exp(logits).sum()) - logits[DATA[i]])
+  return np.array(nats)
+
+
+@pytest.mark.parametrize(
+  ("protocol", "stride"),
+  [("window", 12), ("stride:12", 12), ("stride:5", 5), ("stride:1", 1)],
+)
+def test_it_is_the_sum_over_bytes(params, protocol, stride):
+  expected = nats_byte_by_byte(params, stride)
+  result = evaluate.Evaluator(CONFIG, 8)(
+    parallel.replicate(params), DATA, protocol
+  )
+  assert result.bytes == len(DATA) - 1
+  np.testing.assert_allclose(
+    result.bits_per_char, expected.mean() / math.log(2), rtol=1e-6
+  )
+  np.testing.assert_allclose(result.loss, expected.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [2, 12, 13, 14, 401])
+def test_no_batch_size_changes_it(params, length):
+  placed = parallel.replicate(params)
+  results = [
+    evaluate.Evaluator(CONFIG, batch_size)(placed, DATA[:length])
+    for batch_size in (1, 7, 64)
+  ]
+  for result in results[1:]:
+    assert result.bytes == length - 1
+    np.testing.assert_allclose(
+      result.bits_per_char, results[0].bits_per_char, rtol=1e-6
+    )
+    np.testing.assert_allclose(result.stderr, results[0].stderr, rtol=1e-5)
+
+
+def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
+  nats = np.random.default_rng(0).normal(2.0, 0.5, 200_000)
+  stderr = evaluate._standard_error(nats)
+  np.testing.assert_allclose(stderr, 0.5 / math.sqrt(200_000), rtol=0.25)
+  # Bytes that come in equal pairs hold half as much.
+  pairs = np.repeat(nats[:100_000], 2)
+  np.testing.assert_allclose(
+    evaluate._standard_error(pairs), 0.5 / math.sqrt(100_000), rtol=0.25
+  )
+
+
+@pytest.mark.parametrize(
+  "protocol", ["windows", "stride", "stride:0", "stride:13", "stride:-1", ""]
+)
+def test_protocols_that_are_none(protocol):
+  with pytest.raises(SettingsError, match="--protocol=") as error:
+    evaluate.stride_tokens(protocol, 12)
+  assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_not_finite_has_no_figure(params):
+  spoiled = {**params, "position_0": params["position_0"] * np.nan}
+  with pytest.raises(evaluate.EvaluationError, match="400 of 400 bytes"):
+    evaluate.Evaluator(CONFIG, 8)(parallel.replicate(spoiled), DATA)
+
+
+def test_entropy_and_lzma():
+  assert evaluate.order0_entropy(np.array([1, 2, 3, 4] * 9, np.uint8)) == 2.0
+  assert evaluate.order0_entropy(np.zeros(9, np.uint8)) == 0.0
+  assert evaluate.lzma_bits_per_char(np.zeros(100_000, np.uint8)) < 0.1
+
+
+def test_the_verb(main, tiny_flags, tmp_path):
+  """All of it by the command line: one run, evaluated in many ways."""
+  code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
+  assert code == 0, err
+
+  def figure(*flags, split="valid"):
+    code, out, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
+    assert code == 0, err
+    record = json.loads((tmp_path / f"eval_{split}.json").read_text())
+    assert f"{record['bits_per_char']:.4f}" in out
+    return record
+
+  first = figure()
+  assert first["step"] == 12
+  assert first["split"] == "valid"
+  assert first["protocol"] == "window"
+  assert first["bytes"] == 999
+  macs = first["attention_macs_per_token"]
+  assert 0 < macs["open"] < macs["dense"] <= macs["computed"]
+  assert first["stderr"] > 0
+  assert first["tokens_per_second"] > 0
+  for flags in (
+    ["--config.cpu_devices=1"],
+    ["--config.cpu_devices=2", "--config.eval_batch_size=3"],
+  ):
+    other = figure(*flags)
+    np.testing.assert_allclose(
+      other["bits_per_char"], first["bits_per_char"], rtol=1e-6
+    )
+  assert figure("--protocol=stride:6")["protocol"] == "stride:6"
+  assert figure("--step=best", "--split=test", split="test")["split"] == "test"
+  # A config names the folder; the model is still the checkpoint's.
+  assert figure("--config=configs/enwik8.py")["bytes"] == 999
+  for flags, told in (
+    (["--step=5"], "one of"),
+    (["--config.model.n_layer=3"], "takes the model from the checkpoint"),
+    (["--protocol=stride:99"], "to the context of 24"),
+  ):
+    code, _, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
+    assert code in (1, 2)
+    assert told in err
+    assert err.count("\n") == 1

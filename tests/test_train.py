@@ -1,0 +1,374 @@
+"""Runs that end well, are stopped, killed, damaged, and go on."""
+
+import json
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from adaptive_attention.checkpoint import Checkpoints
+from tests.test_checkpoint import flip
+
+ROOT = pathlib.Path(__file__).parent.parent
+CLOCKED = ("tokens_per_second",)  # what two equal runs may differ in
+
+
+def metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in CLOCKED}
+    for line in lines
+  ]
+
+
+def final(workdir):
+  """The last checkpoint's digests: of parameters and optimizer."""
+  with Checkpoints(workdir) as saved:
+    meta = saved.read_meta(saved.resolve("latest"))
+  return meta["step"], meta["sha256"]
+
+
+def flags_with(flags, **changes):
+  changed = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
+  return [*flags, *changed]
+
+
+@pytest.fixture(scope="module")
+def whole_run(main, text, tmp_path_factory):
+  """A run from the first step to the last, dropout on: (workdir, stdout)."""
+  from tests.conftest import TINY
+
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  flags = [f"--config.{name}={value}" for name, value in TINY.items()]
+  code, out, err = main(
+    "--config=configs/base.py",
+    f"--config.data.path={text}",
+    *flags,
+    f"--workdir={workdir}",
+  )
+  assert code == 0, err
+  return workdir, out
+
+
+def start(flags, workdir):
+  return subprocess.Popen(
+    [sys.executable, "main.py", *flags, f"--workdir={workdir}"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait_for_step(workdir, step, process):
+  """Until metrics.jsonl has a line of this step or a later one."""
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists():
+      steps = re.findall(r'"step": (\d+)', path.read_text())
+      if steps and int(steps[-1]) >= step:
+        return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate()[1])
+
+
+def test_what_a_run_leaves_and_prints(whole_run, text):
+  workdir, out = whole_run
+  assert {p.name for p in workdir.iterdir()} == {
+    "checkpoints",
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "lock",
+  }
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["n_layer"] == 2
+  assert config["data"]["path"] == str(text)
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment["packages"]["jax"]
+  lines = metrics(workdir)
+  assert [(m["step"], m["split"]) for m in lines] == [
+    (3, "train"),
+    (6, "train"),
+    (6, "valid"),
+    (9, "train"),
+    (12, "train"),
+    (12, "valid"),
+  ]
+  assert lines[0].keys() >= {
+    "loss",
+    "bits_per_char",
+    "learning_rate",
+    "grad_norm",
+    "span_mean",
+    "open_share",
+  }
+  # The header: versions, what flags changed, data, size, and no made-up MFU.
+  assert "model.n_layer=2 (was 12)" in out
+  assert "sha256" in out
+  assert "parameters" in out
+  assert "order-0 entropy" in out
+  assert "lzma" in out
+  assert "mfu" not in out.lower()
+  for field in ("loss", "bpc", "lr", "grad", "span", "open", "tok/s", "eta"):
+    assert re.search(rf"step +12 100.0% .*{field}", out), field
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+  main, whole_run, tiny_flags
+):
+  workdir, _ = whole_run
+  before = (workdir / "metrics.jsonl").read_bytes()
+  code, out, _ = main(*tiny_flags, f"--workdir={workdir}")
+  assert code == 0
+  assert "already trained for 12 of 12 steps" in out
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_it_learns(main, tiny_flags, tmp_path):
+  flags = flags_with(
+    tiny_flags,
+    steps=150,
+    model__dropout=0.0,
+    optimizer__learning_rate=0.01,
+    log_every_steps=50,
+    eval_every_steps=150,
+    checkpoint_every_steps=150,
+  )
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'w'}")
+  assert code == 0, err
+  # Words of 7 drawn evenly: under 3 bits a word and its space, 5.3 bytes long;
+  # the order-0 entropy is above 3.
+  assert metrics(tmp_path / "w")[-1]["bits_per_char"] < 2.0
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
+  whole_run, main, tiny_flags, tmp_path, number, code
+):
+  workdir = tmp_path / "w"
+  process = start(tiny_flags, workdir)
+  wait_for_step(workdir, 3, process)
+  process.send_signal(number)
+  _, err = process.communicate()
+  stopped, _ = final(workdir)
+  if stopped < 12:  # it may have been through already
+    assert process.returncode == code, err
+    assert err.strip().count("\n") == 0
+    assert f"stopped by {signal.Signals(number).name} after step" in err
+  code, _, err = main(*tiny_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert final(workdir) == final(whole_run[0])
+  assert metrics(workdir) == metrics(whole_run[0])
+
+
+def test_kill_9_five_times_at_random_moments(main, tiny_flags, tmp_path):
+  flags = flags_with(
+    tiny_flags, steps=80, checkpoint_every_steps=4, eval_every_steps=40
+  )
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'whole'}")
+  assert code == 0, err
+  moments = random.Random(0)
+  killed = 0
+  while killed < 5:
+    process = start(flags, tmp_path / "w")
+    path = tmp_path / "w" / "metrics.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    while process.poll() is None and (
+      not path.exists() or path.stat().st_size <= size
+    ):
+      time.sleep(0.002)
+    time.sleep(moments.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    killed += 1
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'w'}")
+  assert code == 0, err
+  assert final(tmp_path / "w") == final(tmp_path / "whole")
+  assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")
+
+
+def copy_of(whole_run, tmp_path):
+  import shutil
+
+  return pathlib.Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
+
+
+def test_damage_stops_the_run_and_an_older_step_goes_on(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  flip(workdir / "checkpoints" / "12")
+  flags = [*tiny_flags, f"--workdir={workdir}"]
+  code, _, err = main(*flags)
+  assert code == 1
+  assert err.count("\n") == 1
+  assert "step 12" in err
+  assert "--step=9" in err
+  code, out, err = main(*flags, "--step=9")
+  assert code == 0, err
+  assert "set aside: the later checkpoints [12]" in out
+  assert final(workdir) == final(whole_run[0])
+  assert metrics(workdir) == metrics(whole_run[0])
+  assert (workdir / "set_aside" / "12").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  flags = [*tiny_flags, f"--workdir={workdir}", "--config.steps=15"]
+  before = final(workdir)
+  code, _, err = main(*flags, "--config.model.ramp=8")
+  assert code == 2
+  assert "config.model.ramp=8.0 does not fit" in err
+  other = tmp_path / "other.txt"
+  other.write_bytes(b"another text " * 1000)
+  code, _, err = main(*flags, f"--config.data.path={other}")
+  assert code == 1
+  assert "not on other.txt" in err
+  assert final(workdir) == before
+  code, out, err = main(*flags, "--config.model.dropout=0.1")
+  assert code == 0, err
+  assert "steps=15 (was 12)" in out
+  assert "model.dropout=0.1 (was 0.3)" in out
+  assert final(workdir)[0] == 15
+
+
+def test_another_number_of_devices_goes_on(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  code, _, err = main(
+    *tiny_flags,
+    f"--workdir={workdir}",
+    "--config.steps=15",
+    "--config.cpu_devices=1",
+  )
+  assert code == 0, err
+  assert final(workdir)[0] == 15
+
+
+def test_a_second_writer_is_refused(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=100_000, checkpoint_every_steps=50_000)
+  process = start(flags, tmp_path)
+  wait_for_step(tmp_path, 3, process)
+  code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
+  process.kill()
+  process.communicate()
+  assert code == 1
+  assert f"is being written by process {process.pid}" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=50, eval_every_steps=50)
+  stable = flags_with(flags, optimizer__learning_rate=1e-3)
+  code, _, err = main(*stable, f"--workdir={tmp_path}", "--config.steps=3")
+  assert code == 0, err
+  kept = final(tmp_path)
+  code, _, err = main(
+    *flags,
+    f"--workdir={tmp_path}",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.warmup_steps=0",
+  )
+  assert code == 1
+  assert re.search(r"(loss|grad_norm)=(nan|inf) at step \d+", err), err
+  assert "the checkpoint of step" in err
+  assert err.count("\n") == 1
+  with Checkpoints(tmp_path) as saved:
+    assert kept[0] in saved.steps()
+    params, _ = saved.restore_params(saved.resolve("latest"))
+  assert all(
+    np.isfinite(x).all() for x in params["block_0"]["mlp"]["up"].values()
+  )
+
+
+def test_two_processes_do_what_one_does(whole_run, tiny_flags, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  flags = flags_with(
+    tiny_flags,
+    cpu_devices=1,
+    distributed=True,
+    coordinator_address=f"127.0.0.1:{port}",
+    process_count=2,
+  )
+  workdir = tmp_path / "w"
+  processes = [
+    start(flags_with(flags, process_index=i), workdir) for i in range(2)
+  ]
+  ends = [process.communicate() for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], ends
+  # The second process is silent and writes nothing.
+  said = [x for x in ends[1][0].splitlines() if not x.startswith("[Gloo]")]
+  assert not said
+  assert len(metrics(workdir)) == len(metrics(whole_run[0]))
+  for two, one in zip(metrics(workdir), metrics(whole_run[0])):
+    for name, value in one.items():
+      if name != "split":
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_tensorboard_and_wandb(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=3, eval_every_steps=3)
+  code, _, err = main(
+    *flags, "--config.tensorboard=True", f"--workdir={tmp_path / 'a'}"
+  )
+  assert code == 0, err
+  assert list((tmp_path / "a" / "tensorboard").rglob("events.out.*"))
+  try:
+    import wandb  # noqa: F401
+  except ImportError:
+    code, _, err = main(
+      *flags, "--config.wandb=True", f"--workdir={tmp_path / 'b'}"
+    )
+    assert code == 1
+    assert "needs the package wandb" in err
+
+
+def test_start_from_other_parameters(main, tiny_flags, tmp_path):
+  """The file's parameters are those of step 0: nothing learned, rate 0."""
+  from adaptive_attention.model import ModelConfig
+  from configs import base
+  from tests.conftest import TINY
+  from tests.test_weights import published
+
+  config = base.get_config()
+  config.update_from_flattened_dict(TINY)
+  named = published(ModelConfig(**config.model))
+  np.savez(tmp_path / "them.npz", **named)
+  code, _, err = main(
+    *flags_with(
+      tiny_flags,
+      steps=1,
+      optimizer__learning_rate=0.0,
+      optimizer__min_learning_rate=0.0,
+      init_from=tmp_path / "them.npz",
+    ),
+    f"--workdir={tmp_path / 'w'}",
+  )
+  assert code == 0, err
+  with Checkpoints(tmp_path / "w") as saved:
+    params, _ = saved.restore_params(1)
+  np.testing.assert_array_equal(
+    params["block_1"]["attention"]["qkv"]["kernel"],
+    named["transformer.h.1.attn.c_attn.weight"].T,
+  )
+  code, _, err = main(
+    *flags_with(tiny_flags, init_from=tmp_path / "none.npz"),
+    f"--workdir={tmp_path / 'v'}",
+  )
+  assert code == 1
+  assert "is no file" in err

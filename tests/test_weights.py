@@ -1,0 +1,208 @@
+"""The published program's parameters: all of them, under their names."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from adaptive_attention import weights
+from adaptive_attention.model import ModelConfig
+from adaptive_attention.weights import WeightsError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SETTINGS = {
+  "n_layer": 2,
+  "n_head": 2,
+  "n_embd": 8,
+  "vocab_size": 11,
+  "block_size": 6,
+}
+
+
+def config(**changes):
+  return weights.config_from_nanogpt({**SETTINGS, **changes})
+
+
+def published(config: ModelConfig) -> dict[str, np.ndarray]:
+  """Random parameters under the published names."""
+  random = np.random.default_rng(0)
+  D, V, T, H = (
+    config.width,
+    config.vocab_size,
+    config.context_tokens,
+    config.n_head,
+  )
+  shapes = {
+    "transformer.wte.weight": (V, D),
+    "transformer.wpe.weight": (T, D),
+    "transformer.ln_f.weight": (D,),
+  }
+  if config.bias:
+    shapes["transformer.ln_f.bias"] = (D,)
+  for i in range(config.n_layer):
+    h = f"transformer.h.{i}."
+    if i:
+      shapes[h + "add_extra_pos_emb.pos_emb.weight"] = (T, D)
+    matrices = {
+      "attn.c_attn": (3 * D, D),
+      "attn.c_proj": (D, D),
+      "mlp.c_fc": (4 * D, D),
+      "mlp.c_proj": (D, 4 * D),
+      "ln_1": (D,),
+      "ln_2": (D,),
+    }
+    for name, shape in matrices.items():
+      shapes[h + name + ".weight"] = shape
+      if config.bias:
+        shapes[h + name + ".bias"] = shape[:1]
+    if config.attention != "dense":
+      shapes[h + "attn.span_params"] = (H,)
+    if config.attention == "span_wave":
+      shapes[h + "attn.triangle_wave.period_weight"] = (H,)
+      shapes[h + "attn.triangle_wave.ratio_weight"] = (H,)
+  return {
+    name: random.normal(size=shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wave", [False, True])
+def test_every_kind_of_model_fits_ours(bias, wave):
+  import jax
+
+  from adaptive_attention.model import Transformer
+
+  cfg = config(bias=bias, use_triangle_wave=wave)
+  params = weights.from_nanogpt(published(cfg), cfg)
+  ours = Transformer(cfg).init(jax.random.key(0), np.zeros((1, 6), int))
+  assert jax.tree.map(np.shape, params) == jax.tree.map(
+    np.shape, ours["params"]
+  )
+
+
+def test_the_settings():
+  cfg = config(
+    T=5,
+    bias=True,
+    softness=8,
+    use_triangle_wave=True,
+    period_min=3.0,
+    period_max=9.0,
+    span_reg=1e-5,
+    harmonics=7,
+    dropout=0.1,
+  )
+  assert cfg == ModelConfig(
+    vocab_size=11,
+    n_layer=2,
+    n_head=2,
+    width=8,
+    context_tokens=6,
+    attention="span_wave",
+    max_span=6,
+    ramp=8,
+    span_coef=1e-5,
+    period_min=3.0,
+    period_max=9.0,
+    harmonics=7,
+    dropout=0.1,
+    bias=True,
+  )
+  assert config().attention == "span"
+
+
+def test_settings_that_are_unknown_or_missing():
+  with pytest.raises(WeightsError, match="'n_haed' is unknown"):
+    config(n_haed=3)
+  with pytest.raises(WeightsError, match="'n_layer' is missing"):
+    weights.config_from_nanogpt(
+      {k: v for k, v in SETTINGS.items() if k != "n_layer"}
+    )
+
+
+def test_buffers_and_the_tied_output_layer_are_passed_over():
+  cfg = config(use_triangle_wave=True)
+  named = published(cfg)
+  more = {
+    "lm_head.weight": named["transformer.wte.weight"],
+    "transformer.h.0.attn.bias": np.ones((1, 1, 6, 6)),
+    "transformer.h.1.attn.base_relative_pos": np.ones((6, 6)),
+  }
+  np.testing.assert_equal(
+    weights.from_nanogpt(named | more, cfg), weights.from_nanogpt(named, cfg)
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "match"),
+  [
+    ("transformer.h.2.ln_1.weight", np.ones(8), "h.2.ln_1.weight' is unknown"),
+    ("transformer.h.0.attn.extra", np.ones(2), "attn.extra' is unknown"),
+    ("transformer.h.0.ln_1.bias", np.ones(8), "ln_1.bias' is unknown"),
+    (
+      "transformer.h.0.attn.triangle_wave.period_weight",
+      np.ones(2),
+      "period_weight' is unknown",
+    ),
+    ("transformer.ln_f.weight", None, "'transformer.ln_f.weight' is missing"),
+    ("transformer.h.1.attn.span_params", None, "span_params' is missing"),
+    ("transformer.wpe.weight", np.ones((7, 8)), r"\(7, 8\).*\(6, 8\)"),
+    ("transformer.h.0.attn.c_attn.weight", np.ones((8, 24)), "c_attn"),
+    ("lm_head.weight", np.ones((11, 8)), "tied"),
+  ],
+)
+def test_what_does_not_fit_is_named(name, value, match):
+  named = published(config())
+  if value is None:
+    del named[name]
+  else:
+    named[name] = value
+  with pytest.raises(WeightsError, match=match) as error:
+    weights.from_nanogpt(named, config())
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "param/"])
+def test_files_of_numpy(tmp_path, prefix):
+  cfg = config()
+  named = published(cfg)
+  path = tmp_path / "them.npz"
+  extra = {"model/logits": np.zeros(3)} if prefix else {}
+  np.savez(path, **{prefix + k: v for k, v in named.items()}, **extra)
+  np.testing.assert_equal(
+    weights.load(path, cfg), weights.from_nanogpt(named, cfg)
+  )
+
+
+def test_files_that_cannot_be_read(tmp_path):
+  (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no archive")
+  (tmp_path / "pickled.npz").write_bytes(b"\x80\x04.")
+  (tmp_path / "other.bin").write_bytes(b"")
+  for name in ("bad.npz", "pickled.npz", "other.bin", "none.npz"):
+    with pytest.raises(WeightsError, match=name) as error:
+      weights.load(tmp_path / name, config())
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_torch(tmp_path):
+  torch = pytest.importorskip("torch")
+  cfg = config()
+  named = published(cfg)
+  state = {f"_orig_mod.{k}": torch.tensor(v) for k, v in named.items()}
+  path = tmp_path / "ckpt.pt"
+  torch.save({"model": state, "iter_num": 3}, path)
+  np.testing.assert_equal(
+    weights.load(path, cfg), weights.from_nanogpt(named, cfg)
+  )
+  torch.save({"model": ModelConfig}, path)
+  with pytest.raises(WeightsError, match="cannot be read"):
+    weights.load(path, cfg)
+
+
+def test_golden_files_serve_as_they_are():
+  with np.load(GOLDEN / "periodic.npz") as file:
+    cfg = weights.config_from_nanogpt(json.loads(str(file["config"])))
+  params = weights.load(GOLDEN / "periodic.npz", cfg)
+  assert params["embed"]["embedding"].shape == (50, 32)
