@@ -40,7 +40,7 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
     sha256: of the content, if it is known already.
 
   Raises:
-    CorpusError: too few bytes, or sizes that do not add up.
+    CorpusError: too few bytes, sizes that do not add up, or an empty split.
   """
   if isinstance(content, bytes):
     content = np.frombuffer(content, np.uint8)
@@ -59,6 +59,11 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
     raise CorpusError(
       f"{name} has {total:,} bytes; expected {sum(sizes):,}, its splits "
       "together; give the whole file"
+    )
+  if min(sizes) < 1:
+    raise CorpusError(
+      f"{name} is to be split into {tuple(sizes)} bytes; expected at least one "
+      "in each; give other sizes"
     )
   train, valid, test = np.split(content, np.cumsum(sizes)[:-1])
   return Corpus(name, sha256 or sha256_of(content), train, valid, test)

@@ -1,6 +1,7 @@
 """enwik8: the first 100 MB of the English Wikipedia of 3 March 2006."""
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -59,22 +60,26 @@ def load(
     pauses_seconds: how long to wait before each further try.
 
   Raises:
-    CorpusError: it cannot be fetched, or what is there is not what it should
-      be. Files that were there are left as they were.
+    CorpusError: it cannot be fetched, the folder cannot be used, or what is
+      there is not what it should be. Files that were there are left as they
+      were.
   """
   folder = pathlib.Path(cache_dir)
-  folder.mkdir(parents=True, exist_ok=True)
   raw = folder / source.name
-  zipped = folder / f"{source.name}.zip"
-  # Two runs that start together fetch once.
-  with (folder / f"{source.name}.lock").open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+  try:
     if not raw.exists():
-      if not zipped.exists():
-        _fetch(source, zipped, log or (lambda line: None), pauses_seconds)
-      _check_zip(source, zipped)
-      _unpack(source, zipped, raw)
-  content = np.memmap(raw, np.uint8, mode="r") if raw.stat().st_size else b""
+      folder.mkdir(parents=True, exist_ok=True)
+      # Two runs that start together fetch once.
+      with (folder / f"{source.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not raw.exists():
+          _make(source, raw, log or (lambda line: None), pauses_seconds)
+    content = np.memmap(raw, np.uint8, mode="r") if raw.stat().st_size else b""
+  except OSError as error:
+    raise CorpusError(
+      f"{folder} cannot be used ({error}); expected a folder with room that "
+      "may be written; give another with --config.data.cache_dir"
+    ) from error
   digest = sha256_of(content)
   if digest != source.sha256:
     raise CorpusError(
@@ -84,11 +89,41 @@ def load(
   return split(source.name, content, source.sizes, digest)
 
 
+def _make(source, raw, log, pauses_seconds):
+  zipped = raw.with_name(raw.name + ".zip")
+  if not zipped.exists():
+    _fetch(source, zipped, log, pauses_seconds)
+  digest = _file_sha256(zipped)
+  if digest != source.zip_sha256:
+    raise CorpusError(
+      f"{zipped} has the sha256 {digest}; expected {source.zip_sha256}; remove "
+      "it to have it fetched again"
+    )
+  _unpack(source, zipped, raw)
+
+
+def _may_be_asked(url):
+  """Whether it is https, or a server on this machine."""
+  parts = urllib.parse.urlsplit(url)
+  return parts.scheme == "https" or (
+    parts.scheme == "http"
+    and parts.hostname in ("127.0.0.1", "::1", "localhost")
+  )
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+  def redirect_request(self, req, fp, code, msg, headers, newurl):
+    if not _may_be_asked(newurl):
+      msg = f"it redirects to {newurl}, which is not https"
+      raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
+    return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetch(source, target, log, pauses_seconds):
   """Downloads to `target`; what came of a broken try is gone on with."""
-  host = urllib.parse.urlsplit(source.url)
-  if host.scheme != "https" and host.hostname not in ("127.0.0.1", "localhost"):
-    raise CorpusError(f"{source.url} is not fetched; expected https")
+  by_hand = f"put {target.name} or {source.name} into {target.parent} yourself"
+  if not _may_be_asked(source.url):
+    raise CorpusError(f"{source.url} is not fetched; expected https; {by_hand}")
   part = target.with_name(target.name + ".part")
   for pause in (*pauses_seconds, None):
     try:
@@ -97,26 +132,25 @@ def _fetch(source, target, log, pauses_seconds):
     except urllib.error.HTTPError as error:
       if error.code == 416:  # the part is as long as the whole, or longer
         part.unlink(missing_ok=True)
-      reason, final = f"HTTP status {error.code}", 400 <= error.code < 500
-      final = final and error.code not in (408, 416, 429)
+      reason = f"HTTP status {error.code}, {error.msg}"
+      final = error.code < 500 and error.code not in (408, 416, 429)
     except (OSError, http.client.HTTPException) as error:
-      reason, final = str(error) or type(error).__name__, False
+      if getattr(error, "filename", None) or (
+        getattr(error, "errno", None) == errno.ENOSPC
+      ):
+        raise  # of the disk, and asking the server again does not help
+      told = str(getattr(error, "reason", error)) or type(error).__name__
+      reason, final = " ".join(told.split()), False
     if final or pause is None:
-      raise CorpusError(
-        f"{source.url} cannot be fetched ({reason}); put {target.name} or "
-        f"{source.name} into {target.parent} yourself"
-      )
+      raise CorpusError(f"{source.url} cannot be fetched ({reason}); {by_hand}")
     log(f"{source.url}: {reason}; again in {pause} s")
     time.sleep(pause)
-  if part.stat().st_size != source.zip_bytes or (
-    _file_sha256(part) != source.zip_sha256
-  ):
-    size, digest = part.stat().st_size, _file_sha256(part)
+  size, digest = part.stat().st_size, _file_sha256(part)
+  if (size, digest) != (source.zip_bytes, source.zip_sha256):
     part.unlink()
     raise CorpusError(
       f"{source.url} gave {size:,} bytes with the sha256 {digest}; expected "
-      f"{source.zip_bytes:,} with {source.zip_sha256}; put {target.name} into "
-      f"{target.parent} yourself"
+      f"{source.zip_bytes:,} with {source.zip_sha256}; {by_hand}"
     )
   part.replace(target)
 
@@ -128,7 +162,8 @@ def _fetch_once(source, part, log):
   request = urllib.request.Request(source.url)
   if have:
     request.add_header("Range", f"bytes={have}-")
-  with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+  opener = urllib.request.build_opener(_Redirects)
+  with opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
     if response.status != 206:  # the server sends the whole again
       have = 0
     told = have * 10 // source.zip_bytes
@@ -153,15 +188,6 @@ def _fetch_once(source, part, log):
 def _file_sha256(path):
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_zip(source, zipped):
-  digest = _file_sha256(zipped)
-  if digest != source.zip_sha256:
-    raise CorpusError(
-      f"{zipped} has the sha256 {digest}; expected {source.zip_sha256}; remove "
-      "it to have it fetched again"
-    )
 
 
 def _unpack(source, zipped, raw):
@@ -191,14 +217,7 @@ def _unpack(source, zipped, raw):
         f"expected {source.sha256}); remove it to have it fetched again"
       )
     part.replace(raw)
-  except (
-    OSError,
-    EOFError,
-    RuntimeError,  # an encrypted member
-    NotImplementedError,  # a compression that zipfile does not have
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
+  except (EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
     raise CorpusError(
       f"{zipped} cannot be unpacked ({error}); remove it to have it fetched "
       "again"

@@ -1,14 +1,15 @@
 """The text that every Python carries: the sources of its standard library."""
 
+import os
 import pathlib
 import sysconfig
 
 from data import Corpus, CorpusError, split
 
 CAP_BYTES = 8_000_000
-# Tests repeat themselves, installed packages differ between machines, and
-# tables of characters are not what one calls Python.
-_LEFT_OUT = {
+# Tests repeat themselves, tables of characters are not what one calls Python,
+# and packages and settings of a build differ between machines.
+_FOLDERS_LEFT_OUT = {
   "test",
   "tests",
   "idle_test",
@@ -18,32 +19,48 @@ _LEFT_OUT = {
   "pydoc_data",
   "__pycache__",
 }
+_FILES_LEFT_OUT = ("test_", "_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 def load() -> Corpus:
   """The .py files of the running Python's library, in the order of their paths.
 
-  Tests are left out; the first 8,000,000 bytes count. The splits are 90/5/5
-  per cent, so that training, validation and test are different files.
+  Tests and what belongs to one machine are left out, and of the rest the first
+  8,000,000 bytes count. The splits are 90/5/5 per cent, so training, validation
+  and test are different files, but for the one that lies across each cut.
 
   Raises:
-    CorpusError: this Python carries no sources.
+    CorpusError: this Python carries no sources, or they cannot be read.
   """
   folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
-  paths = sorted(
-    path.relative_to(folder)
-    for path in folder.rglob("*.py")
-    if not _LEFT_OUT & set(path.relative_to(folder).parts[:-1])
-    and not path.name.startswith("test_")
-  )
   content = bytearray()
-  for path in paths:
-    content += (folder / path).read_bytes() + b"\n"
-    if len(content) >= CAP_BYTES:
-      break
+  try:
+    for path in sorted(_paths(folder)):
+      content += (folder / path).read_bytes() + b"\n"
+      if len(content) >= CAP_BYTES:
+        break
+  except OSError as error:
+    raise CorpusError(
+      f"the sources of this Python cannot be read ({error}); give any text "
+      "with --config.data.path=FILE"
+    ) from error
   if not content:
     raise CorpusError(
       f"{folder} holds no .py files, as this Python carries no sources; give "
       "any text with --config.data.path=FILE"
     )
   return split("python_source", bytes(content[:CAP_BYTES]))
+
+
+def _paths(folder):
+  """The files that count, as paths from `folder` with forward slashes."""
+  for parent, folders, names in os.walk(folder):
+    # Not even entered: site-packages may hold more files than all the rest.
+    folders[:] = [
+      name
+      for name in folders
+      if name not in _FOLDERS_LEFT_OUT and not name.startswith("config-")
+    ]
+    for name in names:
+      if name.endswith(".py") and not name.startswith(_FILES_LEFT_OUT):
+        yield pathlib.Path(parent, name).relative_to(folder).as_posix()

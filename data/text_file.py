@@ -25,36 +25,43 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
       bytes, or more than `cap_bytes` unpacked.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise CorpusError(f"data.path={path} is no file; give a file of text")
   try:
-    with path.open("rb") as file:
-      start = file.read(6)
-    if start.startswith(b"\x1f\x8b"):
-      with gzip.open(path) as stream:
-        return split(path.name, _read(stream, path, cap_bytes))
-    if start == b"\xfd7zXZ\x00":
-      with lzma.open(path) as stream:
-        return split(path.name, _read(stream, path, cap_bytes))
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-      return split(path.name, _read_zip(path, cap_bytes))
-    if not start:
-      raise CorpusError(f"data.path={path} is empty; give a file of text")
-    return split(path.name, np.memmap(path, np.uint8, mode="r"))
+    content = _content(path, cap_bytes)
   except (
     OSError,
     EOFError,
-    RuntimeError,  # an encrypted member
-    NotImplementedError,  # a compression that zipfile does not have
+    RuntimeError,  # an encrypted member, an unknown compression
     lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
+    # What zipfile lets through of a damaged directory.
+    LookupError,
+    ValueError,
   ) as error:
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     raise CorpusError(
       f"data.path={path} cannot be read ({reason}); give a whole file that may "
       "be read"
     ) from error
+  return split(path.name, content)
+
+
+def _content(path, cap_bytes):
+  if not path.is_file():
+    raise CorpusError(f"data.path={path} is no file; give a file of text")
+  with path.open("rb") as file:
+    start = file.read(6)
+  if start.startswith(b"\x1f\x8b"):
+    with gzip.open(path) as stream:
+      return _read(stream, path, cap_bytes)
+  if start == b"\xfd7zXZ\x00":
+    with lzma.open(path) as stream:
+      return _read(stream, path, cap_bytes)
+  if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+    return _read_zip(path, cap_bytes)
+  if not start:
+    raise CorpusError(f"data.path={path} is empty; give a file of text")
+  return np.memmap(path, np.uint8, mode="r")
 
 
 def _read_zip(path, cap_bytes):
@@ -78,4 +85,4 @@ def _read(stream, path, cap_bytes):
         f"data.path={path} unpacks to more than {cap_bytes:,} bytes, the most "
         "that is held in memory; unpack it and give the raw file"
       )
-  return bytes(content)
+  return np.frombuffer(content, np.uint8)  # not copied: it may be gigabytes

@@ -1,5 +1,6 @@
 """Where the bytes come from, and what happens when they do not."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import gzip
@@ -7,7 +8,9 @@ import hashlib
 import http.server
 import io
 import lzma
+import sysconfig
 import threading
+import urllib.request
 import zipfile
 
 import numpy as np
@@ -35,6 +38,11 @@ def zipped(**members):
 ZIP = zipped(tiny=CONTENT)
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+  monkeypatch.setenv("no_proxy", "*")
+
+
 class Server(http.server.ThreadingHTTPServer):
   """Serves one body; remembers the Range headers and what it sent."""
 
@@ -44,6 +52,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.break_off_at = []  # of each request in turn
     self.statuses = []  # likewise, other than 200
     self.honours_range = True
+    self.redirect = None
 
   @property
   def url(self):
@@ -57,6 +66,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server.ranges.append(wanted)
     if server.statuses and (status := server.statuses.pop(0)) != 200:
       self.send_error(status)
+      return
+    if server.redirect:
+      self.send_response(302)
+      self.send_header("Location", server.redirect)
+      self.end_headers()
       return
     start = 0
     if wanted and server.honours_range:
@@ -80,7 +94,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(body):
   with Server(body) as server:
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
       yield server
@@ -239,8 +253,66 @@ def test_offline_is_one_sentence_that_says_where_to_put_the_file(tmp_path):
   assert f"put tiny.zip or tiny into {tmp_path} yourself" in message
 
 
-def test_plain_http_is_not_spoken_to_strangers(tmp_path):
-  refused(tmp_path, source("http://example.invalid/tiny.zip"), "expected https")
+@pytest.mark.parametrize(
+  "url", ["http://example.invalid/tiny.zip", "file://localhost/etc/hostname"]
+)
+def test_only_https_is_spoken_to_strangers(tmp_path, monkeypatch, url):
+  asked = []
+  monkeypatch.setattr(
+    urllib.request.OpenerDirector, "open", lambda *a, **k: asked.append(a)
+  )
+  refused(tmp_path, source(url), "expected https; put tiny.zip or tiny into")
+  assert not asked
+
+
+def test_nor_is_a_redirect_to_plain_http_followed(tmp_path):
+  with serve(ZIP) as server:
+    server.redirect = "http://example.invalid/tiny.zip"
+    refused(tmp_path, source(server.url), "redirects to .* is not https")
+    assert len(server.ranges) == 1
+
+
+def test_two_runs_at_once_fetch_and_unpack_once(tmp_path, monkeypatch):
+  unpacked, unpack = [], enwik8._unpack
+  monkeypatch.setattr(
+    enwik8, "_unpack", lambda *a: unpacked.append(a) or unpack(*a)
+  )
+  with serve(ZIP) as server:
+    wanted = source(server.url)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      corpora = list(pool.map(lambda _: load(tmp_path, wanted), range(4)))
+    assert len(server.ranges) == len(unpacked) == 1
+  assert {corpus.sha256 for corpus in corpora} == {sha256(CONTENT)}
+
+
+def test_progress_is_told_in_lines(tmp_path):
+  lines = []
+  with serve(ZIP) as server:
+    server.statuses = [500, 200]
+    wanted = source(server.url)
+    enwik8.load(tmp_path, source=wanted, log=lines.append, pauses_seconds=(0,))
+  assert "HTTP status 500" in lines[0]
+  assert f"{len(ZIP):,} of {len(ZIP):,} bytes" in lines[-1]
+  assert len(lines) <= 11
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path):
+  (tmp_path / "file").write_bytes(b"good")
+  refused_folder = r"cannot be used .*data\.cache_dir"
+  with pytest.raises(CorpusError, match=refused_folder):
+    load(tmp_path / "file", source("https://127.0.0.1:1/"))
+  assert (tmp_path / "file").read_bytes() == b"good"
+  (tmp_path / "tiny.zip.part").mkdir()  # so that it cannot be written
+  with serve(ZIP) as server:
+    refused(tmp_path, source(server.url), refused_folder)
+    assert len(server.ranges) == 1
+
+
+def test_a_good_raw_file_needs_no_lock_and_no_zip(tmp_path):
+  (tmp_path / "tiny").write_bytes(CONTENT)
+  (tmp_path / "tiny.zip").write_bytes(b"bad")
+  load(tmp_path, source("https://127.0.0.1:1/"))
+  assert {p.name for p in tmp_path.iterdir()} == {"tiny", "tiny.zip"}
 
 
 def test_the_real_source_is_whole():
@@ -253,9 +325,41 @@ def test_python_source_is_the_same_twice_and_bounded():
   assert first.sha256 == second.sha256
   total = len(first.train) + len(first.valid) + len(first.test)
   assert 1_000_000 < total <= python_source.CAP_BYTES
-  assert b"import unittest\n" not in first.valid.tobytes()
   # Python, and not the tables of characters.
   assert first.train.tobytes().count(b"def ") > 5_000
+
+
+def test_python_source_takes_the_library_and_no_more(tmp_path, monkeypatch):
+  monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+  with pytest.raises(CorpusError, match=r"no \.py files.*data\.path") as error:
+    python_source.load()
+  assert "\n" not in str(error.value)
+  for name in (
+    "b.py",
+    "a/test/c.py",
+    "a/tests/c.py",
+    "a/idle_test/c.py",
+    "a/d.py",
+    "a/test_d.py",
+    "a.txt",
+    "site-packages/e.py",
+    "encodings/f.py",
+    "config-3/g.py",
+    "_sysconfigdata_x.py",
+    "sitecustomize.py",
+  ):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f"# {name}".ljust(99))
+  wanted = b"".join(
+    f"# {n}".ljust(99).encode() + b"\n" for n in ("a/d.py", "b.py")
+  )
+  assert python_source.load().sha256 == sha256(wanted)
+  monkeypatch.setattr(python_source, "CAP_BYTES", 150)
+  assert python_source.load().sha256 == sha256(wanted[:150])
+  (tmp_path / "a/d.py").unlink()
+  (tmp_path / "a/d.py").symlink_to("gone")
+  with pytest.raises(CorpusError, match="cannot be read"):
+    python_source.load()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +386,24 @@ def test_text_files_of_each_kind(tmp_path, name, content):
     corpus.train[0] = 0
 
 
+def damaged(changes):
+  """A stored zip with other bytes at offsets into its list of members."""
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w") as archive:
+    archive.writestr("tiny", CONTENT)
+  body = bytearray(file.getvalue())
+  start = body.index(b"PK\x01\x02")
+  for offset, value in changes.items():
+    body[start + offset : start + offset + len(value)] = value
+  return bytes(body)
+
+
+ENCRYPTED = damaged({8: b"\x01"})
+ENDLESS = damaged({20: b"\xff\xff\xff\x7f" * 2})  # both of its sizes
+MISNAMED = damaged({8: b"\x00\x08", 46: b"\xff"})  # no utf-8, but said to be
+NAMELESS = damaged({46: bytes(1)})
+
+
 @pytest.mark.parametrize(
   ("content", "match"),
   [
@@ -290,10 +412,17 @@ def test_text_files_of_each_kind(tmp_path, name, content):
     (b"short", "at least 100"),
     (gzip.compress(CONTENT)[:-9], "cannot be read"),
     (gzip.compress(CONTENT)[:100] + b"?" * 100, "cannot be read"),
+    (gzip.compress(CONTENT)[:-8] + bytes(8), "cannot be read .*CRC"),
+    (gzip.compress(CONTENT)[:10] + b"\xff" * 99, "cannot be read .*block type"),
     (lzma.compress(CONTENT)[:-9], "cannot be read"),
+    (lzma.compress(CONTENT)[:9] + b"\xff" * 99, "cannot be read .*orrupt"),
     (ZIP[:-30], "cannot be read"),
     (zipped(a=CONTENT, b=b"x"), "holds 2 members"),
     (zipped(), "holds 0 members"),
+    (ENCRYPTED, "encrypted"),
+    (ENDLESS, "EOFError"),
+    (MISNAMED, "cannot be read .*codec"),
+    (NAMELESS, "cannot be read"),
     (gzip.compress(CONTENT * 3), "more than 100,000 bytes"),
     (zipped(a=CONTENT * 3), "more than 100,000 bytes"),
   ],
@@ -323,6 +452,25 @@ def test_the_splits_are_the_content(total):
   assert corpus.sha256 == sha256(content.tobytes())
 
 
-def test_sizes_must_add_up():
-  with pytest.raises(CorpusError, match="expected 50,001"):
-    split("x", CONTENT, sizes=(50_000, 1, 0))
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(98, 500))
+def test_explicit_sizes_are_kept(train, valid, test):
+  sizes = train, valid, test
+  content = bytes(i % 251 for i in range(sum(sizes)))
+  corpus = split("x", content, sizes)
+  parts = corpus.train, corpus.valid, corpus.test
+  assert tuple(map(len, parts)) == sizes
+  assert b"".join(part.tobytes() for part in parts) == content
+
+
+@pytest.mark.parametrize(
+  ("sizes", "match"),
+  [
+    ((50_000, 1, 0), "expected 50,001"),
+    ((60_000, -10_000, 0), "at least one"),
+    ((49_999, 1, 0), "at least one"),
+  ],
+)
+def test_sizes_must_add_up_and_leave_none_empty(sizes, match):
+  with pytest.raises(CorpusError, match=match) as error:
+    split("x", CONTENT, sizes)
+  assert "\n" not in str(error.value)

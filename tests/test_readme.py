@@ -1,0 +1,96 @@
+"""What README says to type works."""
+
+import pathlib
+import re
+import shlex
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+  """The lines of main.py, comments and continued lines put together."""
+  for block in blocks("sh"):
+    for line in block.replace("\\\n", " ").splitlines():
+      words = shlex.split(line, comments=True)
+      if "main.py" in words:
+        yield words[words.index("main.py") + 1 :]
+
+
+def test_the_two_commands_come_first():
+  first, second = blocks("sh")[:2]
+  install = "pip install -r requirements.txt"
+  assert first.strip() == (
+    f"{install} && python main.py --config configs/quickstart.py"
+  )
+  assert second.strip() == (
+    f"{install} -r requirements-dev.txt && python -m pytest"
+  )
+
+
+def test_commands_run(main, text, tmp_path):
+  """Each as it stands, made short and turned to the test's own folders."""
+  short = [
+    "--config.steps=2",
+    "--config.batch_size=2",
+    "--config.model.n_layer=1",
+    "--config.model.width=16",
+    "--config.model.context_tokens=64",
+    f"--config.data.path={text}",
+  ]
+  ran = 0
+  for flags in commands():
+    mode = next((f for f in flags if f.startswith("--mode=")), "--mode=train")
+    # All runs share a folder of their config's name under the test's own.
+    if mode == "--mode=eval":
+      flags = [f.replace("runs/", f"{tmp_path}/") for f in flags]
+    else:
+      name = pathlib.Path(
+        next(f for f in flags if f.startswith("configs/"))
+      ).stem
+      flags = [f for f in flags if not f.startswith(("--workdir", "runs/"))]
+      flags += short
+      if mode == "--mode=train":
+        own = "mine" if "--config.data.path=book.txt.gz" in flags else name
+        flags.append(f"--workdir={tmp_path / own}")
+    code, _, err = main(*flags)
+    assert code == 0, (flags, err)
+    ran += 1
+  assert ran == 8
+
+
+def test_the_module_example_is_as_it_says():
+  example = blocks("python")[0]
+  names = {}
+  exec(example, names)
+  assert len(example.split("\n\n")[1].strip().splitlines()) <= 6
+  layer = names["Layer"]()
+  x_BTD = jnp.ones((2, 5, 32))
+  params = layer.init(jax.random.key(0), x_BTD)
+  assert isinstance(layer, nn.Module)
+  assert layer.apply(params, x_BTD).shape == (2, 5, 32)
+
+
+def test_the_attend_example_is_as_it_says():
+  q_BTHK = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 4)))
+  q_BTHK = q_BTHK.astype(jnp.float32)
+  names = {"q_BTHK": q_BTHK, "k_BSHK": q_BTHK, "v_BSHK": q_BTHK}
+  exec(blocks("python")[1], names)
+  assert names["out_BTHK"].shape == (1, 5, 2, 4)
+
+
+def test_files_and_flags_that_readme_names_exist():
+  for path in re.findall(r"\]\(([\w/.]+)\)", README):
+    assert (ROOT / path).exists(), path
+  settings = (ROOT / "configs" / "base.py").read_text()
+  for name in re.findall(r"--config\.([\w.]+)", README):
+    assert f"config.{name} =" in settings, name
