@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from adaptive_attention import masks
+from adaptive_attention.attention import blocked
 from adaptive_attention.model import ModelConfig
 
 
@@ -26,23 +27,32 @@ def open_pairs(mask: masks.Mask, T: int) -> np.ndarray:
   return open_HT.astype(np.int64) @ (T - np.arange(T, dtype=np.int64))
 
 
+def computed_pairs(mask: masks.Mask, T: int, implementation: str):
+  """(H,) integers: the pairs of a sequence of T tokens that are computed."""
+  match implementation:
+    case "reference":
+      return np.full(len(mask.span), T * T, np.int64)
+    case "blocked" | "auto":
+      return np.asarray(blocked.computed_pairs(mask, T, T), np.int64)
+
+
 def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:
   """Multiply-adds per token of attention, over all layers and heads.
 
   Returns:
     dense: all causal pairs; open: those that the masks leave open; computed:
-    those that the implementation touches.
+    those that the implementation computes.
   """
   macs_per_pair = 2 * config.width // config.n_head
   heads = config.n_layer * config.n_head
-  opened = sum(int(open_pairs(mask, T).sum()) for mask in layers)
   pairs = {
     "dense": heads * T * (T + 1) // 2,
-    "open": opened,
-    # The reference computes the whole square.
-    "computed": heads * T * T,
+    "open": sum(open_pairs(mask, T).sum() for mask in layers),
+    "computed": sum(
+      computed_pairs(mask, T, config.implementation).sum() for mask in layers
+    ),
   }
-  return {name: macs_per_pair * n / T for name, n in pairs.items()}
+  return {name: float(macs_per_pair * n / T) for name, n in pairs.items()}
 
 
 def train_flops_per_token(config: ModelConfig, T: int) -> float:

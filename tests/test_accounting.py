@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import accounting, masks
+from adaptive_attention.attention import blocked
 from adaptive_attention.model import ModelConfig, Transformer, mask_params
 
 CONFIG = ModelConfig(
@@ -32,7 +33,8 @@ def test_open_pairs_are_counted_one_by_one(T, integer):
 def test_multiply_adds_per_token():
   T = 20
   mask = masks.Mask(jnp.array([0.0, 1e6]), 1.0)  # itself alone, and all
-  macs = accounting.attention_macs_per_token([mask] * 3, CONFIG, T)
+  config = dataclasses.replace(CONFIG, implementation="reference")
+  macs = accounting.attention_macs_per_token([mask] * 3, config, T)
   K = 8
   assert macs == {
     "dense": 3 * 2 * 2 * K * (T + 1) / 2,
@@ -55,7 +57,11 @@ def test_parameters_are_those_of_the_model(attention):
 def test_flops_are_those_the_compiler_counts():
   """Within what norms, activations and the loss add to the products."""
   config = dataclasses.replace(
-    CONFIG, width=128, context_tokens=64, attention="dense"
+    CONFIG,
+    width=128,
+    context_tokens=64,
+    attention="dense",
+    implementation="reference",
   )
   model = Transformer(config)
   tokens = jnp.zeros((2, 64), int)
@@ -65,3 +71,47 @@ def test_flops_are_those_the_compiler_counts():
   extra = 2 * 128 * 3 * (64 - 65 / 2)
   forward = accounting.train_flops_per_token(config, 64) / 3 + 2 * extra
   assert 1.0 < cost["flops"] / (forward * 2 * 64) < 1.15
+
+
+def tiles_with_open_pairs(mask, T, tile):
+  """(H,) pairs of all tiles of the band that hold an open one, by looking."""
+  d_TS = np.arange(T)[:, None] - np.arange(T)
+  open_HTS = np.asarray(masks.is_open(mask, np.abs(d_TS))) & (d_TS >= 0)
+  padded = -(-T // tile) * tile
+  whole = np.zeros((len(open_HTS), padded, padded), bool)
+  whole[:, :T, :T] = open_HTS
+  tiles = whole.reshape(len(whole), padded // tile, tile, padded // tile, tile)
+  return tiles.any((2, 4)).sum((1, 2)) * tile**2
+
+
+@pytest.mark.parametrize("T", [1, 64, 200, 700])
+def test_the_band_computes_just_the_tiles_that_hold_an_open_pair(T):
+  spans = jnp.array([0.0, 3.0, 50.0, 100.0, 333.3, 1e4])
+  mask = masks.Mask(spans, 8.0)
+  np.testing.assert_array_equal(
+    accounting.computed_pairs(mask, T, "blocked"),
+    tiles_with_open_pairs(mask, T, blocked.tile_size(T)),
+  )
+
+
+@pytest.mark.parametrize("T", [700, 1500])
+def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
+  """Queries and keys of each class, cut into tiles of their own."""
+  tile, P = blocked.tile_size(T), 4
+  wave = masks.Wave(jnp.array([4.0]), jnp.array([-0.2]), integer=True)
+  mask = masks.Mask(jnp.array([1e4]), 8.0, wave)
+  d_TS = np.arange(T)[:, None] - np.arange(T)
+  open_TS = np.asarray(masks.is_open(mask, np.abs(d_TS)))[0] & (d_TS >= 0)
+  expected = 0
+  for a in range(P):
+    for c in range(P):
+      part = open_TS[a::P, c::P]
+      size = -(-max(part.shape) // tile) * tile
+      whole = np.zeros((size, size), bool)
+      whole[: part.shape[0], : part.shape[1]] = part
+      tiles = whole.reshape(size // tile, tile, size // tile, tile)
+      expected += tiles.any((1, 3)).sum() * tile**2
+  computed = accounting.computed_pairs(mask, T, "blocked")
+  assert computed[0] < tiles_with_open_pairs(mask, T, tile)[0]
+  # The classes' last tiles are counted whole where one class ends earlier.
+  np.testing.assert_allclose(computed[0], expected, rtol=0.15)

@@ -5,10 +5,10 @@ import logging
 
 import jax.numpy as jnp
 
-from adaptive_attention.attention import reference
+from adaptive_attention.attention import blocked, reference
 from adaptive_attention.masks import Mask
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("blocked", "reference")
 
 
 def attend(
@@ -40,7 +40,8 @@ def attend(
     dropout_rate: static; the share of attention weights to drop, in [0, 1).
     dropout_seed: uint32 scalar; which ones is a pure function of
       (seed, b, h, t, s), the same for every implementation.
-    implementation: "reference", or None for the best one that serves.
+    implementation: "blocked" (only tiles that hold an open pair), "reference"
+      (all pairs), or None for the best one that serves.
 
   Returns:
     (B, T, H, K) in the dtype of q. Differentiable in q, k, v and the arrays of
@@ -54,11 +55,13 @@ def attend(
     q_BTHK, k_BSHK, v_BSHK, mask, memory, first_key, dropout_rate, dropout_seed
   )
   if implementation is None:
-    implementation = "reference"
+    implementation = IMPLEMENTATIONS[0]
     _say_once(implementation)
   match implementation:
     case "reference":
       run = reference.attend
+    case "blocked":
+      run = blocked.attend
     case _:
       raise ValueError(
         f"implementation={implementation!r} is unknown; choose one of "
