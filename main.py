@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder; runs/NAME for --config configs/NAME.py."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "plan"], "What to do."
+  "mode", "train", ["train", "eval", "plan", "bench"], "What to do."
 )
 _STEP = flags.DEFINE_string(
   "step", None, "The checkpoint to use: latest (if not given), best or N."
@@ -37,6 +37,7 @@ def main() -> int:
   """Runs the verb; returns the exit code, an error said in one sentence."""
   # Imported after the flags were read, so that a wrong one is told at once.
   from adaptive_attention import (
+    benchmark,
     checkpoint,
     evaluate,
     logbook,
@@ -56,6 +57,8 @@ def main() -> int:
     if mode == "train":
       corpus = _corpus(config)
       settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
+    if mode == "bench":  # one call at a time is what is timed
+      config.cpu_devices = config.cpu_devices or 1
     parallel.start(config)
     step = None
     if mode == "eval" or (mode == "plan" and not _config_given()):
@@ -77,12 +80,15 @@ def main() -> int:
         )
       case "plan":
         plan.run(config)
+      case "bench":
+        benchmark.run(config, _workdir())
   except settings.SettingsError as error:
     return _fail(error, 2)
   except train.Stopped as stopped:
     return _fail(stopped, stopped.exit_code)
   except (
     CorpusError,
+    benchmark.BenchmarkError,
     checkpoint.CheckpointError,
     evaluate.EvaluationError,
     logbook.LogbookError,
@@ -105,6 +111,8 @@ def _config_given() -> bool:
 def _workdir() -> pathlib.Path:
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value)
+  if _MODE.value == "bench":
+    return pathlib.Path("runs/bench")
   return pathlib.Path("runs") / pathlib.Path(_config_path()).stem
 
 
@@ -115,7 +123,9 @@ def _config_path() -> str:
 def _check_flags(settings):
   """Each verb has what it needs, and nothing that it would pass over."""
   mode = _MODE.value
-  if not _config_given() and (mode == "train" or not _WORKDIR.value):
+  if not _config_given() and (
+    mode == "train" or (mode in ("eval", "plan") and not _WORKDIR.value)
+  ):
     needed = {
       "train": "--config=FILE, the experiment, a file of configs/",
       "eval": "--workdir=DIR, the folder of a run",
@@ -126,6 +136,7 @@ def _check_flags(settings):
     "train": {"step"},
     "eval": {"step", "split", "protocol"},
     "plan": {"step"},
+    "bench": set(),
   }
   for name in ("step", "split", "protocol"):
     if flags.FLAGS[name].present and name not in used[mode]:

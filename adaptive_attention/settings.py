@@ -28,6 +28,7 @@ _LEAST = {
   "cpu_devices": 0,
   "process_count": 0,
   "process_index": -1,
+  "bench.repeats": 1,
   "optimizer.learning_rate": 0,
   "optimizer.min_learning_rate": 0,
   "optimizer.warmup_steps": 0,
@@ -88,6 +89,12 @@ def check(config):
     "model.vocab_size",
     config.model.vocab_size,
     "at least 256, as the data are bytes",
+  )
+  _require(
+    config.bench.compare in ("", "torch"),
+    "bench.compare",
+    config.bench.compare,
+    "torch, or nothing",
   )
   corpora = ("enwik8", "python_source")
   _require(

@@ -104,4 +104,14 @@ def get_config() -> ConfigDict:
   # Spans and waves learn this many times as fast as the rest.
   config.optimizer.mask_lr_multiplier = 1.0
 
+  config.bench = ConfigDict()
+  # "torch" times PyTorch's attention beside ours, where it is installed.
+  config.bench.compare = ""
+  # A trained run whose spans to time, in place of the named shapes.
+  config.bench.checkpoint = ""
+  # Some of the shapes, parted by ";"; all if empty.
+  config.bench.shapes = ""
+  # Timed turns of each; the median is told.
+  config.bench.repeats = 7
+
   return config.lock()

@@ -13,7 +13,7 @@ LAYERS = (
   {"model"},
   {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
   | {"checkpoint", "settings", "weights", "steps"},
-  {"evaluate", "plan"},
+  {"benchmark", "evaluate", "plan"},
   {"train"},
 )
 # Within a layer only these: what they build on.

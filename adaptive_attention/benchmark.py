@@ -1,0 +1,361 @@
+"""Time and memory of attention on named shapes, side by side in one run.
+
+Machines are noisy: what is compared runs in turns, and medians are told.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import (
+  accounting,
+  checkpoint,
+  logbook,
+  parallel,
+  steps,
+)
+from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.masks import Mask, Wave
+from adaptive_attention.model import ModelConfig, mask_params
+
+_HEADS, _HEAD_WIDTH = 8, 64
+_LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
+_MOST_LOGITS_BYTES = 4 << 30  # of all T x S pairs, held several times over
+
+
+class BenchmarkError(Exception):
+  """A comparison that cannot be made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A call of attention: B sequences of T tokens, 8 heads of width 64.
+
+  Attributes:
+    spans: (H,) z in tokens; None for plain causal attention.
+    period: an integer period with one residue open, or None.
+  """
+
+  name: str
+  B: int
+  T: int
+  spans: tuple[float, ...] | None
+  period: float | None = None
+
+  def mask(self):
+    if self.spans is None:
+      return None
+    H = len(self.spans)
+    wave = None
+    if self.period:
+      # r = -1/4 leaves just the crests above zero.
+      wave = Wave(
+        jnp.full(H, self.period), jnp.full(H, -0.25), None, integer=True
+      )
+    return Mask(jnp.array(self.spans), wave=wave)
+
+
+SHAPES = (
+  Shape("512", 4, 512, (*_LEARNED, 256.0)),
+  Shape("2048", 2, 2048, (*_LEARNED, 1024.0)),
+  Shape("8192", 1, 8192, (*_LEARNED, 4096.0)),
+  Shape("8192 first spans", 1, 8192, (*_LEARNED, 256.0)),
+  Shape("2048 first spans", 1, 2048, (*_LEARNED, 256.0)),
+  Shape("8192 spans 4096", 1, 8192, (4096.0,) * 8),
+  Shape("8192 spans 4096, period 4", 1, 8192, (4096.0,) * 8, 4.0),
+)
+STEPS = (("step 4 x 512", 4, 512), ("step 1 x 2048", 1, 2048))
+
+
+@dataclasses.dataclass
+class _Runner:
+  """Something to time: call it, then see when it is done."""
+
+  case: str
+  name: str
+  call: object
+  compile_seconds: float = 0.0
+  temporary_bytes: int | None = None
+  pairs: dict | None = None
+  seconds: list = dataclasses.field(default_factory=list)
+
+  def row(self):
+    return {
+      "case": self.case,
+      "run": self.name,
+      "median_ms": 1e3 * float(np.median(self.seconds)),
+      "fastest_ms": 1e3 * min(self.seconds),
+      "compile_seconds": self.compile_seconds,
+      "temporary_bytes": self.temporary_bytes,
+      **(self.pairs or {}),
+    }
+
+
+def _compiled(case, name, function, *args, pairs=None):
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*args).compile()
+  return _Runner(
+    case,
+    name,
+    lambda: jax.block_until_ready(compiled(*args)),
+    time.perf_counter() - start,
+    compiled.memory_analysis().temp_size_in_bytes,
+    pairs,
+  )
+
+
+def _arrays(shape):
+  random = np.random.default_rng(0)
+  size = (shape.B, shape.T, _HEADS, _HEAD_WIDTH)
+  return [random.standard_normal(size, np.float32) for _ in range(4)]
+
+
+def _attention_runners(shape, implementation):
+  """Forward, and forward with all gradients."""
+  q, k, v, d_out = map(jnp.asarray, _arrays(shape))
+  mask = shape.mask()
+  run = functools.partial(attend, implementation=implementation)
+
+  def backward(q, k, v, mask, d_out):
+    out, pull = jax.vjp(run, q, k, v, mask)
+    return out, pull(d_out)
+
+  T = shape.T
+  pairs = {
+    "open_pairs": T * (T + 1) // 2 * _HEADS
+    if mask is None
+    else int(accounting.open_pairs(mask, T).sum()),
+    "computed_pairs": T * T * _HEADS
+    if mask is None
+    else int(accounting.computed_pairs(mask, T, implementation).sum()),
+  }
+  name = implementation
+  return [
+    _compiled(shape.name, f"{name} forward", run, q, k, v, mask, pairs=pairs),
+    _compiled(
+      shape.name, f"{name} both", backward, q, k, v, mask, d_out, pairs=pairs
+    ),
+  ]
+
+
+def _torch_runners(shape):
+  """PyTorch's dense causal attention, and FlexAttention under the masks."""
+  try:
+    import torch
+    from torch.nn.attention import flex_attention
+  except ImportError as error:
+    raise BenchmarkError(
+      "config.bench.compare=torch needs PyTorch; pip install torch, or leave "
+      "it empty"
+    ) from error
+  q, k, v, d_out = (
+    torch.tensor(x).transpose(1, 2).contiguous() for x in _arrays(shape)
+  )
+  dense = functools.partial(
+    torch.nn.functional.scaled_dot_product_attention, is_causal=True
+  )
+  leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+  def forward():
+    with torch.no_grad():
+      dense(q, k, v)
+
+  def both():
+    torch.autograd.grad(dense(*leaves), leaves, d_out)
+
+  runners = [
+    _Runner(shape.name, "torch dense causal forward", forward),
+    _Runner(shape.name, "torch dense causal both", both),
+  ]
+  if shape.spans is not None and shape.period is None:
+    runners += _flex_runner(torch, flex_attention, shape, q, k, v)
+  return runners
+
+
+def _flex_runner(torch, flex_attention, shape, q, k, v):
+  """Forward alone: FlexAttention has no backward pass on a CPU."""
+  spans_H, ramp = torch.tensor(shape.spans), 32.0
+
+  def open_pair(b, h, t, s):
+    return (t >= s) & (t - s < spans_H[h] + ramp)
+
+  def weighted(score, b, h, t, s):
+    weight = (spans_H[h] + ramp - (t - s)) / ramp
+    return score + torch.log(torch.clamp(weight, 1e-6, 1.0))
+
+  start = time.perf_counter()
+  try:
+    blocks = flex_attention.create_block_mask(
+      open_pair, None, _HEADS, shape.T, shape.T, device="cpu"
+    )
+    run = torch.compile(flex_attention.flex_attention)
+
+    def forward():
+      with torch.no_grad():
+        run(q, k, v, score_mod=weighted, block_mask=blocks)
+
+    forward()
+  except Exception as error:  # of a compiler that may be missing or refuse
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    logbook.say(f"{shape.name}: FlexAttention does not run here ({reason})")
+    return []
+  return [
+    _Runner(
+      shape.name,
+      "torch FlexAttention forward",
+      forward,
+      time.perf_counter() - start,
+    )
+  ]
+
+
+def _step_runner(config, name, B, T, implementation):
+  """A whole training step of four layers, dropout, spans and wave on."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.batch_size, config.accumulation_steps = B, 1
+    config.model.update(
+      n_layer=4,
+      n_head=_HEADS,
+      width=_HEADS * _HEAD_WIDTH,
+      context_tokens=T,
+      max_span=T,
+      attention="span_wave",
+      dropout=0.2,
+      implementation=implementation,
+    )
+  state = [parallel.replicate(jax.device_get(steps.init_state(config)))]
+  shapes = steps.batch_shapes(config)
+  inputs = [np.zeros(s.shape, s.dtype) for s in shapes]
+  start = time.perf_counter()
+  step, memory = parallel.compile_step(
+    steps.make_train_step(config), state[0], *shapes
+  )
+
+  def call():  # the state is donated
+    state[0], metrics = step(state[0], *inputs)
+    jax.block_until_ready((state[0], metrics))
+
+  return _Runner(
+    name,
+    f"{implementation} step",
+    call,
+    time.perf_counter() - start,
+    memory["temporary"],
+  )
+
+
+def _learned_shapes(folder):
+  """The layers of a trained run, as shapes of their own spans."""
+  with checkpoint.Checkpoints(folder) as saved:
+    step = saved.resolve("latest")
+    params, meta = saved.restore_params(step)
+  config = ModelConfig(**meta["config"]["model"])
+  return [
+    Shape(
+      f"layer {i} of step {step}",
+      1,
+      config.context_tokens,
+      tuple(float(z) for z in np.asarray(mask.span)),
+    )
+    for i, mask in enumerate(mask_params(params, config))
+  ]
+
+
+def _time(runners, repeats):
+  """All of them once to warm up, then in turns."""
+  for turn in range(repeats + 1):
+    for runner in runners:
+      start = time.perf_counter()
+      runner.call()
+      if turn:
+        runner.seconds.append(time.perf_counter() - start)
+
+
+def run(config, workdir):
+  """Times every shape by every implementation; a table, and bench.json.
+
+  Args:
+    config: `bench` says what to compare with, how often, and on which shapes.
+    workdir: the folder for bench.json, made if absent.
+
+  Raises:
+    BenchmarkError: a shape that there is not, or PyTorch is missing.
+  """
+  settings = config.bench
+  shapes = list(SHAPES)
+  if settings.checkpoint:
+    shapes = _learned_shapes(settings.checkpoint)
+  names = [shape.name for shape in shapes] + [name for name, *_ in STEPS]
+  wanted = settings.shapes.split(";") if settings.shapes else names
+  for name in wanted:
+    if name not in names:
+      raise BenchmarkError(
+        f"config.bench.shapes has {name!r}; expected some of {names}, "
+        "parted by ;"
+      )
+  rows = []
+  for shape in shapes:
+    if shape.name in wanted:
+      rows += _bench_shape(shape, settings)
+  for name, B, T in STEPS:
+    if name in wanted and not settings.checkpoint:
+      runners = [
+        _step_runner(config, name, B, T, implementation)
+        for implementation in IMPLEMENTATIONS
+      ]
+      _time(runners, settings.repeats)
+      rows += _say_rows([runner.row() for runner in runners])
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  logbook.write_json(
+    workdir / "bench.json",
+    {"environment": logbook.environment(), "rows": rows},
+  )
+  logbook.say(f"written to {workdir / 'bench.json'}")
+
+
+def _bench_shape(shape, settings):
+  runners = []
+  for implementation in IMPLEMENTATIONS:
+    logits = 4 * shape.B * _HEADS * shape.T**2
+    if implementation == "reference" and logits > _MOST_LOGITS_BYTES // 2:
+      logbook.say(
+        f"{shape.name}: reference is left out, as its logits alone are "
+        f"{logbook.bytes_text(logits)}"
+      )
+      continue
+    runners += _attention_runners(shape, implementation)
+  if settings.compare == "torch":
+    runners += _torch_runners(shape)
+  _time(runners, settings.repeats)
+  return _say_rows([runner.row() for runner in runners])
+
+
+def _say_rows(rows):
+  """A table of one case, each row beside the slowest of its kind."""
+  for row in rows:
+    kind = row["run"].split()[-1]
+    slowest = max(r["median_ms"] for r in rows if r["run"].split()[-1] == kind)
+    memory = row["temporary_bytes"]
+    text = (
+      f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.1f} ms  "
+      f"{row['median_ms'] / slowest:5.2f} x  compiled in "
+      f"{row['compile_seconds']:5.1f} s"
+    )
+    if memory is not None:
+      text += f"  temporary {logbook.bytes_text(memory)}"
+    if "computed_pairs" in row:
+      text += f"  computed / open {_ratio(row):.2f}"
+    logbook.say(text)
+  return rows
+
+
+def _ratio(row):
+  return row["computed_pairs"] / max(row["open_pairs"], 1) or math.nan
