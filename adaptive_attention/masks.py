@@ -100,13 +100,24 @@ def triangle_wave(distance, period_H, harmonics=None):
   return _triangle(distance, period_H, period_H, harmonics)
 
 
+def _from_nearest_multiple(d, period):
+  """d - n P for the nearest n: at most half a period either way.
+
+  n P itself would lose the digits of large distances. P is taken as a sum of
+  two: n times the first, of 11 bits, is exact up to n = 8192. d / P may round
+  to the wrong side of a trough, so what is left is looked at once more.
+  """
+  n = jax.lax.stop_gradient(jnp.round(d / period))
+  coarse = jax.lax.stop_gradient(jax.lax.reduce_precision(period, 8, 10))
+  rest = (d - n * coarse) - n * (period - coarse)
+  return rest - period * jax.lax.stop_gradient(jnp.round(rest / period))
+
+
 def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
   d = jnp.asarray(distance, jnp.float32)
   amplitude = _per_head(amplitude_period_H, d) / 4
   period = _per_head(phase_period_H, d)
-  # The nearest tooth is taken off first: the rest is at most half a period,
-  # so that neither dist nor cos loses digits at large distances.
-  rest = d - period * jax.lax.stop_gradient(jnp.round(d / period))
+  rest = _from_nearest_multiple(d, period)
   if harmonics is None:
     return amplitude - jnp.abs(rest)
   series = sum(
