@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from adaptive_attention import masks
-from adaptive_attention.attention import blocked
+from adaptive_attention.attention import tiles
 from adaptive_attention.model import ModelConfig
 
 
@@ -33,7 +33,7 @@ def computed_pairs(mask: masks.Mask, T: int, implementation: str):
     case "reference":
       return np.full(len(mask.span), T * T, np.int64)
     case "blocked" | "auto":
-      return np.asarray(blocked.computed_pairs(mask, T, T), np.int64)
+      return np.asarray(tiles.computed_pairs(mask, T, T), np.int64)
 
 
 def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import accounting, masks
-from adaptive_attention.attention import blocked
+from adaptive_attention.attention import tiles
 from adaptive_attention.model import ModelConfig, Transformer, mask_params
 
 CONFIG = ModelConfig(
@@ -80,8 +80,8 @@ def tiles_with_open_pairs(mask, T, tile):
   padded = -(-T // tile) * tile
   whole = np.zeros((len(open_HTS), padded, padded), bool)
   whole[:, :T, :T] = open_HTS
-  tiles = whole.reshape(len(whole), padded // tile, tile, padded // tile, tile)
-  return tiles.any((2, 4)).sum((1, 2)) * tile**2
+  cut = whole.reshape(len(whole), padded // tile, tile, padded // tile, tile)
+  return cut.any((2, 4)).sum((1, 2)) * tile**2
 
 
 @pytest.mark.parametrize("T", [1, 64, 200, 700])
@@ -90,14 +90,14 @@ def test_the_band_computes_just_the_tiles_that_hold_an_open_pair(T):
   mask = masks.Mask(spans, 8.0)
   np.testing.assert_array_equal(
     accounting.computed_pairs(mask, T, "blocked"),
-    tiles_with_open_pairs(mask, T, blocked.tile_size(T)),
+    tiles_with_open_pairs(mask, T, tiles.tile_size(T)),
   )
 
 
 @pytest.mark.parametrize("T", [700, 1500])
 def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
   """Queries and keys of each class, cut into tiles of their own."""
-  tile, P = blocked.tile_size(T), 4
+  tile, P = tiles.tile_size(T), 4
   wave = masks.Wave(jnp.array([4.0]), jnp.array([-0.2]), integer=True)
   mask = masks.Mask(jnp.array([1e4]), 8.0, wave)
   d_TS = np.arange(T)[:, None] - np.arange(T)
@@ -109,8 +109,8 @@ def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
       size = -(-max(part.shape) // tile) * tile
       whole = np.zeros((size, size), bool)
       whole[: part.shape[0], : part.shape[1]] = part
-      tiles = whole.reshape(size // tile, tile, size // tile, tile)
-      expected += tiles.any((1, 3)).sum() * tile**2
+      cut = whole.reshape(size // tile, tile, size // tile, tile)
+      expected += cut.any((1, 3)).sum() * tile**2
   computed = accounting.computed_pairs(mask, T, "blocked")
   assert computed[0] < tiles_with_open_pairs(mask, T, tile)[0]
   # The classes' last tiles are counted whole where one class ends earlier.
