@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention.attention import IMPLEMENTATIONS, attend, dropout
+from adaptive_attention.attention import (
+  IMPLEMENTATIONS,
+  attend,
+  dropout,
+  tiles,
+)
 from adaptive_attention.masks import Mask, Wave
 from tests import oracle
 from tests.attention_cases import CASES, SEED, Case, inputs
@@ -463,3 +468,53 @@ def test_arguments_that_do_not_fit_are_named(changes, named):
   message = str(error.value)
   assert named in message
   assert "\n" not in message
+
+
+@pytest.mark.parametrize("wave", [False, True])
+def test_blocked_memory_is_linear_in_the_length(wave):
+  """Temporary bytes, forward and backward, at T and at 4 T."""
+
+  def temporary(T):
+    case = Case(
+      "linear", T, T, (T / 2, 10.0), period=(4.0, 3.0), ratio=(-0.2, 0.1)
+    )
+    if not wave:
+      case = case._replace(period=None, ratio=None)
+    else:
+      case = case._replace(integer=True)
+    memory = compiled(case, "blocked").memory_analysis()
+    return memory.temp_size_in_bytes
+
+  assert temporary(4096) <= 4.2 * temporary(1024)
+
+
+@pytest.mark.parametrize("memory", [0, 700])
+def test_band_and_stride_are_equal(memory, monkeypatch):
+  """Whichever the cost model picks, the result is the same."""
+  case = Case(
+    "band or stride",
+    600,
+    600 + memory,
+    (500.0, 40.0, 1e4, 0.0),
+    period=(4.0, 3.0, 8.0, 2.0),
+    ratio=(-0.2, -0.1, 0.1, 0.0),
+    integer=True,
+    memory=memory,
+    dropout_rate=0.2,
+    H=4,
+  )
+  results, strides = [], []
+  for cost in (0.0, 1e9):
+    monkeypatch.setattr(tiles, "_GATHER_COST", cost)
+    _, plan = tiles.prepare(case.mask, case.T, case.S, 0)
+    strides.append([int(P) for P in plan.stride])
+    q, k, v, dout = inputs(case)
+    results.append(
+      jax.jit(differentiated(case, "blocked"))(q, k, v, case.mask, dout)
+    )
+  assert strides == [[4, 3, 8, 2], [1, 1, 1, 1]]
+  for name, value in results[0].items():
+    scale = np.abs(results[1][name]).max()
+    np.testing.assert_allclose(
+      value, results[1][name], atol=2e-5 * scale, err_msg=name
+    )

@@ -176,3 +176,15 @@ def test_metrics_are_those_of_the_parameters(tiny):
   T = tiny.model.context_tokens
   counted = np.mean([masks.is_open(mask, np.arange(T)) for mask in layers])
   np.testing.assert_allclose(history[0]["open_share"], counted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("period", ["real", "integer"])
+def test_blocked_trains_as_the_reference_does(tiny, period):
+  tiny.model.context_tokens = 96
+  tiny.model.period = period
+  histories = []
+  for implementation in ("blocked", "reference"):
+    tiny.model.implementation = implementation
+    histories.append(train(tiny, 20)[1])
+  losses = [[step["loss"] for step in history] for history in histories]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
