@@ -72,7 +72,10 @@ def test_no_batch_size_changes_it(params, length):
     np.testing.assert_allclose(
       result.bits_per_char, results[0].bits_per_char, rtol=1e-6
     )
-    np.testing.assert_allclose(result.stderr, results[0].stderr, rtol=1e-5)
+    # A spread of the same nats: it is off by as much as these are.
+    np.testing.assert_allclose(
+      result.stderr, results[0].stderr, atol=1e-6 * result.bits_per_char
+    )
 
 
 def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
