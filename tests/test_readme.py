@@ -50,6 +50,8 @@ def test_commands_run(main, text, tmp_path):
   ran = 0
   for flags in commands():
     mode = next((f for f in flags if f.startswith("--mode=")), "--mode=train")
+    if mode == "--mode=bench":
+      continue  # tests/test_benchmark.py runs it, on shapes of its own
     # All runs share a folder of their config's name under the test's own.
     if mode == "--mode=eval":
       flags = [f.replace("runs/", f"{tmp_path}/") for f in flags]

@@ -1,0 +1,67 @@
+"""The benchmark times what it says, and compares what computes the same."""
+
+import json
+
+import numpy as np
+import pytest
+
+from adaptive_attention import benchmark
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+  monkeypatch.setattr(
+    benchmark,
+    "SHAPES",
+    (
+      benchmark.Shape("spans", 1, 128, (5.0,) * 8),
+      benchmark.Shape("comb", 1, 128, (128.0,) * 8, 4.0),
+    ),
+  )
+  monkeypatch.setattr(benchmark, "STEPS", ())
+
+
+def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
+  tiny.bench.repeats = 2
+  benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  assert [(r["case"], r["run"]) for r in rows] == [
+    (case, f"{implementation} {kind}")
+    for case in ("spans", "comb")
+    for implementation in ("blocked", "reference")
+    for kind in ("forward", "both")
+  ]
+  for row in rows:
+    assert 0 < row["fastest_ms"] <= row["median_ms"]
+    assert 0 < row["open_pairs"] < row["computed_pairs"] <= 8 * 128**2
+  assert "blocked both" in capsys.readouterr().out
+
+
+def test_one_residue_is_open_under_the_comb(shapes):
+  from adaptive_attention import masks
+
+  mask = benchmark.SHAPES[1].mask()
+  opened = np.asarray(masks.is_open(mask, np.arange(128)))[0]
+  np.testing.assert_array_equal(np.flatnonzero(opened), np.arange(0, 128, 4))
+
+
+def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
+  tiny.bench.shapes = "spans;huge"
+  with pytest.raises(benchmark.BenchmarkError, match="'huge'"):
+    benchmark.run(tiny, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
+  tiny.bench.compare = "torch"
+  tiny.bench.shapes = "comb"
+  tiny.bench.repeats = 1
+  try:
+    import torch  # noqa: F401
+  except ImportError:
+    with pytest.raises(benchmark.BenchmarkError, match="pip install torch"):
+      benchmark.run(tiny, tmp_path)
+    return
+  benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  assert any(row["run"].startswith("torch") for row in rows)
