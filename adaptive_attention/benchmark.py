@@ -26,7 +26,7 @@ from adaptive_attention.model import ModelConfig, mask_params
 
 _HEADS, _HEAD_WIDTH = 8, 64
 _LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
-_MOST_LOGITS_BYTES = 4 << 30  # of all T x S pairs, held several times over
+_MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
 
 
 class BenchmarkError(Exception):
@@ -183,7 +183,7 @@ def _flex_runner(torch, flex_attention, shape, q, k, v):
   spans_H, ramp = torch.tensor(shape.spans), 32.0
   # create_block_mask looks at all pairs by 64-bit indices, several at a time.
   indices = 8 * _HEADS * shape.T**2
-  if indices > _MOST_LOGITS_BYTES // 2:
+  if indices > _MOST_PAIRS_BYTES:
     logbook.say(
       f"{shape.name}: FlexAttention is left out, as its block mask is made of "
       f"{logbook.bytes_text(indices)} of indices"
@@ -333,7 +333,7 @@ def _bench_shape(shape, settings):
   runners = []
   for implementation in IMPLEMENTATIONS:
     logits = 4 * shape.B * _HEADS * shape.T**2
-    if implementation == "reference" and logits > _MOST_LOGITS_BYTES // 2:
+    if implementation == "reference" and logits > _MOST_PAIRS_BYTES:
       logbook.say(
         f"{shape.name}: reference is left out, as its logits alone are "
         f"{logbook.bytes_text(logits)}"
