@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -39,6 +40,16 @@ class _Quiet(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_Quiet())
+
+
+def _pass_over_late_reads(unraisable, otherwise=sys.unraisablehook):
+  """When one array of a damaged checkpoint fails, the reads of the others end
+  after orbax has closed its event loop, and each would print a traceback."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    otherwise(unraisable)
+
+
+sys.unraisablehook = _pass_over_late_reads
 
 
 @contextlib.contextmanager
