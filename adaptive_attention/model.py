@@ -21,6 +21,7 @@ from adaptive_attention.attention import IMPLEMENTATIONS, attend
 MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
 _NORM_EPSILON = 1e-5
 _INIT_STD = 0.02
+_KERNEL_INIT = nn.initializers.normal(_INIT_STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +168,7 @@ class AdaptiveSelfAttention(nn.Module):
     cfg = self.config
     B, T, D = x_BTD.shape
     H = cfg.n_head
-    qkv = nn.Dense(
-      3 * D,
-      use_bias=cfg.bias,
-      dtype=cfg.compute_dtype,
-      kernel_init=nn.initializers.normal(_INIT_STD),
-      name="qkv",
-    )(x_BTD)
+    qkv = _dense(cfg, 3 * D, _KERNEL_INIT, "qkv")(x_BTD)
     q_BTHK, k_BTHK, v_BTHK = (
       x.reshape(B, T, H, D // H) for x in jnp.split(qkv, 3, axis=-1)
     )
@@ -192,13 +187,7 @@ class AdaptiveSelfAttention(nn.Module):
       if cfg.implementation == "auto"
       else cfg.implementation,
     )
-    y_BTD = nn.Dense(
-      D,
-      use_bias=cfg.bias,
-      dtype=cfg.compute_dtype,
-      kernel_init=_residual_init(cfg),
-      name="out",
-    )(y_BTHK.reshape(B, T, D))
+    y_BTD = _dense(cfg, D, _residual_init(cfg), "out")(y_BTHK.reshape(B, T, D))
     return nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
 
   def _mask(self):
@@ -226,6 +215,33 @@ def _uniform_after_sigmoid(key, shape, dtype=jnp.float32):
   return jax.random.logistic(key, shape, dtype)
 
 
+def _flat_dot_general(x, kernel, dimension_numbers, precision=None, **kwargs):
+  """x_...D @ kernel_DF as one product of two matrices, for `nn.Dense`.
+
+  The same product over more than one leading axis has a gradient of the kernel
+  for which XLA's CPU backend transposes all activations, element by element.
+  """
+  y = jax.lax.dot_general(
+    x.reshape(-1, x.shape[-1]),
+    kernel,
+    (((1,), (0,)), ((), ())),
+    precision,
+    **kwargs,
+  )
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _dense(cfg, features, kernel_init, name):
+  return nn.Dense(
+    features,
+    use_bias=cfg.bias,
+    dtype=cfg.compute_dtype,
+    dot_general=_flat_dot_general,
+    kernel_init=kernel_init,
+    name=name,
+  )
+
+
 def _residual_init(cfg):
   """Each block adds two branches to the stream: keep its variance at start."""
   return nn.initializers.normal(_INIT_STD / math.sqrt(2 * cfg.n_layer))
@@ -240,20 +256,10 @@ class MLP(nn.Module):
   def __call__(self, x_BTD, train: bool = False):
     cfg = self.config
     D = x_BTD.shape[-1]
-    x_BTF = nn.Dense(
-      4 * D,
-      use_bias=cfg.bias,
-      dtype=cfg.compute_dtype,
-      kernel_init=nn.initializers.normal(_INIT_STD),
-      name="up",
-    )(x_BTD)
-    x_BTD = nn.Dense(
-      D,
-      use_bias=cfg.bias,
-      dtype=cfg.compute_dtype,
-      kernel_init=_residual_init(cfg),
-      name="down",
-    )(nn.gelu(x_BTF, approximate=False))
+    x_BTF = _dense(cfg, 4 * D, _KERNEL_INIT, "up")(x_BTD)
+    x_BTD = _dense(cfg, D, _residual_init(cfg), "down")(
+      nn.gelu(x_BTF, approximate=False)
+    )
     return nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
 
 
