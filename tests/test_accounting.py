@@ -90,14 +90,14 @@ def test_the_band_computes_just_the_tiles_that_hold_an_open_pair(T):
   mask = masks.Mask(spans, 8.0)
   np.testing.assert_array_equal(
     accounting.computed_pairs(mask, T, "blocked"),
-    tiles_with_open_pairs(mask, T, tiles.tile_size(T)),
+    tiles_with_open_pairs(mask, T, tiles.TILE),
   )
 
 
 @pytest.mark.parametrize("T", [700, 1500])
 def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
   """Queries and keys of each class, cut into tiles of their own."""
-  tile, P = tiles.tile_size(T), 4
+  tile, P = tiles.TILE, 4
   wave = masks.Wave(jnp.array([4.0]), jnp.array([-0.2]), integer=True)
   mask = masks.Mask(jnp.array([1e4]), 8.0, wave)
   d_TS = np.arange(T)[:, None] - np.arange(T)

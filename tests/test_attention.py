@@ -505,8 +505,8 @@ def test_band_and_stride_are_equal(memory, monkeypatch):
   )
   results, strides = [], []
   for cost in (0.0, 1e9):
-    monkeypatch.setattr(tiles, "_GATHER_COST", cost)
-    _, plan = tiles.prepare(case.mask, case.T, case.S, 0)
+    monkeypatch.setattr(tiles, "_STRIDE_COST", cost)
+    _, plan, _ = tiles.prepare(case.mask, case.T, case.S)
     strides.append([int(P) for P in plan.stride])
     q, k, v, dout = inputs(case)
     results.append(

@@ -6,9 +6,9 @@ in the lengths. The softmax is accumulated tile by tile and the backward pass
 computes the weights again from each row's log of sums (Dao et al. 2022,
 "FlashAttention"). Which tiles these are is the matter of `tiles`.
 
-What the masks add to a tile is laid out once per head for each of its slots;
-where it is one number all over a tile, as within the span, the tile has no mask
-arithmetic at all.
+A head's rows are first brought together in an array of its own, in which a
+tile of queries or keys is one contiguous slice, whatever the stride; of the
+keys only as many as the head can see.
 """
 
 import functools
@@ -19,61 +19,55 @@ from jax import lax
 
 from adaptive_attention import masks
 from adaptive_attention.attention import dropout, tiles
+from adaptive_attention.attention.tiles import TILE, put, take
 
 _LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
 
 
-def _logits(head, laid, q_BQK, k_BCK, c, key_tile, slot):
-  """(logits less `level`, level): level is added where it costs nothing."""
-  bias, flat, level, _ = laid
-  logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
-  exists_C = head.rows(c, key_tile) >= head.plan.first
-  is_flat = flat[slot] & jnp.all(exists_C)
+def _kept(head, seed, B, x_Q):
+  """KeyTile -> (B, Q, C) which weights dropout leaves, of queries at x_Q."""
+  row_BQ1 = dropout.row_hash(
+    seed, jnp.arange(B)[:, None, None], head.h, x_Q[:, None]
+  )
 
-  def with_bias():
-    bias_QC = jnp.where(flat[slot], 0.0, bias[slot])
-    return logits_BQC + jnp.where(exists_C, bias_QC, -jnp.inf)
+  def kept(tile):
+    s_C = tile.x + head.static.origin
+    return dropout.keep_key(row_BQ1, s_C, head.static.dropout_rate)
 
-  logits_BQC = lax.cond(is_flat, lambda: logits_BQC, with_bias)
-  return logits_BQC, jnp.where(flat[slot], level[slot], 0.0)
+  return kept
 
 
-def _kept(head, seed, B, a, i, c, key_tile):
-  """(B, Q, C) which attention weights dropout leaves."""
-  b_B11 = jnp.arange(B)[:, None, None]
-  t_Q1 = head.rows(a, i)[:, None]
-  s_C = head.rows(c, key_tile) + head.static.origin - head.static.front
-  rate = head.static.dropout_rate
-  return dropout.keep(seed, b_B11, head.h, t_Q1, s_C, rate)
-
-
-def _forward_head(plan, h, static, q, k, v, seed):
-  """(out_BTK, lse_BT1) of one head."""
-  B, T, _, K = q.shape
-  head = tiles.Head(plan, h, static)
-  laid = head.lay_out()
-  tile = static.tile
+def _forward_head(head, q, k, v, seed, carry):
+  """Fills in one head of (out_BTHK, lse_BTH1); the rest is scratch."""
+  out, lse, scratch = carry
+  static, h = head.static, head.h
+  B, _, _, K = q.shape
+  q_local = head.queries.load(scratch["q"], q, h, 0)
+  k_local = head.keys.load(scratch["k"], k, h, head.first_key_y)
+  v_local = head.keys.load(scratch["v"], v, h, head.first_key_y)
 
   def query_tile(a, i, carry):
-    out_BTK, lse_BT1 = carry
-    q_BQK = head.fetch(q, a, i, 0) / jnp.sqrt(K).astype(jnp.float32)
+    out_local, lse_local = carry
+    row = head.query_row(a, i)
+    q_BQK = take(q_local, row, TILE) / jnp.sqrt(K)
+    kept = _kept(head, seed, B, head.query_x(a, i))
 
-    def key_tile(c, j, slot, carry):
+    def key_tile(tile, carry):
       highest_BQ1, total_BQ1, sum_BQK = carry
-      k_BCK = head.fetch(k, c, j, static.origin)
-      v_BCK = head.fetch(v, c, j, static.origin)
-      logits_BQC, level = _logits(head, laid, q_BQK, k_BCK, c, j, slot)
+      k_BCK = take(k_local, tile.row, TILE)
+      v_BCK = take(v_local, tile.row, TILE)
+      logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
+      logits_BQC += tile.bias
       new_BQ1 = jnp.maximum(
-        highest_BQ1, jnp.max(logits_BQC, axis=-1, keepdims=True) + level
+        highest_BQ1, jnp.max(logits_BQC, axis=-1, keepdims=True)
       )
-      weights_BQC = jnp.exp(logits_BQC - (new_BQ1 - level))
+      weights_BQC = jnp.exp(logits_BQC - new_BQ1)
       shrink_BQ1 = jnp.exp(highest_BQ1 - new_BQ1)
       total_BQ1 = total_BQ1 * shrink_BQ1 + jnp.sum(
         weights_BQC, axis=-1, keepdims=True
       )
       if static.dropout_rate:
-        kept_BQC = _kept(head, seed, B, a, i, c, j)
-        weights_BQC = jnp.where(kept_BQC, weights_BQC, 0.0)
+        weights_BQC = jnp.where(kept(tile), weights_BQC, 0.0)
       sum_BQK = sum_BQK * shrink_BQ1 + jnp.einsum(
         "bqc,bck->bqk", weights_BQC, v_BCK
       )
@@ -84,97 +78,140 @@ def _forward_head(plan, h, static, q, k, v, seed):
       i,
       key_tile,
       (
-        jnp.full((B, tile, 1), _LOW),
-        jnp.zeros((B, tile, 1)),
-        jnp.zeros((B, tile, K)),
+        jnp.full((B, TILE, 1), _LOW),
+        jnp.zeros((B, TILE, 1)),
+        jnp.zeros((B, TILE, K)),
       ),
     )
     seen_BQ1 = total_BQ1 > 0
     total_BQ1 = jnp.where(seen_BQ1, total_BQ1, 1.0)
-    keep = 1 - static.dropout_rate
     # Where nothing was seen the backward pass must find exp(...) = 0.
-    row_lse_BQ1 = jnp.where(seen_BQ1, highest_BQ1 + jnp.log(total_BQ1), -_LOW)
+    lse_BQ1 = jnp.where(seen_BQ1, highest_BQ1 + jnp.log(total_BQ1), -_LOW)
+    out_BQK = sum_BQK / (total_BQ1 * (1 - static.dropout_rate))
     return (
-      head.accumulate(out_BTK, a, i, 0, sum_BQK / (total_BQ1 * keep)),
-      head.accumulate(lse_BT1, a, i, 0, row_lse_BQ1),
+      put(out_local, row, out_BQK),
+      put(lse_local, row, lse_BQ1),
     )
 
-  return head.for_each_query_tile(
-    query_tile, (jnp.zeros((B, T, K)), jnp.zeros((B, T, 1)))
+  out_local, lse_local = head.for_each_query_tile(
+    query_tile, (scratch["out"], scratch["lse"])
+  )
+  return (
+    head.queries.store(out_local, out, h, 0),
+    head.queries.store(lse_local, lse, h, 0),
+    {
+      "q": q_local,
+      "k": k_local,
+      "v": v_local,
+      "out": out_local,
+      "lse": lse_local,
+    },
   )
 
 
-def _backward_head(plan, h, static, q, k, v, out, lse, d_out, seed):
-  """(dq_BTK, dk_BSK, dv_BSK, d_features_3S's share) of one head."""
-  B, T, _, K = q.shape
-  S = k.shape[1]
-  head = tiles.Head(plan, h, static)
-  laid = head.lay_out()
-  sloped = laid[3]
-  tile = static.tile
-  scale = 1 / jnp.sqrt(K).astype(jnp.float32)
+def _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry):
+  """Fills in one head of the gradients; the rest is scratch.
+
+  Args:
+    stats_BTH2: of each query its log of sums, and what softmax takes off, the
+      sum of d_out * out (the same with dropout as without).
+  """
+  dq, dk, dv, d_table, scratch = carry
+  static, h = head.static, head.h
+  B, _, _, K = q.shape
+  first_new_x = static.memory - static.origin
+  q_local = head.queries.load(scratch["q"], q, h, 0)
+  d_out_local = head.queries.load(scratch["d_out"], d_out, h, 0)
+  stats_local = head.queries.load(scratch["stats"], stats_BTH2, h, 0)
+  k_local = head.keys.load(scratch["k"], k, h, head.first_key_y)
+  v_local = head.keys.load(scratch["v"], v, h, head.first_key_y)
+  dk_local = head.keys.clear(scratch["dk"], head.first_key_y)
+  dv_local = head.keys.clear(scratch["dv"], head.first_key_y)
 
   def query_tile(a, i, carry):
-    dq_BTK, *sums = carry
-    q_BQK = head.fetch(q, a, i, 0) * scale
-    d_out_BQK = head.fetch(d_out, a, i, 0)
-    lse_BQ1 = head.fetch(lse, a, i, 0)
-    # What softmax takes off: the same with dropout as without.
-    mean_BQ1 = jnp.sum(
-      d_out_BQK * head.fetch(out, a, i, 0), axis=-1, keepdims=True
-    )
+    dq_local, *sums = carry
+    row = head.query_row(a, i)
+    x_Q = head.query_x(a, i)
+    q_BQK = take(q_local, row, TILE) / jnp.sqrt(K)
+    d_out_BQK = take(d_out_local, row, TILE)
+    stats_BQ2 = take(stats_local, row, TILE)
+    # Beyond the end of the class these are the rows of others.
+    lse_BQ1 = jnp.where(x_Q[:, None] < static.T, stats_BQ2[..., :1], -_LOW)
+    mean_BQ1 = stats_BQ2[..., 1:]
+    kept = _kept(head, seed, B, x_Q)
 
-    def key_tile(c, j, slot, carry):
-      dq_BQK, dk_BSK, dv_BSK, d_bias = carry
-      k_BCK = head.fetch(k, c, j, static.origin)
-      v_BCK = head.fetch(v, c, j, static.origin)
-      logits_BQC, level = _logits(head, laid, q_BQK, k_BCK, c, j, slot)
-      weights_BQC = jnp.exp(logits_BQC - (lse_BQ1 - level))
+    def gradients(tile, carry, of_keys=True):
+      dq_BQK, dk_local, dv_local, d_table_S = carry
+      k_BCK = take(k_local, tile.row, TILE)
+      v_BCK = take(v_local, tile.row, TILE)
+      logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
+      logits_BQC += tile.bias
+      weights_BQC = jnp.exp(logits_BQC - lse_BQ1)
       d_weights_BQC = jnp.einsum("bqk,bck->bqc", d_out_BQK, v_BCK)
       dropped_BQC = weights_BQC
       if static.dropout_rate:
-        kept_BQC = _kept(head, seed, B, a, i, c, j)
-        keep = 1 / (1 - static.dropout_rate)
-        dropped_BQC = jnp.where(kept_BQC, weights_BQC * keep, 0.0)
-        d_weights_BQC = jnp.where(kept_BQC, d_weights_BQC * keep, 0.0)
+        scale_BQC = jnp.where(kept(tile), 1 / (1 - static.dropout_rate), 0.0)
+        dropped_BQC = weights_BQC * scale_BQC
+        d_weights_BQC = d_weights_BQC * scale_BQC
       d_logits_BQC = weights_BQC * (d_weights_BQC - mean_BQ1)
-      d_bias = lax.cond(
-        sloped[slot],
-        lambda: tiles.put(
-          d_bias, slot, d_bias[slot] + jnp.sum(d_logits_BQC, axis=0)
-        ),
-        lambda: d_bias,
+      d_table_S = head.add_to_table(
+        d_table_S, tile, jnp.sum(d_logits_BQC, axis=0)
       )
-      dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, q_BQK)
-      dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, d_out_BQK)
-      return (
-        dq_BQK + jnp.einsum("bqc,bck->bqk", d_logits_BQC, k_BCK),
-        head.accumulate(dk_BSK, c, j, static.origin, dk_BCK),
-        head.accumulate(dv_BSK, c, j, static.origin, dv_BCK),
-        d_bias,
-      )
+      dq_BQK += jnp.einsum("bqc,bck->bqk", d_logits_BQC, k_BCK)
+      if of_keys:
+        dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, q_BQK)
+        dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, d_out_BQK)
+        dk_local = _added(dk_local, tile.row, dk_BCK)
+        dv_local = _added(dv_local, tile.row, dv_BCK)
+      return dq_BQK, dk_local, dv_local, d_table_S
 
+    older = None
+    if static.memory:
+      older = functools.partial(gradients, of_keys=False)
     dq_BQK, *sums = head.for_each_key_tile(
-      a, i, key_tile, (jnp.zeros((B, tile, K)), *sums)
+      a,
+      i,
+      gradients,
+      (jnp.zeros((B, TILE, K)), *sums),
+      older,
     )
-    return head.accumulate(dq_BTK, a, i, 0, dq_BQK * scale), *sums
+    return put(dq_local, row, dq_BQK / jnp.sqrt(K)), *sums
 
-  dq_BTK, dk_BSK, dv_BSK, d_bias = head.for_each_query_tile(
-    query_tile,
-    (
-      jnp.zeros((B, T, K)),
-      jnp.zeros((B, S, K)),
-      jnp.zeros((B, S, K)),
-      jnp.zeros((head.slots(), tile, tile)),
-    ),
+  dq_local, dk_local, dv_local, d_table_S = head.for_each_query_tile(
+    query_tile, (scratch["dq"], dk_local, dv_local, jnp.zeros(static.S))
   )
-  return dq_BTK, dk_BSK, dv_BSK, head.table_gradient(d_bias)[None]
+  first_x = jnp.maximum(head.first_key_y * head.stride, first_new_x)
+  return (
+    head.queries.store(dq_local, dq, h, 0),
+    head.keys.store(dk_local, dk, h, first_x),
+    head.keys.store(dv_local, dv, h, first_x),
+    lax.dynamic_update_index_in_dim(d_table, d_table_S, h, 0),
+    {
+      "q": q_local,
+      "d_out": d_out_local,
+      "stats": stats_local,
+      "k": k_local,
+      "v": v_local,
+      "dq": dq_local,
+      "dk": dk_local,
+      "dv": dv_local,
+    },
+  )
 
 
-def _over_heads(run, H):
-  """run(h) for each head, its arrays (B, X, N) put together as (B, X, H, N)."""
-  stacked = lax.map(run, jnp.arange(H))
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), stacked)
+def _added(local_BRK, row, rows_BYK):
+  there_BYK = take(local_BRK, row, rows_BYK.shape[1])
+  return put(local_BRK, row, there_BYK + rows_BYK)
+
+
+def _scratch(static, B, sizes):
+  """Local arrays by name, of queries or of keys, to be used by head on head."""
+  queries = tiles.Layout(1, 0, static)
+  keys = tiles.Layout(1, static.origin, static)
+  return {
+    name: (keys if name in ("k", "v", "dk", "dv") else queries).empty(B, K)
+    for name, K in sizes.items()
+  }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -184,28 +221,53 @@ def _attend(static, plan, table, q, k, v, seed):
 
 def _attend_forward(static, plan, table, q, k, v, seed):
   del table  # its values stand in the plan; here it takes the gradient
+  B, T, H, K = q.shape
 
-  def run(h):
-    return _forward_head(plan, h, static, q, k, v, seed)
+  def one_head(h, carry):
+    return _forward_head(tiles.Head(plan, h, static), q, k, v, seed, carry)
 
-  out, lse = _over_heads(run, q.shape[2])
-  out = out.astype(q.dtype)
+  sizes = dict.fromkeys(("q", "k", "v", "out"), K) | {"lse": 1}
+  out, lse, _ = lax.fori_loop(
+    0,
+    H,
+    one_head,
+    (jnp.zeros_like(q), jnp.zeros((B, T, H, 1)), _scratch(static, B, sizes)),
+  )
   return out, (plan, q, k, v, out, lse, seed)
 
 
 def _attend_backward(static, residuals, d_out):
   plan, q, k, v, out, lse, seed = residuals
+  B, _, H, K = q.shape
+  taken_off_BTH1 = jnp.sum(
+    d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
+  )
+  stats_BTH2 = jnp.concatenate([lse, taken_off_BTH1], axis=-1)
 
-  def run(h):
-    return _backward_head(plan, h, static, q, k, v, out, lse, d_out, seed)
+  def one_head(h, carry):
+    head = tiles.Head(plan, h, static)
+    return _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry)
 
-  dq, dk, dv, d_table = _over_heads(run, q.shape[2])
+  names = ("q", "d_out", "k", "v", "dq", "dk", "dv")
+  sizes = dict.fromkeys(names, K) | {"stats": 2}
+  dq, dk, dv, d_table, _ = lax.fori_loop(
+    0,
+    H,
+    one_head,
+    (
+      jnp.zeros_like(q),
+      jnp.zeros_like(k),
+      jnp.zeros_like(v),
+      jnp.zeros((H, static.S)),
+      _scratch(static, B, sizes),
+    ),
+  )
   return (
     jax.tree.map(_no_gradient, plan),
-    d_table[0],
-    dq.astype(q.dtype),
-    dk.astype(k.dtype),
-    dv.astype(v.dtype),
+    d_table,
+    dq,
+    dk,
+    dv,
     _no_gradient(seed),
   )
 
@@ -219,37 +281,18 @@ def _no_gradient(x):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _padded(x_BXHK, front, behind):
-  if not front and not behind:
-    return x_BXHK
-  return jnp.pad(x_BXHK, ((0, 0), (front, behind), (0, 0), (0, 0)))
-
-
 def attend(
   q_BTHK, k_BSHK, v_BSHK, mask, *, memory, first_key, dropout_rate, dropout_seed
 ):
   """The same as `reference.attend`, in time that the masks leave."""
-  T, S = q_BTHK.shape[1], k_BSHK.shape[1]
+  T, H = q_BTHK.shape[1:3]
+  S = k_BSHK.shape[1]
   if mask is None:
-    mask = masks.Mask(jnp.full(q_BTHK.shape[2], float(S)), 1.0)
-  static, plan = tiles.prepare(mask, T, S, first_key, dropout_rate)
-  behind = static.T - T
-  seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
-  if memory:
-    cut = functools.partial(_cut_gradient, memory=memory)
-    k_BSHK, v_BSHK = cut(k_BSHK), cut(v_BSHK)
-  out_BTHK = _attend(
-    static,
-    plan,
-    masks.log_weight(mask, jnp.arange(S)),
-    _padded(q_BTHK, 0, behind),
-    _padded(k_BSHK, static.front, behind),
-    _padded(v_BSHK, static.front, behind),
-    seed.astype(jnp.uint32),
+    mask = masks.Mask(jnp.full(H, float(S)), 1.0)
+  static, plan, table_HS = tiles.prepare(
+    mask, T, S, memory, first_key, dropout_rate
   )
-  return out_BTHK[:, :T]
-
-
-def _cut_gradient(x_BSHK, memory):
-  older = lax.stop_gradient(x_BSHK[:, :memory])
-  return jnp.concatenate([older, x_BSHK[:, memory:]], axis=1)
+  seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
+  return _attend(
+    static, plan, table_HS, q_BTHK, k_BSHK, v_BSHK, seed.astype(jnp.uint32)
+  )
