@@ -79,7 +79,7 @@ def main() -> int:
           protocol=_PROTOCOL.value,
         )
       case "plan":
-        plan.run(config)
+        plan.run(config, _WORKDIR.value, step)
       case "bench":
         benchmark.run(config, _workdir())
   except settings.SettingsError as error:

@@ -33,7 +33,7 @@ def computed_pairs(mask: masks.Mask, T: int, implementation: str):
     case "reference":
       return np.full(len(mask.span), T * T, np.int64)
     case "blocked" | "auto":
-      return np.asarray(tiles.computed_pairs(mask, T, T), np.int64)
+      return np.asarray(tiles.touched(mask, T, T), np.int64) * tiles.TILE**2
 
 
 def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:
@@ -53,6 +53,12 @@ def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:
     ),
   }
   return {name: float(macs_per_pair * n / T) for name, n in pairs.items()}
+
+
+def macs_text(macs: dict) -> str:
+  """What `attention_macs_per_token` gives, for a person to read."""
+  counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
+  return f"multiply-adds a token: {counts}"
 
 
 def train_flops_per_token(config: ModelConfig, T: int) -> float:

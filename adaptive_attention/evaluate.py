@@ -201,7 +201,4 @@ def run(config, workdir, corpus, *, step, split, protocol):
     f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
     f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
   )
-  logbook.say(
-    "attention multiply-adds per token: "
-    + ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
-  )
+  logbook.say(f"attention: {accounting.macs_text(macs)}")

@@ -137,12 +137,21 @@ class Logbook:
     line = {"step": step, "split": split, **values}
     self._metrics.write(json.dumps(line) + "\n")
     self._metrics.flush()
-    named = {f"{split}/{name}": value for name, value in values.items()}
+    named = dict(_named(split, values))
     if self._tensorboard:
       for name, value in named.items():
         self._tensorboard.add_scalar(name, value, step)
     if self._wandb:
       self._wandb.log(named, step=step)
+
+
+def _named(prefix, values):
+  """(a/b, value) of each value of a dictionary, whatever its depth."""
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from _named(f"{prefix}/{name}", value)
+    else:
+      yield f"{prefix}/{name}", value
 
 
 class LogbookError(Exception):

@@ -2,21 +2,39 @@
 
 import jax
 
-from adaptive_attention import accounting, logbook, parallel, steps
-from adaptive_attention.model import ModelConfig
+from adaptive_attention import (
+  accounting,
+  checkpoint,
+  logbook,
+  parallel,
+  steps,
+)
+from adaptive_attention.model import ModelConfig, mask_params
 
 
-def run(config):
+def run(config, workdir=None, step=None):
   """Prints parameters, FLOPs and the compiled memory of one training step.
 
   Args:
     config: all settings, checked.
+    workdir, step: a checkpoint, whose masks are then counted; the initial ones
+      where there is none.
   """
   model_config = ModelConfig(**config.model)
   state = jax.eval_shape(lambda: steps.init_state(config))
   T = model_config.context_tokens
   tokens = config.batch_size * T
   flops = accounting.train_flops_per_token(model_config, T)
+  if step is None:
+    # Of the initial state the compiler makes only what the masks are made of.
+    layers = jax.jit(
+      lambda: mask_params(steps.init_state(config).params, model_config)
+    )()
+  else:
+    with checkpoint.Checkpoints(workdir) as saved:
+      params, _ = saved.restore_params(step)
+    layers = mask_params(params, model_config)
+  macs = accounting.attention_macs_per_token(layers, model_config, T)
   _, memory = parallel.compile_step(
     steps.make_train_step(config), state, *steps.batch_shapes(config)
   )
@@ -31,6 +49,10 @@ def run(config):
     f"FLOPs      {flops:,.0f} a token, {flops * tokens:,.0f} a step of "
     f"{config.batch_size} x {T} tokens, with all causal pairs; "
     f"{flops * tokens * config.steps:.3g} in {config.steps:,} steps"
+  )
+  logbook.say(
+    f"attention  {accounting.macs_text(macs)}, with the masks of step "
+    f"{step or 0}"
   )
   for name, size in memory.items():
     logbook.say(

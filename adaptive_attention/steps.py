@@ -35,7 +35,8 @@ def make_train_step(config):
   A counts the accumulation steps, B the sequences of one. The update is that
   of the mean over all sequences. If the loss or the gradient norm is not
   finite the state is returned as it was. `stop` is summed over all devices
-  into the metrics, so that all processes learn of a signal at the same step.
+  into the metrics, so that all processes learn of a signal at the same step;
+  `masks` are those of all layers after the update, to be counted by the host.
   """
   model_config = ModelConfig(**config.model)
   schedule = optimizer.learning_rate(config.optimizer, config.steps)
@@ -80,6 +81,7 @@ def make_train_step(config):
       "learning_rate": schedule(state.step),
       "grad_norm": grad_norm,
       "stop": parallel.total(stop),
+      "masks": mask_params(updated.params, model_config),
     } | mask_metrics(updated.params, model_config)
     return updated, metrics
 

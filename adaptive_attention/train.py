@@ -268,6 +268,7 @@ class _Run:
 
   def _read(self, done, metrics) -> bool:
     """Waits for a step's numbers, logs them; whether a signal came in."""
+    layers = metrics.pop("masks")
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
       if not math.isfinite(metrics[name]):
@@ -282,10 +283,10 @@ class _Run:
         )
     config = self.config
     if done % config.log_every_steps == 0 or done == config.steps:
-      self._log(done, metrics)
+      self._log(done, metrics, layers)
     return metrics["stop"] > 0
 
-  def _log(self, done, metrics):
+  def _log(self, done, metrics, layers):
     config = self.config
     now = time.perf_counter()
     seconds = (now - self.logged_at) / (done - self.logged_step)
@@ -304,6 +305,9 @@ class _Run:
         name: metrics[name]
         for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
       },
+      attention_macs_per_token=accounting.attention_macs_per_token(
+        layers, self.model_config, config.model.context_tokens
+      ),
     )
     remaining = logbook.duration_text(seconds * (config.steps - done))
     logbook.say(

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 
-# Tests compile the same few steps over and over, in processes of their own too.
-_CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Tests compile the same few steps over and over, in processes of their own too;
+# those that pytest-xdist starts find the folder in their environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -129,6 +129,15 @@ def test_the_verb(main, tiny_flags, tmp_path):
   assert first["bytes"] == 999
   macs = first["attention_macs_per_token"]
   assert 0 < macs["open"] < macs["dense"] <= macs["computed"]
+  # The record of training and the plan count the same.
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  trained = [json.loads(line) for line in lines if '"train"' in line][-1]
+  assert trained["step"] == 12
+  assert trained["attention_macs_per_token"] == macs
+  code, out, err = main("--mode=plan", f"--workdir={tmp_path}")
+  assert code == 0, err
+  assert f"open {macs['open']:,.0f}, computed {macs['computed']:,.0f}" in out
+  assert "of step 12" in out
   assert first["stderr"] > 0
   assert first["tokens_per_second"] > 0
   for flags in (

@@ -112,6 +112,9 @@ def test_plan_counts_without_training(main, tmp_path):
   expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + (256 + 2 * 128) * D
   assert f"parameters {expected:,} (span_wave)" in out
   assert "temporary" in out
+  # All pairs of 128 x 128: two layers, four heads, two products of width 48.
+  assert f"dense {8 * 96 * 129 / 2:,.0f}, open" in out
+  assert "of step 0" in out
   assert not (tmp_path / "w").exists()
 
 

@@ -34,6 +34,7 @@ def train(config, count, data=DATA):
     )
     stop_N = np.zeros(N, np.int32)
     state, metrics = step(state, tokens_BT.reshape(N, A, -1, T + 1), stop_N)
+    metrics.pop("masks")
     history.append({name: float(value) for name, value in metrics.items()})
   return state, history
 

@@ -157,15 +157,15 @@ def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0):
   return static, make_plan(table_HS, period_H, first, static), table_HS
 
 
-def computed_pairs(mask: masks.Mask, T: int, S: int, first_key=0):
-  """(H,) how many pairs (t, s) are computed: all those of the tiles touched."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def touched(mask: masks.Mask, T: int, S: int, first_key=0):
+  """(H,) how many tiles are computed for T queries and S keys."""
   static, plan, _ = prepare(mask, T, S, first_key=first_key)
   rank_R = jnp.arange(MAX_STRIDE)
   open_HR = jax.vmap(
     lambda order, n: jnp.zeros(MAX_STRIDE, bool).at[order].set(rank_R < n)
   )(plan.residues, plan.residue_count)
-  tiles_H = _over_heads(static)(plan.stride, plan.last, open_HR, plan.first)
-  return tiles_H * TILE**2
+  return _over_heads(static)(plan.stride, plan.last, open_HR, plan.first)
 
 
 def _toeplitz(segment):
