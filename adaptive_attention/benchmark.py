@@ -70,6 +70,7 @@ SHAPES = (
   Shape("8192 spans 4096", 1, 8192, (4096.0,) * 8),
   Shape("8192 spans 4096, period 4", 1, 8192, (4096.0,) * 8, 4.0),
 )
+# Each of them with the spans of SHAPES at its length, in every layer.
 STEPS = (("step 4 x 512", 4, 512), ("step 1 x 2048", 1, 2048))
 
 
@@ -136,12 +137,32 @@ def _attention_runners(shape, implementation):
     else int(accounting.computed_pairs(mask, T, implementation).sum()),
   }
   name = implementation
-  return [
+  runners = [
     _compiled(shape.name, f"{name} forward", run, q, k, v, mask, pairs=pairs),
     _compiled(
       shape.name, f"{name} both", backward, q, k, v, mask, d_out, pairs=pairs
     ),
   ]
+  N = parallel.local_device_count()
+  if N > 1 and shape.B % N == 0:
+    dealt = [x.reshape(N, -1, *x.shape[1:]) for x in (q, k, v, d_out)]
+    runners.append(_over_devices(shape, name, backward, mask, dealt, pairs))
+  return runners
+
+
+def _over_devices(shape, name, backward, mask, dealt, pairs):
+  """The same batch, dealt to all devices."""
+  step = parallel.eval_step(lambda mask, x: backward(*x[:3], mask, x[3]))
+  start = time.perf_counter()
+  jax.block_until_ready(step(mask, dealt))
+  return _Runner(
+    shape.name,
+    f"{name} on {parallel.local_device_count()} devices both",
+    lambda: jax.block_until_ready(step(mask, dealt)),
+    time.perf_counter() - start,
+    None,
+    pairs,
+  )
 
 
 def _torch_runners(shape):
@@ -238,7 +259,10 @@ def _step_runner(config, name, B, T, implementation):
       dropout=0.2,
       implementation=implementation,
     )
-  state = [parallel.replicate(jax.device_get(steps.init_state(config)))]
+  state = jax.device_get(steps.init_state(config))
+  spans = np.array((*_LEARNED, T / 2))
+  params = _with_span_logits(state.params, np.log(spans / (T - spans)))
+  state = [parallel.replicate(state.replace(params=params))]
   shapes = steps.batch_shapes(config)
   inputs = [np.zeros(s.shape, s.dtype) for s in shapes]
   start = time.perf_counter()
@@ -256,6 +280,15 @@ def _step_runner(config, name, B, T, implementation):
     call,
     time.perf_counter() - start,
     memory["temporary"],
+  )
+
+
+def _with_span_logits(params, logit_H):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      logit_H.astype(leaf.dtype) if path[-1].key == "span_logit" else leaf
+    ),
+    params,
   )
 
 
@@ -313,7 +346,12 @@ def run(config, workdir):
     if shape.name in wanted:
       rows += _bench_shape(shape, settings)
   for name, B, T in STEPS:
-    if name in wanted and not settings.checkpoint:
+    if name in wanted and B % parallel.device_count():
+      logbook.say(
+        f"{name}: left out, as {B} sequences cannot be dealt to "
+        f"{parallel.device_count()} devices"
+      )
+    elif name in wanted and not settings.checkpoint:
       runners = [
         _step_runner(config, name, B, T, implementation)
         for implementation in IMPLEMENTATIONS
