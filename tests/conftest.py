@@ -12,7 +12,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np
