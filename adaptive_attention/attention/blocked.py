@@ -4,11 +4,8 @@ Loops with run-time bounds over tiles of queries and keys, head by head, in
 plain XLA: a change of spans or periods recompiles nothing, and memory is linear
 in the lengths. The softmax is accumulated tile by tile and the backward pass
 computes the weights again from each row's log of sums (Dao et al. 2022,
-"FlashAttention"). Which tiles these are is the matter of `tiles`.
-
-A head's rows are first brought together in an array of its own, in which a
-tile of queries or keys is one contiguous slice, whatever the stride; of the
-keys only as many as the head can see.
+"FlashAttention"). Which tiles these are is the matter of `tiles`, where their
+rows stand that of `layout`.
 """
 
 import functools
@@ -19,7 +16,7 @@ from jax import lax
 
 from adaptive_attention import masks
 from adaptive_attention.attention import dropout, tiles
-from adaptive_attention.attention.tiles import TILE, put, take
+from adaptive_attention.attention.layout import TILE, put, take
 
 _LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
 
@@ -206,8 +203,7 @@ def _added(local_BRK, row, rows_BYK):
 
 def _scratch(static, B, sizes):
   """Local arrays by name, of queries or of keys, to be used by head on head."""
-  queries = tiles.Layout(1, 0, static)
-  keys = tiles.Layout(1, static.origin, static)
+  queries, keys = tiles.layouts(static)
   return {
     name: (keys if name in ("k", "v", "dk", "dv") else queries).empty(B, K)
     for name, K in sizes.items()
@@ -239,6 +235,7 @@ def _attend_forward(static, plan, table, q, k, v, seed):
 def _attend_backward(static, residuals, d_out):
   plan, q, k, v, out, lse, seed = residuals
   B, _, H, K = q.shape
+  d_out = jnp.asarray(d_out)
   taken_off_BTH1 = jnp.sum(
     d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
   )

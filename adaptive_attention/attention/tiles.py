@@ -20,10 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from adaptive_attention import masks
+from adaptive_attention.attention.layout import (
+  MAX_STRIDE,
+  TILE,
+  Layout,
+  ceil_div,
+)
 
-TILE = 64  # rows and columns
-_BLOCK = 256  # rows that are moved at a time
-MAX_STRIDE = 16  # integer waves of longer periods run as a band
 _STRIDE_COST = 1.1  # of a tile under a stride, against one of the band
 
 
@@ -62,24 +65,20 @@ class Plan(NamedTuple):
   first: jax.Array
 
 
-def _ceil_div(x, y):
-  return -(-x // y)
-
-
 def _query_tiles(static, stride, a):
   """How many tiles the queries of class a fill."""
-  return _ceil_div(_ceil_div(static.T - a, stride), TILE)
+  return ceil_div(ceil_div(static.T - a, stride), TILE)
 
 
 def _diagonals(stride, last, rho, b):
   """How many diagonals n = 0, 1, ... hold a distance up to `last`."""
-  count = _ceil_div((last - rho) // stride + b, TILE) + 1
+  count = ceil_div((last - rho) // stride + b, TILE) + 1
   return jnp.where(last >= rho, count, 0)
 
 
 def _existing(stride, first, key_class, i):
   """How many diagonals of query tile i hold a key from x = `first` on."""
-  y_first = _ceil_div(first - key_class, stride)
+  y_first = ceil_div(first - key_class, stride)
   return jnp.maximum(i - y_first // TILE + 1, 0)
 
 
@@ -95,7 +94,7 @@ def tile_counts(static, stride, last, open_residue, first):
   """
   P = stride
   a = jnp.arange(MAX_STRIDE if static.strided else 1)[:, None, None]
-  i = jnp.arange(_ceil_div(static.T, TILE))[:, None]
+  i = jnp.arange(ceil_div(static.T, TILE))[:, None]
   rho = jnp.arange(MAX_STRIDE)
   b = (a < rho).astype(jnp.int32)
   count = jnp.minimum(
@@ -175,122 +174,6 @@ def _toeplitz(segment):
   return rows.reshape(TILE, 2 * TILE - 1)[:, TILE - 1 :]
 
 
-class Layout:
-  """Where one head keeps its positions: class by class, each in a row.
-
-  x = P y + a, from -front to T, stands in row(a, y) of a local array
-  (B, rows, K) in float32, which has room for a tile beyond either end.
-  """
-
-  def __init__(self, stride, front, static):
-    self.static, self.front, self.stride = static, front, stride
-    self.fill = _ceil_div(front, stride)  # y of each class before zero
-    self.end = _ceil_div(static.T, stride)  # y of each class from zero on
-    size = front + static.T
-    # Moved all at once, unless a short span can do with much less.
-    self.whole = not static.strided and front <= static.T
-    self.block = size if self.whole else min(_BLOCK, size)
-
-  def empty(self, B, K):
-    """A local array, whose content is to be written before it is read."""
-    spare = 2 * MAX_STRIDE if self.static.strided else 0
-    rows = TILE + self.front + self.static.T + spare + max(TILE, _BLOCK)
-    return jnp.zeros((B, rows, K))
-
-  def row(self, a, y):
-    return TILE + a * (self.fill + self.end) + self.fill + y
-
-  def reach(self, y):
-    """The first y that there is, of those from y on."""
-    return jnp.maximum(y, -self.fill)
-
-  def _either(self, contiguous, strided):
-    if self.static.strided:
-      return lax.cond(self.stride == 1, contiguous, strided)
-    return contiguous()
-
-  def _over_blocks(self, y_from, one, local_BRK):
-    """one(a, y, local) for blocks of y from y_from on, of all classes."""
-    blocks = _ceil_div(self.end - y_from, self.block)
-
-    def of_class(a, local_BRK):
-      def of_block(j, local_BRK):
-        # The last block is moved back, lest it go beyond the end.
-        y = jnp.minimum(y_from + j * self.block, self.end - self.block)
-        return one(a, self.reach(y), local_BRK)
-
-      return lax.fori_loop(0, blocks, of_block, local_BRK)
-
-    if self.whole:
-      return one(0, -self.front, local_BRK)
-    return over_classes(self.static, self.stride, of_class, local_BRK)
-
-  def load(self, local_BRK, array_BXHK, h, y_from):
-    """The local array with the positions from y_from on of head h."""
-    B, X, _, K = array_BXHK.shape
-
-    def one(a, y, local_BRK):
-      x = a + self.stride * (y + jnp.arange(self.block)) + self.front
-      block_BYK = self._either(
-        lambda: lax.dynamic_slice(
-          array_BXHK, (0, x[0], h, 0), (B, self.block, 1, K)
-        )[:, :, 0],
-        lambda: array_BXHK[:, jnp.clip(x, 0, X - 1), h],
-      )
-      return put(local_BRK, self.row(a, y), block_BYK.astype(jnp.float32))
-
-    return self._over_blocks(y_from, one, local_BRK)
-
-  def clear(self, local_BRK, y_from):
-    """The local array with zeros from y_from on."""
-    B, _, K = local_BRK.shape
-    zeros_BYK = jnp.zeros((B, self.block, K))
-
-    def one(a, y, local_BRK):
-      return put(local_BRK, self.row(a, y), zeros_BYK)
-
-    return self._over_blocks(y_from, one, local_BRK)
-
-  def store(self, local_BRK, array_BXHK, h, x_from):
-    """`load` the other way: head h's positions from x_from on."""
-    T, P, block = self.static.T, self.stride, self.block
-
-    def one(j, array_BXHK):
-      start = jnp.minimum(x_from + j * block, T - block)
-      start = jnp.maximum(start, -self.front)
-      x = start + jnp.arange(block)
-      block_BYK = self._either(
-        lambda: take(local_BRK, self.row(0, start), block),
-        lambda: local_BRK[:, self.row(x % P, x // P)],
-      )
-      block_BYK = jnp.where((x >= x_from)[:, None], block_BYK, 0.0)
-      return lax.dynamic_update_slice(
-        array_BXHK,
-        block_BYK.astype(array_BXHK.dtype)[:, :, None],
-        (0, start + self.front, h, 0),
-      )
-
-    if self.whole:
-      return one(0, array_BXHK)
-    return lax.fori_loop(0, _ceil_div(T - x_from, block), one, array_BXHK)
-
-
-def over_classes(static, stride, body, carry):
-  """body(a, carry) for each class a."""
-  if not static.strided:
-    return body(0, carry)
-  return lax.fori_loop(0, stride, body, carry)
-
-
-def take(local_BRK, row, count):
-  B, _, K = local_BRK.shape
-  return lax.dynamic_slice(local_BRK, (0, row, 0), (B, count, K))
-
-
-def put(local_BRK, row, rows_BYK):
-  return lax.dynamic_update_slice(local_BRK, rows_BYK, (0, row, 0))
-
-
 class KeyTile(NamedTuple):
   """A tile of keys, and what the masks add to its logits.
 
@@ -307,6 +190,15 @@ class KeyTile(NamedTuple):
   distance: jax.Array
 
 
+def layouts(static, stride=1):
+  """Those of queries and of keys."""
+  T, strided = static.T, static.strided
+  return (
+    Layout(stride, 0, T, strided),
+    Layout(stride, static.origin, T, strided),
+  )
+
+
 class Head:
   """One head's walk over its tiles, forward and backward alike."""
 
@@ -314,8 +206,7 @@ class Head:
     self.h, self.static, self.plan = h, static, plan
     self.stride = plan.stride[h]
     self.last = plan.last[h]
-    self.queries = Layout(self.stride, 0, static)
-    self.keys = Layout(self.stride, static.origin, static)
+    self.queries, self.keys = layouts(static, self.stride)
     # No tile goes further back than the most diagonals from the first one.
     most = _diagonals(self.stride, self.last, 0, 1)
     self.first_key_y = self.keys.reach(-most * TILE)
@@ -331,7 +222,7 @@ class Head:
       count = _query_tiles(self.static, self.stride, a)
       return lax.fori_loop(0, count, functools.partial(body, a), carry)
 
-    return over_classes(self.static, self.stride, of_class, carry)
+    return self.queries.over_classes(of_class, carry)
 
   def query_row(self, a, i):
     return self.queries.row(a, i * TILE)

@@ -1,0 +1,137 @@
+"""Where the rows of one head stand while it is computed.
+
+Positions are dealt into P classes, x = P y + a. A head's rows of each class are
+brought together, so that a tile of consecutive y is one contiguous slice
+whatever the stride is; of the keys only as many as the head can see.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+TILE = 64  # rows and columns of a tile
+MAX_STRIDE = 16  # integer waves of longer periods run as a band
+_BLOCK = 256  # rows that are moved at a time
+
+
+def ceil_div(x, y):
+  return -(-x // y)
+
+
+def take(local_BRK, row, count):
+  B, _, K = local_BRK.shape
+  return lax.dynamic_slice(local_BRK, (0, row, 0), (B, count, K))
+
+
+def put(local_BRK, row, rows_BYK):
+  return lax.dynamic_update_slice(local_BRK, rows_BYK, (0, row, 0))
+
+
+class Layout:
+  """Where one head keeps its positions: class by class, each in a row.
+
+  x = P y + a, from -front to T, stands in row(a, y) of a local array
+  (B, rows, K) in float32, which has room for a tile beyond either end.
+
+  Args:
+    stride: P, at run time, from 1 to MAX_STRIDE.
+    front, T: static.
+    strided: static; whether P may be another than one.
+  """
+
+  def __init__(self, stride, front, T, strided):
+    self.stride, self.front, self.T, self.strided = stride, front, T, strided
+    self.fill = ceil_div(front, stride)  # y of each class before zero
+    self.end = ceil_div(T, stride)  # y of each class from zero on
+    size = front + T
+    # Moved all at once, unless a short span can do with much less.
+    self.whole = not strided and front <= T
+    self.block = size if self.whole else min(_BLOCK, size)
+
+  def empty(self, B, K):
+    """A local array, whose content is to be written before it is read."""
+    spare = 2 * MAX_STRIDE if self.strided else 0
+    rows = TILE + self.front + self.T + spare + max(TILE, _BLOCK)
+    return jnp.zeros((B, rows, K))
+
+  def row(self, a, y):
+    return TILE + a * (self.fill + self.end) + self.fill + y
+
+  def reach(self, y):
+    """The first y that there is, of those from y on."""
+    return jnp.maximum(y, -self.fill)
+
+  def _either(self, contiguous, strided):
+    if self.strided:
+      return lax.cond(self.stride == 1, contiguous, strided)
+    return contiguous()
+
+  def _over_blocks(self, y_from, one, local_BRK):
+    """one(a, y, local) for blocks of y from y_from on, of all classes."""
+    blocks = ceil_div(self.end - y_from, self.block)
+
+    def of_class(a, local_BRK):
+      def of_block(j, local_BRK):
+        # The last block is moved back, lest it go beyond the end.
+        y = jnp.minimum(y_from + j * self.block, self.end - self.block)
+        return one(a, self.reach(y), local_BRK)
+
+      return lax.fori_loop(0, blocks, of_block, local_BRK)
+
+    if self.whole:
+      return one(0, -self.front, local_BRK)
+    return self.over_classes(of_class, local_BRK)
+
+  def over_classes(self, body, carry):
+    """body(a, carry) for each class a."""
+    if not self.strided:
+      return body(0, carry)
+    return lax.fori_loop(0, self.stride, body, carry)
+
+  def load(self, local_BRK, array_BXHK, h, y_from):
+    """The local array with the positions from y_from on of head h."""
+    B, X, _, K = array_BXHK.shape
+
+    def one(a, y, local_BRK):
+      x = a + self.stride * (y + jnp.arange(self.block)) + self.front
+      block_BYK = self._either(
+        lambda: lax.dynamic_slice(
+          array_BXHK, (0, x[0], h, 0), (B, self.block, 1, K)
+        )[:, :, 0],
+        lambda: array_BXHK[:, jnp.clip(x, 0, X - 1), h],
+      )
+      return put(local_BRK, self.row(a, y), block_BYK.astype(jnp.float32))
+
+    return self._over_blocks(y_from, one, local_BRK)
+
+  def clear(self, local_BRK, y_from):
+    """The local array with zeros from y_from on."""
+    B, _, K = local_BRK.shape
+    zeros_BYK = jnp.zeros((B, self.block, K))
+
+    def one(a, y, local_BRK):
+      return put(local_BRK, self.row(a, y), zeros_BYK)
+
+    return self._over_blocks(y_from, one, local_BRK)
+
+  def store(self, local_BRK, array_BXHK, h, x_from):
+    """`load` the other way: head h's positions from x_from on."""
+    T, P, block = self.T, self.stride, self.block
+
+    def one(j, array_BXHK):
+      start = jnp.minimum(x_from + j * block, T - block)
+      start = jnp.maximum(start, -self.front)
+      x = start + jnp.arange(block)
+      block_BYK = self._either(
+        lambda: take(local_BRK, self.row(0, start), block),
+        lambda: local_BRK[:, self.row(x % P, x // P)],
+      )
+      block_BYK = jnp.where((x >= x_from)[:, None], block_BYK, 0.0)
+      return lax.dynamic_update_slice(
+        array_BXHK,
+        block_BYK.astype(array_BXHK.dtype)[:, :, None],
+        (0, start + self.front, h, 0),
+      )
+
+    if self.whole:
+      return one(0, array_BXHK)
+    return lax.fori_loop(0, ceil_div(T - x_from, block), one, array_BXHK)
