@@ -35,11 +35,12 @@ class BenchmarkError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A call of attention: B sequences of T tokens, 8 heads of width 64.
+  """A call of attention: B sequences of T tokens, H heads of width K.
 
   Attributes:
     spans: (H,) z in tokens; None for plain causal attention.
     period: an integer period with one residue open, or None.
+    learned: a mask to take instead of these two.
   """
 
   name: str
@@ -47,11 +48,14 @@ class Shape:
   T: int
   spans: tuple[float, ...] | None
   period: float | None = None
+  learned: Mask | None = None
+  H: int = _HEADS
+  K: int = _HEAD_WIDTH
 
   def mask(self):
-    if self.spans is None:
-      return None
-    H = len(self.spans)
+    if self.learned is not None or self.spans is None:
+      return self.learned
+    H = self.H
     wave = None
     if self.period:
       # r = -1/4 leaves just the crests above zero.
@@ -113,7 +117,7 @@ def _compiled(case, name, function, *args, pairs=None):
 
 def _arrays(shape):
   random = np.random.default_rng(0)
-  size = (shape.B, shape.T, _HEADS, _HEAD_WIDTH)
+  size = (shape.B, shape.T, shape.H, shape.K)
   return [random.standard_normal(size, np.float32) for _ in range(4)]
 
 
@@ -129,10 +133,10 @@ def _attention_runners(shape, implementation):
 
   T = shape.T
   pairs = {
-    "open_pairs": T * (T + 1) // 2 * _HEADS
+    "open_pairs": T * (T + 1) // 2 * shape.H
     if mask is None
     else int(accounting.open_pairs(mask, T).sum()),
-    "computed_pairs": T * T * _HEADS
+    "computed_pairs": T * T * shape.H
     if mask is None
     else int(accounting.computed_pairs(mask, T, implementation).sum()),
   }
@@ -203,7 +207,7 @@ def _flex_runner(torch, flex_attention, shape, q, k, v):
   """Forward alone: FlexAttention has no backward pass on a CPU."""
   spans_H, ramp = torch.tensor(shape.spans), 32.0
   # create_block_mask looks at all pairs by 64-bit indices, several at a time.
-  indices = 8 * _HEADS * shape.T**2
+  indices = 8 * shape.H * shape.T**2
   if indices > _MOST_PAIRS_BYTES:
     logbook.say(
       f"{shape.name}: FlexAttention is left out, as its block mask is made of "
@@ -221,7 +225,7 @@ def _flex_runner(torch, flex_attention, shape, q, k, v):
   start = time.perf_counter()
   try:
     blocks = flex_attention.create_block_mask(
-      open_pair, None, _HEADS, shape.T, shape.T, device="cpu"
+      open_pair, None, shape.H, shape.T, shape.T, device="cpu"
     )
     run = torch.compile(flex_attention.flex_attention)
 
@@ -293,7 +297,7 @@ def _with_span_logits(params, logit_H):
 
 
 def _learned_shapes(folder):
-  """The layers of a trained run, as shapes of their own spans."""
+  """The layers of a trained run, as shapes with their masks."""
   with checkpoint.Checkpoints(folder) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
@@ -303,7 +307,10 @@ def _learned_shapes(folder):
       f"layer {i} of step {step}",
       1,
       config.context_tokens,
-      tuple(float(z) for z in np.asarray(mask.span)),
+      spans=None,
+      learned=jax.tree.map(jnp.asarray, mask),
+      H=config.n_head,
+      K=config.width // config.n_head,
     )
     for i, mask in enumerate(mask_params(params, config))
   ]
@@ -370,7 +377,7 @@ def run(config, workdir):
 def _bench_shape(shape, settings):
   runners = []
   for implementation in IMPLEMENTATIONS:
-    logits = 4 * shape.B * _HEADS * shape.T**2
+    logits = 4 * shape.B * shape.H * shape.T**2
     if implementation == "reference" and logits > _MOST_PAIRS_BYTES:
       logbook.say(
         f"{shape.name}: reference is left out, as its logits alone are "

@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from adaptive_attention import benchmark
+from adaptive_attention import accounting, benchmark, checkpoint, steps
+from adaptive_attention.model import ModelConfig, mask_params
 
 
 @pytest.fixture
@@ -43,6 +45,25 @@ def test_one_residue_is_open_under_the_comb(shapes):
   mask = benchmark.SHAPES[1].mask()
   opened = np.asarray(masks.is_open(mask, np.arange(128)))[0]
   np.testing.assert_array_equal(np.flatnonzero(opened), np.arange(0, 128, 4))
+
+
+def test_the_masks_of_a_run_are_taken_whole(tiny, tmp_path):
+  """Spans, waves, heads and widths, layer by layer."""
+  state = jax.device_get(steps.init_state(tiny))
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    meta = {"config": tiny.to_dict(), "data": {"name": "x", "sha256": "0"}}
+    saved.save(7, state.params, state.opt_state, meta, None)
+  tiny.bench.checkpoint = str(tmp_path)
+  tiny.bench.repeats = 1
+  benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  T = tiny.model.context_tokens
+  layers = mask_params(state.params, ModelConfig(**tiny.model))
+  for i, mask in enumerate(layers):
+    found = [r for r in rows if r["case"] == f"layer {i} of step 7"]
+    assert len(found) == 4
+    opened = int(accounting.open_pairs(mask, T).sum())
+    assert {r["open_pairs"] for r in found} == {opened}
 
 
 def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
