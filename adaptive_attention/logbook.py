@@ -146,8 +146,10 @@ class Logbook:
 
 
 def _named(prefix, values):
-  """(a/b, value) of each value of a dictionary, whatever its depth."""
+  """(a/b, value) of each number of a dictionary, in lists and deeper too."""
   for name, value in values.items():
+    if isinstance(value, list):
+      value = dict(enumerate(value))
     if isinstance(value, dict):
       yield from _named(f"{prefix}/{name}", value)
     else:

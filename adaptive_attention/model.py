@@ -1,9 +1,9 @@
 """The transformer and its parts as Flax (linen) modules.
 
 The block is the published one: pre-norm, no biases unless asked for, GELU with
-erf, learned positions added before every block, the token embedding tied to
-the output layer. The modules hold parameters and call `attend`; what the heads
-look at is `masks`.
+erf, learned positions added before every block (or queries and keys turned by
+theirs), the token embedding tied to the output layer. The modules hold
+parameters and call `attend`; what the heads look at is `masks`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive_attention import masks
+from adaptive_attention import masks, positions
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
 
 MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
@@ -37,8 +37,10 @@ class ModelConfig:
   n_head: int = 8
   width: int = 512
   context_tokens: int = 512
+  position: str = "learned"
   attention: str = "span_wave"
   max_span: int = 512
+  span_init: float = 0.5
   ramp: float = 32.0
   span_coef: float = 4e-6
   period: str = "real"
@@ -68,6 +70,7 @@ class ModelConfig:
       f"a multiple of model.n_head={self.n_head}",
     )
     choices = {
+      "position": ("learned", "rotary"),
       "attention": ("dense", "span", "span_wave"),
       "period": ("real", "integer"),
       "dtype": ("auto", "float32", "bfloat16"),
@@ -78,6 +81,13 @@ class ModelConfig:
     for name in ("max_span", "ramp"):
       value = getattr(self, name)
       require(name, 0 < value < math.inf, "more than 0 tokens, and finite")
+    require(
+      "position",
+      self.position != "rotary" or self.width // self.n_head % 2 == 0,
+      f"learned, as heads of an odd width (model.width={self.width} / "
+      f"model.n_head={self.n_head}) cannot be turned in pairs",
+    )
+    require("span_init", 0 < self.span_init < 1, "a share between 0 and 1")
     require("span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite")
     require("dropout", 0 <= self.dropout < 1, "a share of at least 0, under 1")
     require("harmonics", self.harmonics >= 0, "0 for the exact wave, or more")
@@ -172,6 +182,9 @@ class AdaptiveSelfAttention(nn.Module):
     q_BTHK, k_BTHK, v_BTHK = (
       x.reshape(B, T, H, D // H) for x in jnp.split(qkv, 3, axis=-1)
     )
+    if cfg.position == "rotary":
+      q_BTHK = positions.rotate(q_BTHK, jnp.arange(T))
+      k_BTHK = positions.rotate(k_BTHK, jnp.arange(T))
     dropout_rate = cfg.dropout if train else 0.0
     dropout_seed = None
     if dropout_rate:
@@ -194,9 +207,10 @@ class AdaptiveSelfAttention(nn.Module):
     cfg = self.config
     if cfg.attention == "dense":
       return None
-    zeros = nn.initializers.zeros
     shape = (cfg.n_head,)
-    logits = {"span_logit": self.param("span_logit", zeros, shape)}
+    logits = {
+      "span_logit": self.param("span_logit", _logit_init(cfg.span_init), shape)
+    }
     if cfg.attention == "span_wave":
       logits["period_logit"] = self.param(
         "period_logit", _uniform_after_sigmoid, shape
@@ -204,11 +218,14 @@ class AdaptiveSelfAttention(nn.Module):
       # The ratio starts at zero, wherever that lies between its bounds.
       zero = -cfg.ratio_min / (cfg.ratio_max - cfg.ratio_min)
       logits["ratio_logit"] = self.param(
-        "ratio_logit",
-        nn.initializers.constant(math.log(zero / (1 - zero))),
-        shape,
+        "ratio_logit", _logit_init(zero), shape
       )
     return mask_from_logits(logits, cfg)
+
+
+def _logit_init(share):
+  """Starts at the logit of a share between 0 and 1."""
+  return nn.initializers.constant(math.log(share / (1 - share)))
 
 
 def _uniform_after_sigmoid(key, shape, dtype=jnp.float32):
@@ -293,7 +310,7 @@ class Transformer(nn.Module):
   config.dropout is not zero.
 
   Raises:
-    ValueError: more tokens than `config.context_tokens`.
+    ValueError: more tokens than `config.context_tokens` with learned positions.
   """
 
   config: ModelConfig
@@ -302,7 +319,7 @@ class Transformer(nn.Module):
   def __call__(self, tokens_BT, train: bool = False):
     cfg = self.config
     T = tokens_BT.shape[1]
-    if T > cfg.context_tokens:
+    if cfg.position == "learned" and T > cfg.context_tokens:
       raise ValueError(
         f"{T} tokens are more than model.context_tokens="
         f"{cfg.context_tokens}, for which positions were learned; give fewer"
@@ -315,12 +332,13 @@ class Transformer(nn.Module):
     )
     x_BTD = embed(tokens_BT)
     for i in range(cfg.n_layer):
-      position_TD = self.param(
-        f"position_{i}",
-        nn.initializers.normal(_INIT_STD),
-        (cfg.context_tokens, cfg.width),
-      )[:T]
-      x_BTD = (x_BTD + position_TD).astype(cfg.compute_dtype)
+      if cfg.position == "learned":
+        x_BTD += self.param(
+          f"position_{i}",
+          nn.initializers.normal(_INIT_STD),
+          (cfg.context_tokens, cfg.width),
+        )[:T]
+      x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
       x_BTD = Block(cfg, name=f"block_{i}")(x_BTD, train)

@@ -1,6 +1,7 @@
-"""AdamW as the published run has it, as one optax chain."""
+"""AdamW as the published run has it, or Adagrad, as one optax chain."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adaptive_attention.model import MASK_PARAMETERS
@@ -24,24 +25,54 @@ def is_mask_parameter(params):
   )
 
 
+def _clip_each(most):
+  """Scales each gradient whose norm is more than `most` down to it."""
+
+  def clip(gradient, _):
+    norm = optax.tree.norm(gradient)
+    return gradient * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30))
+
+  return optax.stateless_with_tree_map(clip)
+
+
 def make(settings, schedule) -> optax.GradientTransformation:
-  """clip by global norm -> Adam -> decay of matrices -> -rate.
+  """clip -> Adam or Adagrad -> decay of matrices -> -rate.
 
   The updates of spans and waves are then multiplied by mask_lr_multiplier.
+  Adagrad divides by the root of the sum of all squares so far (Duchi et al.
+  2011), which starts at zero.
 
   Args:
     settings: config.optimizer.
     schedule: step -> learning rate, as of `learning_rate`, or a constant.
   """
+
+  def is_matrix(params):
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+  match settings.clip:
+    case "global":
+      clip = optax.clip_by_global_norm(settings.clip_norm)
+    case "tensor":
+      clip = _clip_each(settings.clip_norm)
+  match settings.name:
+    case "adamw":
+      rule = optax.adamw(
+        schedule,
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+        mask=is_matrix,
+      )
+    case "adagrad":
+      rule = optax.chain(
+        optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-10),
+        optax.add_decayed_weights(settings.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(schedule),
+      )
   return optax.chain(
-    optax.clip_by_global_norm(settings.clip_norm),
-    optax.adamw(
-      schedule,
-      b1=settings.beta1,
-      b2=settings.beta2,
-      eps=1e-8,
-      weight_decay=settings.weight_decay,
-      mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-    ),
+    clip,
+    rule,
     optax.masked(optax.scale(settings.mask_lr_multiplier), is_mask_parameter),
   )

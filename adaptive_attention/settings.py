@@ -96,6 +96,11 @@ def check(config):
     config.bench.compare,
     "torch, or nothing",
   )
+  for name, allowed in (
+    ("optimizer.name", ("adamw", "adagrad")),
+    ("optimizer.clip", ("global", "tensor")),
+  ):
+    _require(flat[name] in allowed, name, flat[name], f"one of {allowed}")
   corpora = ("enwik8", "python_source")
   _require(
     config.data.corpus in corpora,
@@ -142,7 +147,7 @@ def check_data(config, corpus, devices: int):
 
 
 # Of the model's settings those that leave the function it computes as it is.
-_FREE = ("span_coef", "dropout", "dtype", "implementation")
+_FREE = ("span_init", "span_coef", "dropout", "dtype", "implementation")
 
 
 def fixes_the_model(name: str) -> bool:

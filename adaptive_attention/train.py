@@ -305,6 +305,8 @@ class _Run:
         name: metrics[name]
         for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
       },
+      span_max=max(float(np.max(mask.span)) for mask in layers),
+      span_by_layer=[float(np.mean(mask.span)) for mask in layers],
       attention_macs_per_token=accounting.attention_macs_per_token(
         layers, self.model_config, config.model.context_tokens
       ),

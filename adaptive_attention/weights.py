@@ -71,6 +71,11 @@ def config_from_nanogpt(settings: Mapping) -> ModelConfig:
 
 def _names(config: ModelConfig):
   """Their name -> our path and whether the matrix is to be transposed."""
+  if config.position != "learned":
+    raise WeightsError(
+      f"model.position={config.position!r} has no parameters in a published "
+      "model; give model.position=learned"
+    )
   names = {
     "transformer.wte.weight": ("embed/embedding", False),
     "transformer.wpe.weight": ("position_0", False),

@@ -63,10 +63,16 @@ def get_config() -> ConfigDict:
   config.model.width = 512
   # Tokens of a training sequence; positions are learned for as many.
   config.model.context_tokens = 512
+  # "learned" (added before every block, as published), or "rotary" (queries and
+  # keys are turned; relative, and without a longest context).
+  config.model.position = "learned"
   # "dense", "span" (a learned window), "span_wave" (and a learned comb).
   config.model.attention = "span_wave"
   # The longest span that a head can learn, in tokens; the context unless set.
   config.model.max_span = config.model.get_oneway_ref("context_tokens")
+  # The spans' initial share of max_span. One far from where it should end takes
+  # long: the logit moves by about a learning rate a step.
+  config.model.span_init = 0.5
   # R, the soft end of the window in tokens: where a span has its gradient.
   config.model.ramp = 32.0
   # Nats per token of mean span, per layer: what looking far costs.
@@ -91,7 +97,10 @@ def get_config() -> ConfigDict:
   config.model.implementation = "auto"
 
   config.optimizer = ConfigDict()
-  # AdamW: linear warmup to the peak, then a cosine to the minimum.
+  # "adamw", or "adagrad" as Sukhbaatar et al. 2019 have it (rate 0.07, clip
+  # 0.03 of each tensor, no weight decay).
+  config.optimizer.name = "adamw"
+  # Linear warmup to the peak, then a cosine to the minimum.
   config.optimizer.learning_rate = 1e-3
   config.optimizer.min_learning_rate = 1e-4
   config.optimizer.warmup_steps = 100
@@ -99,7 +108,9 @@ def get_config() -> ConfigDict:
   config.optimizer.beta2 = 0.99
   # On matrices alone: norms, biases, spans and waves are not drawn to zero.
   config.optimizer.weight_decay = 0.1
-  # Of the gradient over all parameters together.
+  # The largest norm: "global", of the gradient over all parameters together, or
+  # "tensor", of each parameter's own.
+  config.optimizer.clip = "global"
   config.optimizer.clip_norm = 1.0
   # Spans and waves learn this many times as fast as the rest.
   config.optimizer.mask_lr_multiplier = 1.0

@@ -52,9 +52,17 @@ def randomized(params, scale=1.0):
   )
 
 
-@pytest.mark.parametrize("attention", ["dense", "span", "span_wave"])
-def test_no_logit_depends_on_a_later_token(attention):
-  config = small(attention=attention)
+@pytest.mark.parametrize(
+  ("attention", "position"),
+  [
+    ("dense", "learned"),
+    ("span", "learned"),
+    ("span_wave", "learned"),
+    ("span_wave", "rotary"),
+  ],
+)
+def test_no_logit_depends_on_a_later_token(attention, position):
+  config = small(attention=attention, position=position)
   params = randomized(init(config))
   model = Transformer(config)
   logits = model.apply({"params": params}, TOKENS)
@@ -197,6 +205,31 @@ def test_dense_layers_have_open_masks_and_no_penalty():
   assert losses.regularizer(params, config) == 0
 
 
+def test_rotary_positions_are_relative_and_have_no_longest_context():
+  """Two windows on one text agree where both hold all that can be seen."""
+  config = small(attention="span", position="rotary", n_layer=1)
+  params = randomized(init(config))
+  assert not [name for name in params if name.startswith("position")]
+  # z = 6: with R = 4 a byte is seen from nine bytes on.
+  params["block_0"]["attention"]["span_logit"] = jnp.full(2, math.log(6 / 18))
+  tokens = jnp.tile(TOKENS, (1, 2))[:, :40]
+  model = Transformer(config)
+  whole = model.apply({"params": params}, tokens)
+  tail = model.apply({"params": params}, tokens[:, 15:])
+  np.testing.assert_allclose(tail[:, 9:], whole[:, 24:], atol=1e-4)
+  assert np.abs(tail[:, :8] - whole[:, 15:23]).max() > 0.1
+  # Nor are they nothing: the order of what is seen matters.
+  swapped = tokens.at[:, 30].set(tokens[:, 31]).at[:, 31].set(tokens[:, 30])
+  other = model.apply({"params": params}, swapped)
+  assert np.abs(other[:, 33] - whole[:, 33]).max() > 0.1
+
+
+def test_spans_start_at_their_share():
+  config = small(span_init=0.125)
+  for mask in mask_params(init(config), config):
+    np.testing.assert_allclose(mask.span, 3.0, rtol=1e-6)
+
+
 def test_longer_than_the_context_is_refused():
   with pytest.raises(ValueError, match="25 tokens are more than"):
     Transformer(SMALL).init(jax.random.key(0), jnp.zeros((1, 25), int))
@@ -224,12 +257,20 @@ def test_longer_than_the_context_is_refused():
     ("period_max", 2.0),
     ("ratio_min", -0.3),
     ("ratio_max", 0.6),
+    ("position", "absolute"),
+    ("span_init", 0.0),
+    ("span_init", 1.0),
   ],
 )
 def test_impossible_settings_are_named(name, value):
   with pytest.raises(ValueError, match=rf"model\.{name}=.* expected") as error:
     small(**{name: value})
   assert "\n" not in str(error.value)
+
+
+def test_heads_of_an_odd_width_cannot_be_turned():
+  with pytest.raises(ValueError, match="odd width"):
+    small(width=18, n_head=2, position="rotary")
 
 
 def test_cross_entropy_is_in_nats():

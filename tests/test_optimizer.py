@@ -62,6 +62,36 @@ def test_spans_and_waves_have_their_own_rate(settings):
   np.testing.assert_allclose(ratio, 5.0, rtol=1e-6)
 
 
+def test_the_norm_of_each_is_clipped_alone(settings):
+  settings.clip, settings.clip_norm = "tensor", 3.0
+  chain = optimizer.make(settings, 0.1)
+  grads = jax.tree.map(lambda p: p, PARAMS) | {"kernel": 100 * jnp.ones((2, 2))}
+  _, state = chain.update(grads, chain.init(PARAMS), PARAMS)
+  mu = state[1][0].mu  # (1 - beta1) * clipped gradient
+  scale = 1 - settings.beta1
+  np.testing.assert_allclose(mu["kernel"], scale * 3 / 2, rtol=1e-5)
+  np.testing.assert_allclose(mu["bias"], scale, rtol=1e-5)
+
+
+def test_adagrad_divides_by_the_root_of_all_squares(settings):
+  settings.name, settings.weight_decay = "adagrad", 0.0
+  settings.clip_norm, settings.mask_lr_multiplier = 1e6, 2.0
+  chain = optimizer.make(settings, 0.1)
+  state = chain.init(PARAMS)
+  for gradient, total in ((3.0, 9.0), (4.0, 25.0), (0.0, 25.0)):
+    grads = jax.tree.map(lambda p, g=gradient: g * p, PARAMS)
+    updates, state = chain.update(grads, state, PARAMS)
+    expected = -0.1 * gradient / np.sqrt(total)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+      updates["attention"]["span_logit"], 2 * expected, rtol=1e-6
+    )
+  # A parameter that never had a gradient stays.
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  updates, _ = chain.update(zeros, chain.init(PARAMS), PARAMS)
+  assert not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
 def test_the_norm_over_all_is_clipped(settings):
   settings.clip_norm = 1.0
   chain = optimizer.make(settings, 0.1)

@@ -113,6 +113,12 @@ def test_the_settings():
   assert config().attention == "span"
 
 
+def test_a_model_without_learned_positions_has_no_such_file():
+  config = ModelConfig(position="rotary")
+  with pytest.raises(WeightsError, match="position='rotary'"):
+    weights.from_nanogpt({}, config)
+
+
 def test_settings_that_are_unknown_or_missing():
   with pytest.raises(WeightsError, match="'n_haed' is unknown"):
     config(n_haed=3)
