@@ -221,7 +221,7 @@ def test_rotary_positions_are_relative_and_have_no_longest_context():
   # Nor are they nothing: the order of what is seen matters.
   swapped = tokens.at[:, 30].set(tokens[:, 31]).at[:, 31].set(tokens[:, 30])
   other = model.apply({"params": params}, swapped)
-  assert np.abs(other[:, 33] - whole[:, 33]).max() > 0.1
+  assert np.abs(other[:, 33] - whole[:, 33]).max() > 1e-2
 
 
 def test_spans_start_at_their_share():
