@@ -106,20 +106,16 @@ def _forward_head(head, q, k, v, seed, carry):
   )
 
 
-def _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry):
-  """Fills in one head of the gradients; the rest is scratch.
-
-  Args:
-    stats_BTH2: of each query its log of sums, and what softmax takes off, the
-      sum of d_out * out (the same with dropout as without).
-  """
+def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
+  """Fills in one head of the gradients; the rest is scratch."""
   dq, dk, dv, d_table, scratch = carry
   static, h = head.static, head.h
   B, _, _, K = q.shape
   first_new_x = static.memory - static.origin
   q_local = head.queries.load(scratch["q"], q, h, 0)
   d_out_local = head.queries.load(scratch["d_out"], d_out, h, 0)
-  stats_local = head.queries.load(scratch["stats"], stats_BTH2, h, 0)
+  out_local = head.queries.load(scratch["out"], out, h, 0)
+  lse_local = head.queries.load(scratch["lse"], lse, h, 0)
   k_local = head.keys.load(scratch["k"], k, h, head.first_key_y)
   v_local = head.keys.load(scratch["v"], v, h, head.first_key_y)
   dk_local = head.keys.clear(scratch["dk"], head.first_key_y)
@@ -131,10 +127,15 @@ def _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry):
     x_Q = head.query_x(a, i)
     q_BQK = take(q_local, row, TILE) / jnp.sqrt(K)
     d_out_BQK = take(d_out_local, row, TILE)
-    stats_BQ2 = take(stats_local, row, TILE)
+    # What softmax takes off, the same with dropout as without. (In one sum over
+    # all queries XLA's CPU backend takes as long for it as for two products.)
+    mean_BQ1 = jnp.sum(
+      d_out_BQK * take(out_local, row, TILE), axis=-1, keepdims=True
+    )
     # Beyond the end of the class these are the rows of others.
-    lse_BQ1 = jnp.where(x_Q[:, None] < static.T, stats_BQ2[..., :1], -_LOW)
-    mean_BQ1 = stats_BQ2[..., 1:]
+    lse_BQ1 = jnp.where(
+      x_Q[:, None] < static.T, take(lse_local, row, TILE), -_LOW
+    )
     kept = _kept(head, seed, B, x_Q)
 
     def gradients(tile, carry, of_keys=True):
@@ -186,7 +187,8 @@ def _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry):
     {
       "q": q_local,
       "d_out": d_out_local,
-      "stats": stats_local,
+      "out": out_local,
+      "lse": lse_local,
       "k": k_local,
       "v": v_local,
       "dq": dq_local,
@@ -236,17 +238,13 @@ def _attend_backward(static, residuals, d_out):
   plan, q, k, v, out, lse, seed = residuals
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
-  taken_off_BTH1 = jnp.sum(
-    d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
-  )
-  stats_BTH2 = jnp.concatenate([lse, taken_off_BTH1], axis=-1)
 
   def one_head(h, carry):
     head = tiles.Head(plan, h, static)
-    return _backward_head(head, q, k, v, d_out, stats_BTH2, seed, carry)
+    return _backward_head(head, q, k, v, out, lse, d_out, seed, carry)
 
-  names = ("q", "d_out", "k", "v", "dq", "dk", "dv")
-  sizes = dict.fromkeys(names, K) | {"stats": 2}
+  names = ("q", "out", "d_out", "k", "v", "dq", "dk", "dv")
+  sizes = dict.fromkeys(names, K) | {"lse": 1}
   dq, dk, dv, d_table, _ = lax.fori_loop(
     0,
     H,
