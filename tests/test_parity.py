@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from adaptive_attention import losses, masks, optimizer, weights
 from adaptive_attention.model import (
@@ -15,6 +14,7 @@ from adaptive_attention.model import (
   Transformer,
   mask_params,
 )
+from configs import base
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Their numbers are float32, so both sides carry rounding.
@@ -131,15 +131,7 @@ def test_model_with_all_gradients(golden):
 
 
 def test_five_optimizer_steps(golden):
-  settings = ConfigDict(
-    {
-      "beta1": 0.9,
-      "beta2": 0.99,
-      "weight_decay": 0.1,
-      "clip_norm": 1.0,
-      "mask_lr_multiplier": 1.0,
-    }
-  )
+  settings = base.get_config().optimizer
   adamw = optimizer.make(settings, 1e-3)
   params, state = golden.params, adamw.init(golden.params)
   totals = []
