@@ -1,5 +1,6 @@
 """The command line: which verb, on which settings, into which folder."""
 
+import ast
 import logging
 import pathlib
 import runpy
@@ -211,8 +212,11 @@ def _parse_flags() -> None:
   try:
     positional = flags.FLAGS(sys.argv)[1:]
   except (AttributeError, KeyError) as error:  # of the locked config
-    reason = " ".join(str(error.args[0]).split())
-    sys.exit(_fail(f"unknown setting: {reason}", 2))
+    reason = str(error.args[0])
+    if reason[:1] in ("'", '"'):  # one KeyError in another is quoted by it
+      reason = ast.literal_eval(reason)
+    reason = reason.replace("\n", "; ")
+    sys.exit(_fail(f"unknown setting: {reason}; see configs/base.py", 2))
   except (flags.Error, TypeError, ValueError) as error:
     reason = " ".join(str(error).split()).rstrip(".")
     sys.exit(_fail(f"{reason}; see --help", 2))

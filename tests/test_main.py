@@ -30,7 +30,8 @@ ENWIK8 = "--config=configs/enwik8.py"
   ("flag", "named"),
   [
     # Typos and wrong types.
-    ("--config.model.n_layr=4", 'Did you mean "n_layer"'),
+    ("--config.model.n_layr=4", "'n_layr'; Did you mean \"n_layer\""),
+    ("--config.nope=4", "'nope'; see configs/base.py"),
     ("--config.model.n_layer=four", "--config.model.n_layer=four"),
     ("--config.model.n_layer=1.5", "--config.model.n_layer=1.5"),
     ("--config.steps=", "--config.steps="),
@@ -54,6 +55,9 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.model.ramp=nan", "config.model.ramp=nan"),
     ("--config.model.span_coef=-1", "config.model.span_coef=-1.0"),
     ("--config.model.dropout=1", "config.model.dropout=1.0"),
+    ("--config.model.span_init=0", "config.model.span_init=0.0"),
+    ("--config.optimizer.name=sgd", "config.optimizer.name='sgd'"),
+    ("--config.optimizer.clip=norm", "config.optimizer.clip='norm'"),
     # Pairs that do not fit.
     ("--config.model.width=500", "a multiple of model.n_head=8"),
     ("--config.model.period_max=1.5", "more than model.period_min=2.0"),
