@@ -34,25 +34,33 @@ def _kept(head, seed, B, x_Q):
   return kept
 
 
+def _loaded(head, scratch, queries, keys):
+  """The scratch, with this head's rows of the named arrays in it."""
+  local = dict(scratch)
+  for name, array in queries.items():
+    local[name] = head.queries.load(local[name], array, head.h, 0)
+  for name, array in keys.items():
+    local[name] = head.keys.load(local[name], array, head.h, head.first_key_y)
+  return local
+
+
 def _forward_head(head, q, k, v, seed, carry):
   """Fills in one head of (out_BTHK, lse_BTH1); the rest is scratch."""
   out, lse, scratch = carry
   static, h = head.static, head.h
   B, _, _, K = q.shape
-  q_local = head.queries.load(scratch["q"], q, h, 0)
-  k_local = head.keys.load(scratch["k"], k, h, head.first_key_y)
-  v_local = head.keys.load(scratch["v"], v, h, head.first_key_y)
+  local = _loaded(head, scratch, {"q": q}, {"k": k, "v": v})
 
   def query_tile(a, i, carry):
     out_local, lse_local = carry
     row = head.query_row(a, i)
-    q_BQK = take(q_local, row, TILE) / jnp.sqrt(K)
+    q_BQK = take(local["q"], row, TILE) / jnp.sqrt(K)
     kept = _kept(head, seed, B, head.query_x(a, i))
 
     def key_tile(tile, carry):
       highest_BQ1, total_BQ1, sum_BQK = carry
-      k_BCK = take(k_local, tile.row, TILE)
-      v_BCK = take(v_local, tile.row, TILE)
+      k_BCK = take(local["k"], tile.row, TILE)
+      v_BCK = take(local["v"], tile.row, TILE)
       logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
       logits_BQC += tile.bias
       new_BQ1 = jnp.maximum(
@@ -91,18 +99,12 @@ def _forward_head(head, q, k, v, seed, carry):
     )
 
   out_local, lse_local = head.for_each_query_tile(
-    query_tile, (scratch["out"], scratch["lse"])
+    query_tile, (local["out"], local["lse"])
   )
   return (
     head.queries.store(out_local, out, h, 0),
     head.queries.store(lse_local, lse, h, 0),
-    {
-      "q": q_local,
-      "k": k_local,
-      "v": v_local,
-      "out": out_local,
-      "lse": lse_local,
-    },
+    local | {"out": out_local, "lse": lse_local},
   )
 
 
@@ -112,36 +114,32 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
   static, h = head.static, head.h
   B, _, _, K = q.shape
   first_new_x = static.memory - static.origin
-  q_local = head.queries.load(scratch["q"], q, h, 0)
-  d_out_local = head.queries.load(scratch["d_out"], d_out, h, 0)
-  out_local = head.queries.load(scratch["out"], out, h, 0)
-  lse_local = head.queries.load(scratch["lse"], lse, h, 0)
-  k_local = head.keys.load(scratch["k"], k, h, head.first_key_y)
-  v_local = head.keys.load(scratch["v"], v, h, head.first_key_y)
-  dk_local = head.keys.clear(scratch["dk"], head.first_key_y)
-  dv_local = head.keys.clear(scratch["dv"], head.first_key_y)
+  queries = {"q": q, "out": out, "lse": lse, "d_out": d_out}
+  local = _loaded(head, scratch, queries, {"k": k, "v": v})
+  dk_local = head.keys.clear(local["dk"], head.first_key_y)
+  dv_local = head.keys.clear(local["dv"], head.first_key_y)
 
   def query_tile(a, i, carry):
     dq_local, *sums = carry
     row = head.query_row(a, i)
     x_Q = head.query_x(a, i)
-    q_BQK = take(q_local, row, TILE) / jnp.sqrt(K)
-    d_out_BQK = take(d_out_local, row, TILE)
+    q_BQK = take(local["q"], row, TILE) / jnp.sqrt(K)
+    d_out_BQK = take(local["d_out"], row, TILE)
     # What softmax takes off, the same with dropout as without. (In one sum over
     # all queries XLA's CPU backend takes as long for it as for two products.)
     mean_BQ1 = jnp.sum(
-      d_out_BQK * take(out_local, row, TILE), axis=-1, keepdims=True
+      d_out_BQK * take(local["out"], row, TILE), axis=-1, keepdims=True
     )
     # Beyond the end of the class these are the rows of others.
     lse_BQ1 = jnp.where(
-      x_Q[:, None] < static.T, take(lse_local, row, TILE), -_LOW
+      x_Q[:, None] < static.T, take(local["lse"], row, TILE), -_LOW
     )
     kept = _kept(head, seed, B, x_Q)
 
     def gradients(tile, carry, of_keys=True):
       dq_BQK, dk_local, dv_local, d_table_S = carry
-      k_BCK = take(k_local, tile.row, TILE)
-      v_BCK = take(v_local, tile.row, TILE)
+      k_BCK = take(local["k"], tile.row, TILE)
+      v_BCK = take(local["v"], tile.row, TILE)
       logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
       logits_BQC += tile.bias
       weights_BQC = jnp.exp(logits_BQC - lse_BQ1)
@@ -176,7 +174,7 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
     return put(dq_local, row, dq_BQK / jnp.sqrt(K)), *sums
 
   dq_local, dk_local, dv_local, d_table_S = head.for_each_query_tile(
-    query_tile, (scratch["dq"], dk_local, dv_local, jnp.zeros(static.S))
+    query_tile, (local["dq"], dk_local, dv_local, jnp.zeros(static.S))
   )
   first_x = jnp.maximum(head.first_key_y * head.stride, first_new_x)
   return (
@@ -184,17 +182,7 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
     head.keys.store(dk_local, dk, h, first_x),
     head.keys.store(dv_local, dv, h, first_x),
     lax.dynamic_update_index_in_dim(d_table, d_table_S, h, 0),
-    {
-      "q": q_local,
-      "d_out": d_out_local,
-      "out": out_local,
-      "lse": lse_local,
-      "k": k_local,
-      "v": v_local,
-      "dq": dq_local,
-      "dk": dk_local,
-      "dv": dv_local,
-    },
+    local | {"dq": dq_local, "dk": dk_local, "dv": dv_local},
   )
 
 
