@@ -34,6 +34,11 @@ def _kept(head, seed, B, x_Q):
   return kept
 
 
+def _logits(q_BQK, k_BCK, tile):
+  logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
+  return logits_BQC if tile.bias is None else logits_BQC + tile.bias
+
+
 def _loaded(head, scratch, queries, keys):
   """The scratch, with this head's rows of the named arrays in it."""
   local = dict(scratch)
@@ -61,8 +66,7 @@ def _forward_head(head, q, k, v, seed, carry):
       highest_BQ1, total_BQ1, sum_BQK = carry
       k_BCK = take(local["k"], tile.row, TILE)
       v_BCK = take(local["v"], tile.row, TILE)
-      logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
-      logits_BQC += tile.bias
+      logits_BQC = _logits(q_BQK, k_BCK, tile)
       new_BQ1 = jnp.maximum(
         highest_BQ1, jnp.max(logits_BQC, axis=-1, keepdims=True)
       )
@@ -136,12 +140,11 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
     )
     kept = _kept(head, seed, B, x_Q)
 
-    def gradients(tile, carry, of_keys=True):
+    def key_tile(tile, carry):
       dq_BQK, dk_local, dv_local, d_table_S = carry
       k_BCK = take(local["k"], tile.row, TILE)
       v_BCK = take(local["v"], tile.row, TILE)
-      logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
-      logits_BQC += tile.bias
+      logits_BQC = _logits(q_BQK, k_BCK, tile)
       weights_BQC = jnp.exp(logits_BQC - lse_BQ1)
       d_weights_BQC = jnp.einsum("bqk,bck->bqc", d_out_BQK, v_BCK)
       dropped_BQC = weights_BQC
@@ -150,26 +153,17 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
         dropped_BQC = weights_BQC * scale_BQC
         d_weights_BQC = d_weights_BQC * scale_BQC
       d_logits_BQC = weights_BQC * (d_weights_BQC - mean_BQ1)
-      d_table_S = head.add_to_table(
-        d_table_S, tile, jnp.sum(d_logits_BQC, axis=0)
-      )
+      d_table_S = head.add_to_table(d_table_S, tile, d_logits_BQC)
       dq_BQK += jnp.einsum("bqc,bck->bqk", d_logits_BQC, k_BCK)
-      if of_keys:
+      if not tile.older:
         dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, q_BQK)
         dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, d_out_BQK)
         dk_local = _added(dk_local, tile.row, dk_BCK)
         dv_local = _added(dv_local, tile.row, dv_BCK)
       return dq_BQK, dk_local, dv_local, d_table_S
 
-    older = None
-    if static.memory:
-      older = functools.partial(gradients, of_keys=False)
     dq_BQK, *sums = head.for_each_key_tile(
-      a,
-      i,
-      gradients,
-      (jnp.zeros((B, TILE, K)), *sums),
-      older,
+      a, i, key_tile, (jnp.zeros((B, TILE, K)), *sums)
     )
     return put(dq_local, row, dq_BQK / jnp.sqrt(K)), *sums
 

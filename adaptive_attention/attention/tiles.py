@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     residue_count: (H,) how many these are.
     table: (H, S) log m + log w by distance.
     first: the x of the first key that exists.
+    even: (H,) the distance up to which the table is one number for each rho.
   """
 
   stride: jax.Array
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
   residue_count: jax.Array
   table: jax.Array
   first: jax.Array
+  even: jax.Array
 
 
 def _query_tiles(static, stride, a):
@@ -74,6 +76,11 @@ def _diagonals(stride, last, rho, b):
   """How many diagonals n = 0, 1, ... hold a distance up to `last`."""
   count = ceil_div((last - rho) // stride + b, TILE) + 1
   return jnp.where(last >= rho, count, 0)
+
+
+def _even_diagonals(stride, even, rho, b):
+  """How many diagonals n = 1, 2, ... hold no distance beyond `even`."""
+  return ((even - rho) // stride + b + 1) // TILE - 1
 
 
 def _existing(stride, first, key_class, i):
@@ -113,7 +120,7 @@ def _over_heads(static):
   )
 
 
-def make_plan(table_HS, period_H, first, static) -> Plan:
+def make_plan(mask, table_HS, first, static) -> Plan:
   """Chooses each head's stride: of 1 and its period the one with less work."""
   table_HS = lax.stop_gradient(table_HS)
   open_HS = table_HS > -jnp.inf
@@ -126,6 +133,7 @@ def make_plan(table_HS, period_H, first, static) -> Plan:
   count = _over_heads(static)
   stride_H = jnp.ones(H, jnp.int32)
   if static.strided:
+    period_H = jnp.round(mask.wave.period).astype(jnp.int32)
     band_H = count(stride_H, last_H, band_HR, first)
     strides_H = jnp.clip(period_H, 1, MAX_STRIDE)
     strided_H = count(strides_H, last_H, least_HR, first)
@@ -134,6 +142,10 @@ def make_plan(table_HS, period_H, first, static) -> Plan:
   open_HR = jnp.where(stride_H[:, None] == 1, band_HR, least_HR)
   open_HR &= jnp.arange(MAX_STRIDE) < stride_H[:, None]
   open_HR &= last_H[:, None] >= 0
+  # There m = 1 and without a slope; a token less, as m is rounded.
+  even_H = jnp.ceil(lax.stop_gradient(mask.span)).astype(jnp.int32) - 2
+  if mask.wave is not None:
+    even_H = jnp.where(stride_H == 1, -1, even_H)
   return Plan(
     stride_H,
     last_H,
@@ -141,6 +153,7 @@ def make_plan(table_HS, period_H, first, static) -> Plan:
     jnp.sum(open_HR, axis=-1, dtype=jnp.int32),
     table_HS,
     first,
+    even_H,
   )
 
 
@@ -148,12 +161,9 @@ def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0):
   """(static, plan, table_HS) of one call; the table is differentiable."""
   strided = mask.wave is not None and mask.wave.integer
   static = Static(T, S, memory, strided, dropout_rate)
-  period_H = None
-  if strided:
-    period_H = jnp.round(mask.wave.period).astype(jnp.int32)
   first = jnp.maximum(jnp.asarray(first_key, jnp.int32), 0) - static.origin
   table_HS = masks.log_weight(mask, jnp.arange(S))
-  return static, make_plan(table_HS, period_H, first, static), table_HS
+  return static, make_plan(mask, table_HS, first, static), table_HS
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -180,14 +190,18 @@ class KeyTile(NamedTuple):
   Attributes:
     row: of its first key in a local array.
     x: (TILE,) positions of its keys.
-    bias: (TILE, TILE) log m + log w; -inf for keys that do not exist.
-    distance: (2 TILE - 1,) the distances of its diagonals, ascending.
+    bias: (TILE, TILE) log m + log w; -inf for keys that do not exist. Of an
+      even tile, where all pairs are open, one number for all; None for zero.
+    distance: (2 TILE - 1,) the distances of its diagonals, ascending; of an
+      even tile one that stands for all.
+    older: static; whether there are keys of the memory alone.
   """
 
   row: jax.Array
   x: jax.Array
-  bias: jax.Array
+  bias: jax.Array | None
   distance: jax.Array
+  older: bool
 
 
 def layouts(static, stride=1):
@@ -231,12 +245,8 @@ class Head:
     """(TILE,) the positions of the queries of a tile."""
     return a + self.stride * (i * TILE + jnp.arange(TILE))
 
-  def for_each_key_tile(self, a, i, body, carry, older=None):
-    """body(KeyTile, carry) over what query tile i of class a meets.
-
-    With `older` the tiles that hold nothing but keys of the memory go to
-    older(KeyTile, carry) instead.
-    """
+  def for_each_key_tile(self, a, i, body, carry):
+    """body(KeyTile, carry) over what query tile i of class a meets."""
     static, plan = self.static, self.plan
 
     def residue(r, carry):
@@ -247,43 +257,64 @@ class Head:
       def existing(x_first):
         return _existing(self.stride, x_first, c, i)
 
+      def walk(even, older, diagonal, start, end, carry):
+        def one(j, carry):
+          return body(
+            self._key_tile(i, rho, b, c, diagonal(j), even, older), carry
+          )
+
+        return lax.fori_loop(start, end, one, carry)
+
       count = _diagonals(self.stride, self.last, rho, b)
       count = jnp.minimum(count, existing(plan.first))
-
-      def on_diagonal(body, n, carry):
-        return body(self._key_tile(i, rho, b, c, n), carry)
-
+      # Diagonals 1 to `even` are even; 0 is cut by the query itself, and the
+      # last that exists by the first key.
+      even = _even_diagonals(self.stride, plan.even[self.h], rho, b)
+      even = jnp.clip(even, 0, jnp.maximum(count - 2, 0))
       newer = count
-      if older is not None:
+      if static.memory:
         newer = jnp.minimum(count, existing(static.memory - static.origin))
-      carry = lax.fori_loop(
-        0, newer, functools.partial(on_diagonal, body), carry
-      )
-      if older is None:
-        return carry
-      return lax.fori_loop(
-        newer, count, functools.partial(on_diagonal, older), carry
-      )
+      newer_even = jnp.clip(newer - 1, 0, even)
+
+      def uneven(j):
+        return jnp.where(j == 0, 0, j + even)
+
+      carry = walk(False, False, uneven, 0, newer - newer_even, carry)
+      carry = walk(True, False, lambda n: n, 1, 1 + newer_even, carry)
+      if static.memory:
+        carry = walk(True, True, lambda n: n, 1 + newer_even, 1 + even, carry)
+        carry = walk(
+          False, True, uneven, newer - newer_even, count - even, carry
+        )
+      return carry
 
     if not static.strided:
       return residue(0, carry)
     return lax.fori_loop(0, plan.residue_count[self.h], residue, carry)
 
-  def _key_tile(self, i, rho, b, c, n):
+  def _key_tile(self, i, rho, b, c, n, even, older):
     plan, S = self.plan, self.static.S
     y = (i - n) * TILE
+    row = self.keys.row(c, y)
     x = c + self.stride * (y + jnp.arange(TILE))
+    if even:
+      bias = plan.table[self.h, rho] if self.static.strided else None
+      return KeyTile(row, x, bias, rho, older)
     distance = n * TILE - b + jnp.arange(1 - TILE, TILE)
     distance = self.stride * distance + rho
     added = plan.table[self.h, jnp.clip(distance, 0, S - 1)]
     added = jnp.where((distance >= 0) & (distance < S), added, -jnp.inf)
     bias = jnp.where(x >= plan.first, _toeplitz(added), -jnp.inf)
-    return KeyTile(self.keys.row(c, y), x, bias, distance)
+    return KeyTile(row, x, bias, distance, older)
 
-  def add_to_table(self, d_table_S, tile, d_bias):
-    """The gradient of the table with a (TILE, TILE) gradient of bias added."""
+  def add_to_table(self, d_table_S, tile, d_logits_BQC):
+    """The gradient of the table with that of a tile's logits added."""
+    if tile.bias is None:  # the table has no slope there
+      return d_table_S
+    if tile.bias.ndim == 0:
+      return d_table_S.at[tile.distance].add(jnp.sum(d_logits_BQC))
     (segment,) = jax.linear_transpose(_toeplitz, jnp.zeros(2 * TILE - 1))(
-      d_bias
+      jnp.sum(d_logits_BQC, axis=0)
     )
     # Out of bounds, and so dropped, where negative too.
     index = jnp.where(tile.distance < 0, self.static.S, tile.distance)
