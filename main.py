@@ -30,7 +30,10 @@ _SPLIT = flags.DEFINE_enum(
   "split", "valid", ["valid", "test"], "Which split to evaluate."
 )
 _PROTOCOL = flags.DEFINE_string(
-  "protocol", "window", "How to evaluate: window (disjoint), or stride:N."
+  "protocol",
+  None,
+  "How to evaluate: window (disjoint), stride:N, or memory (read once, as "
+  "streams); memory for a model that has one, else window, if not given.",
 )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from adaptive_attention import masks
 from adaptive_attention.attention import tiles
+from adaptive_attention.memory import ring_rows
 from adaptive_attention.model import ModelConfig
 
 
@@ -20,24 +21,32 @@ def parameter_count(params) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def open_pairs(mask: masks.Mask, T: int) -> np.ndarray:
-  """(H,) integers: the pairs (t, s) of a sequence of T tokens that are open."""
-  open_HT = np.asarray(masks.is_open(mask, np.arange(T)))
-  # Distance d occurs T - d times.
-  return open_HT.astype(np.int64) @ (T - np.arange(T, dtype=np.int64))
+def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
+  """(H,) integers: the open pairs (t, s) of T tokens and `memory` before."""
+  distance = np.arange(memory + T, dtype=np.int64)
+  open_HS = np.asarray(masks.is_open(mask, distance))
+  # How often a distance occurs: T times as far as the memory goes.
+  return open_HS.astype(np.int64) @ np.minimum(T, memory + T - distance)
 
 
-def computed_pairs(mask: masks.Mask, T: int, implementation: str):
-  """(H,) integers: the pairs of a sequence of T tokens that are computed."""
+def computed_pairs(mask: masks.Mask, T: int, implementation: str, memory=0):
+  """(H,) integers: the pairs of T tokens and a memory that are computed."""
+  S = ring_rows(memory, T) if memory else T
   match implementation:
     case "reference":
-      return np.full(len(mask.span), T * T, np.int64)
+      return np.full(len(mask.span), T * S, np.int64)
     case "blocked" | "auto":
-      return np.asarray(tiles.touched(mask, T, T), np.int64) * tiles.TILE**2
+      tiles_H = tiles.touched(mask, T, S, first_key=S - T - memory)
+      return np.asarray(tiles_H, np.int64) * tiles.TILE**2
 
 
-def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:
+def attention_macs_per_token(
+  layers, config: ModelConfig, T: int, memory: int = 0
+) -> dict:
   """Multiply-adds per token of attention, over all layers and heads.
+
+  Args:
+    T, memory: tokens of a segment, and before it.
 
   Returns:
     dense: all causal pairs; open: those that the masks leave open; computed:
@@ -46,10 +55,11 @@ def attention_macs_per_token(layers, config: ModelConfig, T: int) -> dict:
   macs_per_pair = 2 * config.width // config.n_head
   heads = config.n_layer * config.n_head
   pairs = {
-    "dense": heads * T * (T + 1) // 2,
-    "open": sum(open_pairs(mask, T).sum() for mask in layers),
+    "dense": heads * (T * (T + 1) // 2 + T * memory),
+    "open": sum(open_pairs(mask, T, memory).sum() for mask in layers),
     "computed": sum(
-      computed_pairs(mask, T, config.implementation).sum() for mask in layers
+      computed_pairs(mask, T, config.implementation, memory).sum()
+      for mask in layers
     ),
   }
   return {name: float(macs_per_pair * n / T) for name, n in pairs.items()}
@@ -61,13 +71,14 @@ def macs_text(macs: dict) -> str:
   return f"multiply-adds a token: {counts}"
 
 
-def train_flops_per_token(config: ModelConfig, T: int) -> float:
+def train_flops_per_token(config: ModelConfig) -> float:
   """FLOPs per token of a training step with all causal pairs computed.
 
+  These are all of a segment of `context_tokens` and of the memory before it.
   Two per multiply-add, once forward and twice backward. What the masks save
   is not taken off: that is in `attention_macs_per_token`.
   """
   D, L, V = config.width, config.n_layer, config.vocab_size
   macs = L * (4 * D**2 + 2 * D * 4 * D) + D * V
-  macs += 2 * D * L * (T + 1) / 2
+  macs += 2 * D * L * ((config.context_tokens + 1) / 2 + config.memory_tokens)
   return 6 * macs

@@ -24,13 +24,36 @@ def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
   return np.asarray(data)[starts_B[:, None] + np.arange(context_tokens + 1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-  """How a split is cut up for evaluation.
+def segments(length: int, batch_size: int, context_tokens: int) -> int:
+  """How many segments of T tokens each of B streams through a shard has."""
+  return (length - 1) // (batch_size * context_tokens)
 
-  Window i reads the bytes from starts[i] on, T at most, and predicts the byte
-  after each; of its predictions those from scored_from[i] to scored_to[i]
-  count. Each byte of the split but the first counts in exactly one window.
+
+def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
+  """(B, T + 1) uint8: the next segment of each of B streams through a shard.
+
+  The streams lie end to end; each goes on at a step where it ended at the one
+  before, until all reach their ends together. Then they start anew, from a
+  first byte that is drawn for each pass out of those that would be left over.
+  A pure function of its arguments, with those of `train_batch`.
+  """
+  T, B = context_tokens, batch_size
+  count = segments(len(data), B, T)
+  epoch, segment = divmod(step, count)
+  spare = len(data) - 1 - B * T * count
+  generator = np.random.default_rng((seed, epoch, shard_index))
+  first = generator.integers(0, spare, endpoint=True)
+  starts_B = first + T * (count * np.arange(B, dtype=np.int64) + segment)
+  return np.asarray(data)[starts_B[:, None] + np.arange(T + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a split is cut up for evaluation: batches of rows of T + 1 bytes.
+
+  Row r of batch g holds the bytes from starts[g, r] on and predicts the byte
+  after each of its first T; of these predictions those from scored_from to
+  scored_to count. Each byte of the split but the first counts in exactly one.
   """
 
   starts: np.ndarray
@@ -38,19 +61,40 @@ class Windows:
   scored_to: np.ndarray
   context_tokens: int
 
+  def part(self, batches=slice(None), rows=slice(None)):
+    """Some of the batches, some of the rows of each."""
+    arrays = self.starts, self.scored_from, self.scored_to
+    return Reading(*(x[batches, rows] for x in arrays), self.context_tokens)
+
   def __len__(self):
     return len(self.starts)
 
-  def rows(self, data, first: int, count: int):
-    """(count, T + 1) uint8: the windows from `first` on, zeros beyond."""
-    tokens = np.zeros((count, self.context_tokens + 1), np.uint8)
-    for row, start in enumerate(self.starts[first : first + count]):
+  def tokens(self, data, batch: int):
+    """(R, T + 1) uint8, zeros beyond the split."""
+    starts_R = self.starts[batch]
+    tokens = np.zeros((len(starts_R), self.context_tokens + 1), np.uint8)
+    for row, start in enumerate(starts_R):
       part = data[start : start + self.context_tokens + 1]
       tokens[row, : len(part)] = part
     return tokens
 
+  def scored(self, batch: int):
+    """(row, slice of its predictions, slice of all the split's) that count."""
+    for row, (start, first, last) in enumerate(
+      zip(
+        self.starts[batch],
+        self.scored_from[batch],
+        self.scored_to[batch],
+        strict=True,
+      )
+    ):
+      if first < last:
+        yield row, slice(first, last), slice(start + first, start + last)
 
-def windows(length: int, context_tokens: int, stride_tokens: int) -> Windows:
+
+def windows(
+  length: int, context_tokens: int, stride_tokens: int, rows: int
+) -> Reading:
   """Windows that start every `stride_tokens` of a split of `length` bytes.
 
   With stride = context they are disjoint. With a shorter stride each window
@@ -60,8 +104,35 @@ def windows(length: int, context_tokens: int, stride_tokens: int) -> Windows:
   predictions = length - 1
   beyond_first = max(0, predictions - context_tokens)
   count = 1 + -(-beyond_first // stride_tokens)
-  starts = np.arange(count) * stride_tokens
-  scored_from = np.full(count, context_tokens - stride_tokens)
+  starts = np.arange(-(-count // rows) * rows) * stride_tokens
+  scored_from = np.full(len(starts), context_tokens - stride_tokens)
   scored_from[0] = 0
-  scored_to = np.minimum(context_tokens, predictions - starts)
-  return Windows(starts, scored_from, scored_to, context_tokens)
+  scored_to = np.clip(predictions - starts, 0, context_tokens)
+  scored_to[count:] = 0
+  return Reading(
+    *(x.reshape(-1, rows) for x in (starts, scored_from, scored_to)),
+    context_tokens,
+  )
+
+
+def streams(
+  length: int, context_tokens: int, warm_tokens: int, rows: int
+) -> Reading:
+  """A split of `length` bytes read once, in so many streams side by side.
+
+  Batch g holds the g-th segment of each stream. All streams but the first begin
+  `warm_tokens`, in whole segments, before what they count, so that what a byte
+  has before it does not depend on their number.
+  """
+  T = context_tokens
+  count = -(-(length - 1) // T)
+  warm = -(-warm_tokens // T) if rows > 1 else 0
+  # The first stream has nothing before it: while the others warm up it counts,
+  # so that all have read as much at any time.
+  each = max(-(-(count + (rows - 1) * warm) // rows), warm + 1)
+  segment_G1 = np.arange(each)[:, None]
+  row_R = np.arange(rows)
+  starts_GR = T * (row_R * (each - warm) + segment_G1)
+  counts_GR = (segment_G1 >= warm) | (row_R == 0)
+  scored_to_GR = np.where(counts_GR, np.clip(length - 1 - starts_GR, 0, T), 0)
+  return Reading(starts_GR, np.zeros_like(starts_GR), scored_to_GR, T)

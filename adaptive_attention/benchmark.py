@@ -156,13 +156,15 @@ def _attention_runners(shape, implementation):
 
 def _over_devices(shape, name, backward, mask, dealt, pairs):
   """The same batch, dealt to all devices."""
-  step = parallel.eval_step(lambda mask, x: backward(*x[:3], mask, x[3]))
+  step = parallel.eval_step(
+    lambda mask, _, x: (None, backward(*x[:3], mask, x[3]))
+  )
   start = time.perf_counter()
-  jax.block_until_ready(step(mask, dealt))
+  jax.block_until_ready(step(mask, None, dealt))
   return _Runner(
     shape.name,
     f"{name} on {parallel.local_device_count()} devices both",
-    lambda: jax.block_until_ready(step(mask, dealt)),
+    lambda: jax.block_until_ready(step(mask, None, dealt)),
     time.perf_counter() - start,
     None,
     pairs,
@@ -266,24 +268,29 @@ def _step_runner(config, name, B, T, implementation):
   state = jax.device_get(steps.init_state(config))
   spans = np.array((*_LEARNED, T / 2))
   params = _with_span_logits(state.params, np.log(spans / (T - spans)))
-  state = [parallel.replicate(state.replace(params=params))]
+  carried = [
+    parallel.replicate(state.replace(params=params)),
+    steps.start_memory(
+      ModelConfig(**config.model), steps.streams_per_device(config)
+    ),
+  ]
   shapes = steps.batch_shapes(config)
-  inputs = [np.zeros(s.shape, s.dtype) for s in shapes]
+  batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   start = time.perf_counter()
-  step, memory = parallel.compile_step(
-    steps.make_train_step(config), state[0], *shapes
+  step, sizes = parallel.compile_step(
+    steps.make_train_step(config), *carried, shapes
   )
 
-  def call():  # the state is donated
-    state[0], metrics = step(state[0], *inputs)
-    jax.block_until_ready((state[0], metrics))
+  def call():  # state and memory are donated
+    *carried[:], metrics = step(*carried, batch)
+    jax.block_until_ready((carried, metrics))
 
   return _Runner(
     name,
     f"{implementation} step",
     call,
     time.perf_counter() - start,
-    memory["temporary"],
+    sizes["temporary"],
   )
 
 

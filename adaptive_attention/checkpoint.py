@@ -1,11 +1,12 @@
 """Checkpoints that are whole or refused: the only file that says orbax.
 
-WORKDIR/checkpoints/STEP/ holds three items: `params`, the model's own tree;
+WORKDIR/checkpoints/STEP/ holds these items: `params`, the model's own tree;
 `opt_state`, a flat dictionary from path to array, which needs no class of optax
-to be read; and `meta`, JSON with the step, a table of all leaves and a sha256
-of each item, since flipped bits and swapped arrays restore without a word
-otherwise. Arrays are saved from the host, so that a checkpoint does not
-know how many devices made it.
+to be read; `memory`, if the model has one, the same of its streams; and `meta`,
+JSON with the step, a table of all leaves and a sha256 of each item, since
+flipped bits and swapped arrays restore without a word otherwise. Arrays are
+saved from the host: but for the memory, which belongs to the streams of the
+devices, a checkpoint does not know how many devices made it.
 """
 
 import contextlib
@@ -24,8 +25,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
-
-_ARRAY_ITEMS = ("params", "opt_state")
 
 
 class CheckpointError(Exception):
@@ -140,7 +139,15 @@ class Checkpoints:
       )
     return min(evaluated, key=figures.__getitem__)
 
-  def save(self, step, params, opt_state, meta: Mapping, bits_per_char=None):
+  def save(
+    self,
+    step,
+    params,
+    opt_state,
+    meta: Mapping,
+    bits_per_char=None,
+    memory=None,
+  ):
     """Writes a checkpoint; on return it is on the disk.
 
     Args:
@@ -148,9 +155,12 @@ class Checkpoints:
       params, opt_state: trees of arrays, each one whole on this host.
       meta: what else to keep; JSON.
       bits_per_char: of the validation split, if it was evaluated.
+      memory: that of the streams of all devices, a tree of arrays.
     """
-    params, opt_state = jax.device_get((params, opt_state))
+    params, opt_state, memory = jax.device_get((params, opt_state, memory))
     items = {"params": params, "opt_state": _flat(opt_state)}
+    if memory is not None:
+      items["memory"] = _flat(memory)
     meta = {
       **meta,
       "step": step,
@@ -221,12 +231,26 @@ class Checkpoints:
         leaves that are not those of the given trees.
     """
     params, opt_state, meta = self._guarded(
-      step, lambda: self._read(step, _ARRAY_ITEMS)
+      step, lambda: self._read(step, ("params", "opt_state"))
     )
     return (
       _like(params_like, _flat(params), step),
       _like(opt_state_like, opt_state, step),
       meta,
+    )
+
+  def restore_memory(self, step: int, memory_like):
+    """The memory, verified, or None if it was of other streams.
+
+    Args:
+      memory_like: a tree of the same arrays, or of their shapes.
+    """
+    found, _ = self._guarded(step, lambda: self._read(step, ("memory",)))
+    if _leaves(found) != _leaves(memory_like):
+      return None
+    return jax.tree.unflatten(
+      jax.tree.structure(memory_like),
+      [found[path] for path in _by_path(memory_like)],
     )
 
   def set_aside_after(self, step: int) -> list[int]:
@@ -264,7 +288,7 @@ class Checkpoints:
 
   def _is_whole(self, step):
     try:
-      self._read(step, _ARRAY_ITEMS)
+      self._read(step, self._meta(step)["leaves"])
     except _DamageError:
       return False
     return True
@@ -313,19 +337,23 @@ def _first_line(error):
   return text.splitlines()[0][:200].rstrip(".")
 
 
-def _flat(tree) -> dict[str, np.ndarray]:
+def _by_path(tree) -> dict:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
-    jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
     for path, leaf in leaves
   }
 
 
+def _flat(tree) -> dict[str, np.ndarray]:
+  return {path: np.asarray(leaf) for path, leaf in _by_path(tree).items()}
+
+
 def _leaves(tree) -> dict[str, list]:
-  """The leaf table: path -> [shape, dtype]."""
+  """The leaf table: path -> [shape, dtype]; of arrays or of their shapes."""
   return {
-    path: [list(leaf.shape), leaf.dtype.name]
-    for path, leaf in sorted(_flat(tree).items())
+    path: [list(leaf.shape), np.dtype(leaf.dtype).name]
+    for path, leaf in sorted(_by_path(tree).items())
   }
 
 

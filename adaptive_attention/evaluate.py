@@ -27,6 +27,7 @@ class EvaluationError(Exception):
 
 
 _BLOCK_BYTES = 1024  # of the standard error: neighbours are not independent
+_NOT_PREDICTED = -1.0  # no loss is negative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +52,39 @@ class Result:
     return self.bits_per_char * math.log(2)
 
 
-def stride_tokens(protocol: str, context_tokens: int) -> int:
-  """How far apart windows start: "window" (disjoint) or "stride:N".
+def default_protocol(config: ModelConfig) -> str:
+  """ "memory" for models that have one, else "window"."""
+  return "memory" if config.memory_tokens else "window"
+
+
+def check_protocol(protocol: str, config: ModelConfig):
+  """That it is "window", "memory" or "stride:N", and serves the model.
 
   Raises:
-    SettingsError: another protocol, or a stride that is not in 1..context.
+    SettingsError: another one, a stride that is not in 1..context, or a model
+      without a memory.
   """
-  match re.fullmatch(r"window|stride:(\d+)", protocol):
+  match re.fullmatch(r"window|memory|stride:(\d+)", protocol):
     case None:
       raise SettingsError(
-        f"--protocol={protocol} is unknown; expected window or stride:N"
+        f"--protocol={protocol} is unknown; expected window, stride:N or memory"
       )
-    case found if found[1] is None:
-      return context_tokens
-    case found:
-      stride = int(found[1])
-  if not 1 <= stride <= context_tokens:
+    case found if found[1] is not None:
+      if not 1 <= int(found[1]) <= config.context_tokens:
+        raise SettingsError(
+          f"--protocol={protocol} is not possible; expected a stride from 1 to "
+          f"the context of {config.context_tokens} tokens"
+        )
+  if protocol == "memory" and not config.memory_tokens:
     raise SettingsError(
-      f"--protocol={protocol} is not possible; expected a stride from 1 to "
-      f"the context of {context_tokens} tokens"
+      "--protocol=memory needs a model that was trained with "
+      "model.memory_tokens; choose window or stride:N"
     )
-  return stride
+
+
+def memory_of(protocol: str, config: ModelConfig) -> int:
+  """How many tokens before its own row a prediction may look at."""
+  return config.memory_tokens if protocol == "memory" else 0
 
 
 class Evaluator:
@@ -79,8 +92,8 @@ class Evaluator:
 
   Args:
     config: the model's.
-    batch_size: windows at a time on the devices of this process, rounded up
-      to a multiple of them; the result does not depend on it.
+    batch_size: windows or streams at a time on the devices of this process,
+      rounded up to a multiple of them; the result does not depend on it.
   """
 
   def __init__(self, config: ModelConfig, batch_size: int):
@@ -89,36 +102,25 @@ class Evaluator:
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(config)
 
-  def __call__(self, params, data, protocol="window", warm=False) -> Result:
+  def __call__(self, params, data, protocol, warm=False) -> Result:
     """Evaluates `params`, replicated, on all bytes of `data`.
 
     Args:
+      protocol: as `check_protocol` has it. "window": disjoint windows.
+        "stride:N": windows that start every N bytes, of whose predictions the
+        last N count. "memory": the split is read once, as streams with their
+        memory, each warmed with the bytes before it.
       warm: compile before the clock starts.
     """
-    T = self._config.context_tokens
-    windows = batches.windows(len(data), T, stride_tokens(protocol, T))
+    check_protocol(protocol, self._config)
+    reading = self._reading(len(data), protocol)
     if warm:
-      self._predict(params, data, windows, 0)
+      self._predict(params, data, reading.part(slice(1)), protocol)
     start = time.perf_counter()
-    share = parallel.process_share(-(-len(windows) // self._batch_size))
-    nats_WT = parallel.gather(
-      np.concatenate(
-        [
-          self._predict(params, data, windows, i * self._batch_size)
-          for i in share
-        ]
-      )
-    )
+    nats = self._predict(params, data, reading, protocol)
+    nats = parallel.gather(nats[None]).max(axis=0)
     seconds = time.perf_counter() - start
-    nats = np.concatenate(
-      [
-        row[first:last]
-        for row, first, last in zip(
-          nats_WT, windows.scored_from, windows.scored_to, strict=False
-        )
-      ]
-    ).astype(np.float64)
-    assert len(nats) == len(data) - 1
+    assert (nats != _NOT_PREDICTED).all()
     if not np.isfinite(nats).all():
       raise EvaluationError(
         f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} bytes have a loss "
@@ -131,11 +133,34 @@ class Evaluator:
       tokens_per_second=len(nats) / seconds,
     )
 
-  def _predict(self, params, data, windows, first):
-    tokens = windows.rows(data, first, self._batch_size)
-    N = parallel.local_device_count()
-    nats_NBT = self._step(params, tokens.reshape(N, -1, tokens.shape[1]))
-    return np.asarray(nats_NBT).reshape(self._batch_size, -1)
+  def _reading(self, length, protocol) -> batches.Reading:
+    """This process' share."""
+    T, R = self._config.context_tokens, self._batch_size
+    if protocol == "memory":
+      mine = parallel.process_share(parallel.process_count() * R)
+      streams = batches.streams(
+        length, T, self._config.memory_tokens, parallel.process_count() * R
+      )
+      return streams.part(rows=slice(mine.start, mine.stop))
+    stride = T if protocol == "window" else int(protocol.split(":")[1])
+    windows = batches.windows(length, T, stride, R)
+    mine = parallel.process_share(len(windows))
+    return windows.part(slice(mine.start, mine.stop))
+
+  def _predict(self, params, data, reading, protocol):
+    """(len(data) - 1,) nats in float64, of those bytes that this reads."""
+    N, T = parallel.local_device_count(), self._config.context_tokens
+    nats = np.full(len(data) - 1, _NOT_PREDICTED)
+    memory = None
+    if protocol == "memory":
+      memory = steps.start_memory(self._config, self._batch_size // N)
+    for batch in range(len(reading)):
+      tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)
+      memory, nats_NBT = self._step(params, memory, tokens)
+      nats_RT = np.asarray(nats_NBT).reshape(-1, T)
+      for row, found, of_all in reading.scored(batch):
+        nats[of_all] = nats_RT[row, found]
+    return nats
 
 
 def _standard_error(nats: np.ndarray) -> float:
@@ -172,10 +197,11 @@ def run(config, workdir, corpus, *, step, split, protocol):
     corpus: the data, with splits `valid` and `test`.
     step: the checkpoint.
     split: "valid" or "test".
-    protocol: "window" or "stride:N".
+    protocol: "window", "stride:N" or "memory"; None for the model's own.
   """
   model_config = ModelConfig(**config.model)
-  stride_tokens(protocol, model_config.context_tokens)
+  protocol = protocol or default_protocol(model_config)
+  check_protocol(protocol, model_config)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, _ = checkpoints.restore_params(step)
   params = parallel.replicate(params)
@@ -185,6 +211,7 @@ def run(config, workdir, corpus, *, step, split, protocol):
     mask_params(params, model_config),
     model_config,
     model_config.context_tokens,
+    memory_of(protocol, model_config),
   )
   record = collections.OrderedDict(
     step=step,

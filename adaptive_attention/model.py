@@ -1,9 +1,10 @@
 """The transformer and its parts as Flax (linen) modules.
 
 The block is the published one: pre-norm, no biases unless asked for, GELU with
-erf, learned positions added before every block (or queries and keys turned by
-theirs), the token embedding tied to the output layer. The modules hold
-parameters and call `attend`; what the heads look at is `masks`.
+erf, learned positions added before every block (or relative ones inside
+attention), the token embedding tied to the output layer. The modules hold
+parameters and call `attend`; what the heads look at is `masks`, and what they
+keep of earlier tokens is `memory`.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_attention import masks, positions
+from adaptive_attention import memory as memories
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.attention import ring as rings
 
 MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
 _NORM_EPSILON = 1e-5
@@ -37,6 +40,7 @@ class ModelConfig:
   n_head: int = 8
   width: int = 512
   context_tokens: int = 512
+  memory_tokens: int = 0
   position: str = "learned"
   attention: str = "span_wave"
   max_span: int = 512
@@ -70,7 +74,7 @@ class ModelConfig:
       f"a multiple of model.n_head={self.n_head}",
     )
     choices = {
-      "position": ("learned", "rotary"),
+      "position": ("learned", "rotary", "relative"),
       "attention": ("dense", "span", "span_wave"),
       "period": ("real", "integer"),
       "dtype": ("auto", "float32", "bfloat16"),
@@ -86,6 +90,13 @@ class ModelConfig:
       self.position != "rotary" or self.width // self.n_head % 2 == 0,
       f"learned, as heads of an odd width (model.width={self.width} / "
       f"model.n_head={self.n_head}) cannot be turned in pairs",
+    )
+    require("memory_tokens", self.memory_tokens >= 0, "0 for none, or more")
+    require(
+      "position",
+      self.position != "learned" or not self.memory_tokens,
+      "rotary or relative, as learned positions do not tell a token from those "
+      f"of the model.memory_tokens={self.memory_tokens} before",
     )
     require("span_init", 0 < self.span_init < 1, "a share between 0 and 1")
     require("span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite")
@@ -105,6 +116,18 @@ class ModelConfig:
       "-0.25 up to less than 0, lest a query cannot see itself",
     )
     require("ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5")
+
+  @property
+  def reach_tokens(self) -> int:
+    """How many tokens a query can look at, at most: context and memory."""
+    return self.context_tokens + self.memory_tokens
+
+  @property
+  def relative_tokens(self) -> int:
+    """How many distances have a vector where positions are "relative"."""
+    if self.attention == "dense":
+      return self.reach_tokens
+    return math.ceil(self.max_span + self.ramp)
 
   @property
   def compute_dtype(self):
@@ -138,7 +161,8 @@ def mask_params(params: Mapping, config: ModelConfig) -> tuple[masks.Mask, ...]:
 
   Works for any tree that holds `AdaptiveSelfAttention` modules of this config,
   somebody else's model too; layers are taken in the natural order of their
-  paths (block_2 before block_10). A dense layer is open over its whole context.
+  paths (block_2 before block_10). A dense layer is open over its whole context
+  and memory.
   """
   layers = {}
 
@@ -152,9 +176,26 @@ def mask_params(params: Mapping, config: ModelConfig) -> tuple[masks.Mask, ...]:
   visit((), params)
   ordered = [layers[path] for path in sorted(layers, key=_natural_order)]
   if config.attention == "dense":
-    span_H = jnp.full(config.n_head, float(config.context_tokens))
+    span_H = jnp.full(config.n_head, float(config.reach_tokens))
     return tuple(masks.Mask(span_H, config.ramp) for _ in ordered)
   return tuple(mask_from_logits(layer, config) for layer in ordered)
+
+
+def init_memory(config: ModelConfig, streams: int, T: int) -> memories.Memory:
+  """An empty memory of `config.memory_tokens`, for calls with T tokens each.
+
+  Args:
+    streams: sequences that are read side by side.
+  """
+  return memories.empty(
+    layers=config.n_layer,
+    streams=streams,
+    heads=config.n_head,
+    width=config.width // config.n_head,
+    memory_tokens=config.memory_tokens,
+    T=T,
+    dtype=config.compute_dtype,
+  )
 
 
 def _natural_order(path):
@@ -168,13 +209,22 @@ class AdaptiveSelfAttention(nn.Module):
   """Causal self-attention whose heads learn what to look at.
 
   Takes and returns x_BTD of any width D that `config.n_head` divides. Learns
-  span_logit, and with the wave period_logit and ratio_logit, all (H,).
+  span_logit, and with the wave period_logit and ratio_logit, all (H,). With a
+  memory it returns (x_BTD, ring), the ring with the T tokens appended.
+
+  Vectors of distances (position="relative") are its own unless given.
   """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, train: bool = False):
+  def __call__(
+    self,
+    x_BTD,
+    train: bool = False,
+    memory: memories.LayerMemory | None = None,
+    relative_RK=None,
+  ):
     cfg = self.config
     B, T, D = x_BTD.shape
     H = cfg.n_head
@@ -182,9 +232,21 @@ class AdaptiveSelfAttention(nn.Module):
     q_BTHK, k_BTHK, v_BTHK = (
       x.reshape(B, T, H, D // H) for x in jnp.split(qkv, 3, axis=-1)
     )
-    if cfg.position == "rotary":
-      q_BTHK = positions.rotate(q_BTHK, jnp.arange(T))
-      k_BTHK = positions.rotate(k_BTHK, jnp.arange(T))
+    match cfg.position:
+      case "rotary":
+        position_T = jnp.arange(T, dtype=jnp.uint32)
+        if memory is not None:
+          position_T += memory.tokens_read
+        q_BTHK = positions.rotate(q_BTHK, position_T)
+        k_BTHK = positions.rotate(k_BTHK, position_T)
+      case "relative" if relative_RK is None:
+        relative_RK = relative_vectors(self, cfg, D // H)
+    ring, first_key = None, 0
+    if memory is not None:
+      ring = rings.append(memory.ring, k_BTHK, v_BTHK)
+      first_key = memories.first_key(
+        memory.tokens_read, cfg.memory_tokens, ring.k_NSHK.shape[1], T
+      )
     dropout_rate = cfg.dropout if train else 0.0
     dropout_seed = None
     if dropout_rate:
@@ -194,14 +256,18 @@ class AdaptiveSelfAttention(nn.Module):
       k_BTHK,
       v_BTHK,
       self._mask(),
+      first_key=first_key,
       dropout_rate=dropout_rate,
       dropout_seed=dropout_seed,
       implementation=None
       if cfg.implementation == "auto"
       else cfg.implementation,
+      ring=ring,
+      relative_RK=relative_RK,
     )
     y_BTD = _dense(cfg, D, _residual_init(cfg), "out")(y_BTHK.reshape(B, T, D))
-    return nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
+    y_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
+    return y_BTD if ring is None else (y_BTD, ring)
 
   def _mask(self):
     cfg = self.config
@@ -221,6 +287,15 @@ class AdaptiveSelfAttention(nn.Module):
         "ratio_logit", _logit_init(zero), shape
       )
     return mask_from_logits(logits, cfg)
+
+
+def relative_vectors(module, cfg, K):
+  """(R, K) a vector for each distance, as a parameter of the module."""
+  return module.param(
+    "relative",
+    nn.initializers.normal(_INIT_STD),
+    (cfg.relative_tokens, K),
+  )
 
 
 def _logit_init(share):
@@ -290,17 +365,25 @@ def _layer_norm(cfg, name):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)).
+
+  With a memory it returns (x, ring), as `AdaptiveSelfAttention` does.
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, train: bool = False):
+  def __call__(self, x_BTD, train=False, memory=None, relative_RK=None):
     cfg = self.config
     normed_BTD = _layer_norm(cfg, "norm_1")(x_BTD)
-    x_BTD += AdaptiveSelfAttention(cfg, name="attention")(normed_BTD, train)
+    attention = AdaptiveSelfAttention(cfg, name="attention")
+    y_BTD = attention(normed_BTD, train, memory, relative_RK)
+    if memory is not None:
+      y_BTD, ring = y_BTD
+    x_BTD += y_BTD
     normed_BTD = _layer_norm(cfg, "norm_2")(x_BTD)
-    return x_BTD + MLP(cfg, name="mlp")(normed_BTD, train)
+    x_BTD += MLP(cfg, name="mlp")(normed_BTD, train)
+    return x_BTD if memory is None else (x_BTD, ring)
 
 
 class Transformer(nn.Module):
@@ -309,21 +392,22 @@ class Transformer(nn.Module):
   Deterministic unless train=True, which then needs rngs={"dropout": key} when
   config.dropout is not zero.
 
+  With a memory, of `init_memory`, the tokens go on where those before ended,
+  and (logits_BTV, memory) is returned; `batch` is the first of the memory's
+  streams that these sequences belong to. Donate the memory, lest it be copied.
+
   Raises:
-    ValueError: more tokens than `config.context_tokens` with learned positions.
+    ValueError: more tokens than positions were learned for, or another number
+      of them than the memory was made for.
   """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BT, train: bool = False):
+  def __call__(self, tokens_BT, train: bool = False, memory=None, batch=0):
     cfg = self.config
     T = tokens_BT.shape[1]
-    if cfg.position == "learned" and T > cfg.context_tokens:
-      raise ValueError(
-        f"{T} tokens are more than model.context_tokens="
-        f"{cfg.context_tokens}, for which positions were learned; give fewer"
-      )
+    self._check_length(T, memory)
     embed = nn.Embed(
       cfg.vocab_size,
       cfg.width,
@@ -331,7 +415,14 @@ class Transformer(nn.Module):
       name="embed",
     )
     x_BTD = embed(tokens_BT)
-    for i in range(cfg.n_layer):
+    relative_RK = None
+    if cfg.position == "relative":
+      relative_RK = relative_vectors(self, cfg, cfg.width // cfg.n_head)
+    layers = [None] * cfg.n_layer
+    if memory is not None:
+      layers = memories.layers(memory, batch)
+    appended = []
+    for i, layer in enumerate(layers):
       if cfg.position == "learned":
         x_BTD += self.param(
           f"position_{i}",
@@ -341,11 +432,43 @@ class Transformer(nn.Module):
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
-      x_BTD = Block(cfg, name=f"block_{i}")(x_BTD, train)
+      x_BTD = Block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
+      if layer is not None:
+        x_BTD, ring = x_BTD
+        appended.append(ring)
     x_BTD = _layer_norm(cfg, "norm")(x_BTD)
-    return jnp.einsum(
+    logits_BTV = jnp.einsum(
       "btd,vd->btv",
       x_BTD,
       embed.embedding.astype(cfg.compute_dtype),
       preferred_element_type=jnp.float32,
     )
+    if memory is None:
+      return logits_BTV
+    return logits_BTV, memories.after(memory, appended, T)
+
+  def _check_length(self, T, memory):
+    cfg = self.config
+    if memory is not None:
+      expected = memories.ring_rows(cfg.memory_tokens, T)
+      if memory.rows != expected:
+        raise ValueError(
+          f"rings of {memory.rows} rows do not serve calls with {T} tokens and "
+          f"model.memory_tokens={cfg.memory_tokens}, which need {expected}; "
+          f"make the memory by init_memory(config, streams, {T})"
+        )
+      if cfg.position == "learned":
+        raise ValueError(
+          "a memory does not serve model.position='learned', which begins anew "
+          "with each segment; choose rotary or relative"
+        )
+    longest = math.inf
+    if cfg.position == "learned":
+      longest = cfg.context_tokens
+    elif cfg.position == "relative" and cfg.attention == "dense":
+      longest = cfg.context_tokens if memory is not None else cfg.reach_tokens
+    if T > longest:
+      raise ValueError(
+        f"{T} tokens are more than the {longest} for which model.position="
+        f"{cfg.position!r} was learned; give fewer"
+      )

@@ -1,13 +1,14 @@
 """Data parallelism over all devices: the only file that says pmap.
 
 The train state has no device axis. It is placed on every local device once and
-passed with `in_axes=None`, `out_axes=None`; batches carry a leading device axis
-N of this process' own devices.
+passed with `in_axes=None`, `out_axes=None`; batches, and what the devices
+remember of their streams, carry a leading device axis N of this process' own.
 """
 
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -45,6 +46,10 @@ def local_device_count() -> int:
   return jax.local_device_count()
 
 
+def process_count() -> int:
+  return jax.process_count()
+
+
 def is_primary() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
@@ -62,18 +67,38 @@ def replicate(tree):
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def train_step(step):
-  """step(state, batch_N..., stop_N) -> (state, metrics) over all devices.
+def deal(tree_N):
+  """The tree, each local device with its own part of the leading axis."""
+  return jax.device_put(tree_N, _dealt())
 
-  Inside it `mean`, `total` and `device_index` may be used; what it returns
-  must be the same on every device. The state is donated.
+
+def on_each_device(make):
+  """What `make` makes, on every local device, as a tree with their axis N."""
+  N = jax.local_device_count()
+  return jax.jit(
+    lambda: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), make()),
+    out_shardings=_dealt(),
+  )()
+
+
+def _dealt():
+  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  return NamedSharding(mesh, PartitionSpec(_AXIS))
+
+
+def train_step(step):
+  """step(state, memory_N, batch_N) -> (state, memory_N, metrics), over devices.
+
+  Inside it `mean`, `total` and `device_index` may be used; the state and the
+  metrics that it returns must be the same on every device. State and memory
+  are donated.
   """
   return jax.pmap(
     step,
     axis_name=_AXIS,
     in_axes=(None, 0, 0),
-    out_axes=None,
-    donate_argnums=0,
+    out_axes=(None, 0, None),
+    donate_argnums=(0, 1),
   )
 
 
@@ -98,8 +123,16 @@ def compile_step(step, *args):
 
 
 def eval_step(step):
-  """step(params, batch_N...) -> out_N..., on this process' devices alone."""
-  return jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
+  """step(params, memory_N, batch_N) -> (memory_N, out_N), the memory donated.
+
+  On this process' devices alone.
+  """
+  return jax.pmap(
+    step,
+    in_axes=(None, 0, 0),
+    devices=jax.local_devices(),
+    donate_argnums=1,
+  )
 
 
 def mean(tree):
@@ -114,8 +147,9 @@ def device_index():
   return jax.lax.axis_index(_AXIS)
 
 
-def gather(local: np.ndarray) -> np.ndarray:
-  """The arrays of all processes, one after the other."""
+def gather(local):
+  """The arrays of all processes, one after the other, on the host; a tree."""
+  local = jax.tree.map(np.asarray, local)
   if jax.process_count() == 1:
     return local
   return multihost_utils.process_allgather(local, tiled=True)

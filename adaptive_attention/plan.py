@@ -24,7 +24,7 @@ def run(config, workdir=None, step=None):
   state = jax.eval_shape(lambda: steps.init_state(config))
   T = model_config.context_tokens
   tokens = config.batch_size * T
-  flops = accounting.train_flops_per_token(model_config, T)
+  flops = accounting.train_flops_per_token(model_config)
   if step is None:
     # Of the initial state the compiler makes only what the masks are made of.
     layers = jax.jit(
@@ -34,9 +34,15 @@ def run(config, workdir=None, step=None):
     with checkpoint.Checkpoints(workdir) as saved:
       params, _ = saved.restore_params(step)
     layers = mask_params(params, model_config)
-  macs = accounting.attention_macs_per_token(layers, model_config, T)
+  macs = accounting.attention_macs_per_token(
+    layers, model_config, T, model_config.memory_tokens
+  )
+  streams = steps.streams_per_device(config)
   _, memory = parallel.compile_step(
-    steps.make_train_step(config), state, *steps.batch_shapes(config)
+    steps.make_train_step(config),
+    state,
+    jax.eval_shape(lambda: steps.start_memory(model_config, streams)),
+    steps.batch_shapes(config),
   )
   logbook.say(
     f"devices    {parallel.device_count()} x {jax.devices()[0].device_kind}"

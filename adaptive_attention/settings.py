@@ -127,14 +127,15 @@ def check_devices(config, devices: int):
 
 
 def check_data(config, corpus, devices: int):
-  """That every shard and split holds at least one window.
+  """That every shard holds a window, or a segment of each of its streams.
 
   Raises:
     SettingsError: naming the context, the bytes and the split.
   """
   T = config.model.context_tokens
+  shard = len(corpus.train) // devices
   for split, length in (
-    ("each device's part of the train split", len(corpus.train) // devices),
+    ("each device's part of the train split", shard),
     ("the validation split", len(corpus.valid)),
     ("the test split", len(corpus.test)),
   ):
@@ -144,6 +145,16 @@ def check_data(config, corpus, devices: int):
       T,
       f"less than the {length} bytes of {split} of {corpus.name}",
     )
+  streams = config.batch_size // devices
+  _require(
+    not config.model.memory_tokens or streams * T < shard,
+    "batch_size",
+    config.batch_size,
+    f"streams of at least one segment of {T} tokens, that is at most "
+    f"{(shard - 1) // T} on each of {devices} device(s), as with "
+    f"model.memory_tokens={config.model.memory_tokens} they share the {shard} "
+    f"bytes of a device's part of the train split of {corpus.name}",
+  )
 
 
 # Of the model's settings those that leave the function it computes as it is.

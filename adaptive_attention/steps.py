@@ -1,12 +1,19 @@
 """One step of training and one of evaluation, as functions of their inputs."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
 from adaptive_attention import losses, masks, optimizer, parallel
-from adaptive_attention.model import ModelConfig, Transformer, mask_params
+from adaptive_attention.model import (
+  ModelConfig,
+  Transformer,
+  init_memory,
+  mask_params,
+)
 
 
 def init_state(config) -> TrainState:
@@ -29,42 +36,79 @@ def make_optimizer(config) -> optax.GradientTransformation:
   return optimizer.make(config.optimizer, schedule)
 
 
-def make_train_step(config):
-  """step(state, tokens_NAB(T+1), stop_N) -> (state, metrics), over devices.
+class Batch(NamedTuple):
+  """What the devices take at a step, each leaf with their axis N in front.
 
-  A counts the accumulation steps, B the sequences of one. The update is that
-  of the mean over all sequences. If the loss or the gradient norm is not
-  finite the state is returned as it was. `stop` is summed over all devices
-  into the metrics, so that all processes learn of a signal at the same step;
-  `masks` are those of all layers after the update, to be counted by the host.
+  Attributes:
+    tokens: (A, B, T + 1) uint8; A accumulation steps of B sequences each.
+    stop: int32, whether a signal came in.
+    restart: bool, whether the streams start anew with this segment.
+  """
+
+  tokens: jax.Array
+  stop: jax.Array
+  restart: jax.Array
+
+
+def make_train_step(config):
+  """step(state, memory, batch) -> (state, memory, metrics), over devices.
+
+  The update is that of the mean over all sequences. If the loss or the gradient
+  norm is not finite state and memory are returned as they were. `stop` is
+  summed over all devices into the metrics, so that all processes learn of a
+  signal at the same step; `masks` are those of all layers after the update, to
+  be counted by the host.
+
+  The memory, of `start_memory`, is None without `model.memory_tokens`. It holds
+  the A B streams of a device, those of each accumulation step side by side.
   """
   model_config = ModelConfig(**config.model)
   schedule = optimizer.learning_rate(config.optimizer, config.steps)
   seed = config.seed
 
-  def loss_fn(params, tokens, key, apply_fn):
+  def loss_fn(params, tokens, memory, batch, key, apply_fn):
     tokens = tokens.astype(jnp.int32)
-    logits_BTV = apply_fn(
-      {"params": params}, tokens[:, :-1], train=True, rngs={"dropout": key}
+    out = apply_fn(
+      {"params": params},
+      tokens[:, :-1],
+      train=True,
+      memory=memory,
+      batch=batch,
+      rngs={"dropout": key},
     )
+    logits_BTV, memory = (out, None) if memory is None else out
     cross_entropy = jnp.mean(losses.cross_entropy(logits_BTV, tokens[:, 1:]))
     penalty = losses.regularizer(params, model_config)
-    return cross_entropy + penalty, (cross_entropy, penalty)
+    return cross_entropy + penalty, ((cross_entropy, penalty), memory)
 
-  def step(state, tokens_ABT, stop):
+  def step(state, memory, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     key = jax.random.fold_in(key, parallel.device_index())
 
-    def accumulate(total, part):
-      index, tokens_BT = part
-      (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, tokens_BT, jax.random.fold_in(key, index), state.apply_fn
-      )
-      return jax.tree.map(jnp.add, total, (grads, aux)), None
+    A, B, _ = batch.tokens.shape
+    tokens_read = None
+    if memory is not None:
+      tokens_read = jnp.where(batch.restart, 0, memory.tokens_read)
 
-    A = tokens_ABT.shape[0]
+    def accumulate(carry, part):
+      total, memory = carry
+      index, tokens_BT = part
+      if memory is not None:  # each part's streams begin where all do
+        memory = memory._replace(tokens_read=tokens_read)
+      (_, (aux, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params,
+        tokens_BT,
+        memory,
+        index * B,
+        jax.random.fold_in(key, index),
+        state.apply_fn,
+      )
+      return (jax.tree.map(jnp.add, total, (grads, aux)), memory), None
+
     zeros = (jax.tree.map(jnp.zeros_like, state.params), (0.0, 0.0))
-    sums, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), tokens_ABT))
+    (sums, memory), _ = jax.lax.scan(
+      accumulate, (zeros, memory), (jnp.arange(A), batch.tokens)
+    )
     grads, (cross_entropy, penalty) = parallel.mean(
       jax.tree.map(lambda x: x / A, sums)
     )
@@ -80,29 +124,50 @@ def make_train_step(config):
       "cross_entropy": cross_entropy,
       "learning_rate": schedule(state.step),
       "grad_norm": grad_norm,
-      "stop": parallel.total(stop),
+      "stop": parallel.total(batch.stop),
       "masks": mask_params(updated.params, model_config),
     } | mask_metrics(updated.params, model_config)
-    return updated, metrics
+    if memory is not None:
+      # What was written stands where nothing is looked at: to go back is to
+      # have read nothing.
+      memory = memory._replace(
+        tokens_read=jnp.where(finite, memory.tokens_read, tokens_read)
+      )
+    return updated, memory, metrics
 
   return parallel.train_step(step)
 
 
-def batch_shapes(config):
-  """The shapes of what a training step takes besides the state."""
+def start_memory(config: ModelConfig, streams: int):
+  """The memory of this process' devices, of so many streams each, or None."""
+  if not config.memory_tokens:
+    return None
+  return parallel.on_each_device(
+    lambda: init_memory(config, streams, config.context_tokens)
+  )
+
+
+def streams_per_device(config) -> int:
+  """How many sequences a device reads side by side in training."""
+  return config.batch_size // parallel.device_count()
+
+
+def batch_shapes(config) -> Batch:
+  """The shapes of what a training step takes besides state and memory."""
   N, A = parallel.local_device_count(), config.accumulation_steps
   B = config.batch_size // (parallel.device_count() * A)
   T = config.model.context_tokens
-  return (
+  return Batch(
     jax.ShapeDtypeStruct((N, A, B, T + 1), jnp.uint8),
     jax.ShapeDtypeStruct((N,), jnp.int32),
+    jax.ShapeDtypeStruct((N,), jnp.bool_),
   )
 
 
 def mask_metrics(params, config: ModelConfig):
   """Means over all heads: span in tokens, open share of the distances."""
   layers = mask_params(params, config)
-  T = config.context_tokens
+  T = config.reach_tokens
   return {
     "span_mean": jnp.mean(jnp.stack([mask.span for mask in layers])),
     "open_share": jnp.mean(
@@ -112,12 +177,17 @@ def mask_metrics(params, config: ModelConfig):
 
 
 def make_eval_step(config: ModelConfig):
-  """step(params, tokens_NB(T+1)) -> nats_NBT of each byte after its window."""
+  """step(params, memory, tokens_B(T+1)) -> (memory, nats_BT), over devices.
+
+  Nats of each byte after those before it in its row, or, with a memory, after
+  those that were read before.
+  """
   model = Transformer(config)
 
-  def step(params, tokens):
+  def step(params, memory, tokens):
     tokens = tokens.astype(jnp.int32)
-    logits_BTV = model.apply({"params": params}, tokens[:, :-1])
-    return losses.cross_entropy(logits_BTV, tokens[:, 1:])
+    out = model.apply({"params": params}, tokens[:, :-1], memory=memory)
+    logits_BTV, memory = (out, None) if memory is None else out
+    return memory, losses.cross_entropy(logits_BTV, tokens[:, 1:])
 
   return parallel.eval_step(step)

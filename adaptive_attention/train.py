@@ -97,11 +97,12 @@ def _run(config, workdir, corpus, step):
         "--config.steps more to go on"
       )
       return
+    memory = _start_memory(config, saved, first_step)
     state = parallel.replicate(state)
-    train_step = _compile(config, state)
+    train_step = _compile(config, state, memory)
     with logbook.Logbook(workdir, config, first_step) as book:
       run = _Run(config, corpus, saved, book, signals, train_step)
-      run.loop(state, first_step)
+      run.loop(state, memory, first_step)
 
 
 def _start_state(config, corpus, saved, which):
@@ -134,6 +135,30 @@ def _start_state(config, corpus, saved, which):
   )
 
 
+def _start_memory(config, saved, first_step):
+  """What this process' devices remember of their streams; None without."""
+  memory = steps.start_memory(
+    ModelConfig(**config.model), steps.streams_per_device(config)
+  )
+  if memory is None or not first_step:
+    return memory
+  N = parallel.device_count()
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype), memory
+  )
+  restored = saved.restore_memory(first_step, like)
+  if restored is None:
+    logbook.say(
+      "memory     empty: the streams restart, as the checkpoint's are not "
+      f"those of {N} device(s) with {steps.streams_per_device(config)} "
+      f"sequences each in {like.k[0].dtype}"
+    )
+    return memory
+  return parallel.deal(
+    jax.tree.map(lambda x: x[parallel.local_shards()], restored)
+  )
+
+
 def _check_resumed(config, corpus, meta, step):
   if meta["data"]["sha256"] != corpus.sha256:
     raise TrainingError(
@@ -158,16 +183,16 @@ def _check_resumed(config, corpus, meta, step):
     )
 
 
-def _compile(config, state):
+def _compile(config, state, memory):
   start = time.perf_counter()
-  step, memory = parallel.compile_step(
-    steps.make_train_step(config), state, *steps.batch_shapes(config)
+  step, sizes = parallel.compile_step(
+    steps.make_train_step(config), state, memory, steps.batch_shapes(config)
   )
-  if memory:
+  if sizes:
     logbook.say(
-      f"compiled   in {time.perf_counter() - start:.1f} s; memory per device "
-      f"{logbook.bytes_text(memory['total'])}, of it temporary "
-      f"{logbook.bytes_text(memory['temporary'])}"
+      f"compiled   in {time.perf_counter() - start:.1f} s; bytes per device "
+      f"{logbook.bytes_text(sizes['total'])}, of it temporary "
+      f"{logbook.bytes_text(sizes['temporary'])}"
     )
   return step
 
@@ -175,7 +200,7 @@ def _compile(config, state):
 def _say_start(config, workdir, corpus, state, first_step):
   model_config = ModelConfig(**config.model)
   T = model_config.context_tokens
-  flops = accounting.train_flops_per_token(model_config, T)
+  flops = accounting.train_flops_per_token(model_config)
   tokens = config.batch_size * T
   lines = {
     "devices": f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
@@ -220,14 +245,16 @@ class _Run:
     }
     self.start_clock = time.perf_counter()
 
-  def loop(self, state, first_step):
+  def loop(self, state, memory, first_step):
     """Steps until the last one or a signal; the host reads one step behind."""
     self.logged_step, self.logged_at = first_step, time.perf_counter()
     self.saved_step = first_step if self.saved.steps() else None
     config = self.config
     waiting = collections.deque()
     for done in range(first_step + 1, config.steps + 1):
-      state, metrics = self.train_step(state, *self._inputs(done - 1))
+      state, memory, metrics = self.train_step(
+        state, memory, self._batch(done - 1)
+      )
       waiting.append((done, metrics))
       stop = len(waiting) > 1 and self._read(*waiting.popleft())
       last = done == config.steps
@@ -237,7 +264,7 @@ class _Run:
         # Nothing is saved that was not seen to be finite.
         stop |= self._read(*waiting.popleft())
         bits_per_char = self._evaluate(state, done) if evaluates else None
-        self._save(state, done, bits_per_char)
+        self._save(state, memory, done, bits_per_char)
       if stop and not last:
         name = signal.Signals(self.signals.received or signal.SIGTERM).name
         raise Stopped(
@@ -246,25 +273,34 @@ class _Run:
           self.signals.received or signal.SIGTERM,
         )
 
-  def _inputs(self, step):
+  def _batch(self, step) -> steps.Batch:
     config = self.config
     A = config.accumulation_steps
-    tokens_NABT = np.stack(
+    B, T = steps.streams_per_device(config), config.model.context_tokens
+    draw, restart = batches.train_batch, False
+    if config.model.memory_tokens:
+      draw = batches.stream_batch
+      shard = next(iter(self.shards.values()))  # all are of one length
+      restart = step % batches.segments(len(shard), B, T) == 0
+    tokens_NBT = np.stack(
       [
-        batches.train_batch(
+        draw(
           data,
           seed=config.seed,
           step=step,
           shard_index=i,
-          batch_size=config.batch_size // parallel.device_count(),
-          context_tokens=config.model.context_tokens,
+          batch_size=B,
+          context_tokens=T,
         )
         for i, data in self.shards.items()
       ]
     )
-    N, B, T1 = tokens_NABT.shape
-    stop_N = np.full(N, self.signals.received is not None, np.int32)
-    return tokens_NABT.reshape(N, A, B // A, T1), stop_N
+    N = len(self.shards)
+    return steps.Batch(
+      tokens_NBT.reshape(N, A, B // A, T + 1),
+      np.full(N, self.signals.received is not None, np.int32),
+      np.full(N, restart),
+    )
 
   def _read(self, done, metrics) -> bool:
     """Waits for a step's numbers, logs them; whether a signal came in."""
@@ -308,7 +344,10 @@ class _Run:
       span_max=max(float(np.max(mask.span)) for mask in layers),
       span_by_layer=[float(np.mean(mask.span)) for mask in layers],
       attention_macs_per_token=accounting.attention_macs_per_token(
-        layers, self.model_config, config.model.context_tokens
+        layers,
+        self.model_config,
+        config.model.context_tokens,
+        config.model.memory_tokens,
       ),
     )
     remaining = logbook.duration_text(seconds * (config.steps - done))
@@ -326,7 +365,8 @@ class _Run:
     data = self.corpus.valid
     if self.config.eval_tokens:
       data = data[: self.config.eval_tokens]
-    result = self.evaluator(state.params, data)
+    protocol = evaluate.default_protocol(self.model_config)
+    result = self.evaluator(state.params, data, protocol)
     seconds = time.perf_counter() - began
     self.logged_at += seconds  # the rate of training is without it
     self.book.write(
@@ -351,8 +391,9 @@ class _Run:
     logbook.say(text)
     return result.bits_per_char
 
-  def _save(self, state, done, bits_per_char):
+  def _save(self, state, memory, done, bits_per_char):
     began = time.perf_counter()
+    memory = parallel.gather(memory)  # by all processes; saved by one
     if parallel.is_primary():
       corpus = self.corpus
       self.saved.save(
@@ -364,6 +405,7 @@ class _Run:
           "data": {"name": corpus.name, "sha256": corpus.sha256},
         },
         bits_per_char,
+        memory,
       )
     self.saved_step = done
     self.logged_at += time.perf_counter() - began

@@ -63,8 +63,13 @@ def get_config() -> ConfigDict:
   config.model.width = 512
   # Tokens of a training sequence; positions are learned for as many.
   config.model.context_tokens = 512
-  # "learned" (added before every block, as published), or "rotary" (queries and
-  # keys are turned; relative, and without a longest context).
+  # Earlier tokens whose keys and values are kept: training then reads streams,
+  # batch_size of them, rather than random windows.
+  config.model.memory_tokens = 0
+  # "learned" (added before every block, as published), "rotary" (queries and
+  # keys are turned; without a longest context) or "relative" (a learned vector
+  # for each distance, as in Sukhbaatar et al. 2019). With a memory the
+  # first will not do.
   config.model.position = "learned"
   # "dense", "span" (a learned window), "span_wave" (and a learned comb).
   config.model.attention = "span_wave"

@@ -32,6 +32,7 @@ class Case(NamedTuple):
   H: int = 2
   K: int = 8
   query_scale: float = 1.0
+  relative: int = 0  # vectors of distances
 
   @property
   def mask(self):
@@ -73,6 +74,16 @@ def inputs(case):
   return tuple(
     jnp.asarray(x, jnp.float32).astype(case.dtype)
     for x in (case.query_scale * q, k, v, dout)
+  )
+
+
+def relative_vectors(case):
+  """(R, K), or None."""
+  if not case.relative:
+    return None
+  random = np.random.default_rng(case.relative)
+  return jnp.asarray(
+    random.standard_normal((case.relative, case.K)), jnp.float32
   )
 
 
@@ -238,6 +249,53 @@ CASES = (
     ratio=(0.071, -0.047),
     memory=64,
     first_key=70,
+  ),
+  Case(
+    "stride_even",
+    500,
+    700,
+    span=(690.5, 480.5, 650.5),
+    period=(2.0, 3.0, 4.0),
+    ratio=(0.0, -0.125, -0.125),
+    integer=True,
+    memory=200,
+    first_key=77,
+    H=3,
+  ),
+  # Vectors for distances.
+  Case("relative_seven", 7, 7, relative=7, B=2),
+  Case("relative_few", 70, 73, span=(8.5, 100.0), relative=9, memory=3),
+  Case(
+    "relative_500",
+    500,
+    630,
+    span=(0.0, 60.5, 450.5),
+    memory=130,
+    first_key=33,
+    dropout_rate=0.3,
+    relative=800,
+    H=3,
+  ),
+  Case(
+    "relative_stride",
+    129,
+    641,
+    span=(40.5, 500.5),
+    period=(3.0, 2.0),
+    ratio=(-0.25, 0.0),
+    integer=True,
+    memory=512,
+    relative=641,
+    B=2,
+  ),
+  Case(
+    "relative_bfloat16",
+    64,
+    67,
+    span=(5.5, 80.5),
+    memory=3,
+    relative=67,
+    dtype="bfloat16",
   ),
   # Dropout and bfloat16.
   Case("span_dropout", 129, 132, span=(9.5, 60.5), dropout_rate=0.3, B=2),

@@ -219,18 +219,28 @@ class Attention(NamedTuple):
   dspan: np.ndarray
   dperiod: np.ndarray
   dratio: np.ndarray
+  drelative: np.ndarray
   scale: dict
 
 
 def attention(
-  q_BTHK, k_BSHK, v_BSHK, mask, dout_BTHK, memory=0, first_key=0, keep=None
+  q_BTHK,
+  k_BSHK,
+  v_BSHK,
+  mask,
+  dout_BTHK,
+  memory=0,
+  first_key=0,
+  keep=None,
+  relative_RK=None,
 ):
   """Attention row by row, and its gradients.
 
   Query t stands at key index S - T + t. `mask` None is plain causal
   attention. `keep` is the pair (kept_BHTS of bool, rate): the softmax weights
   that survive, divided by 1 - rate. The first `memory` keys get no gradient.
-  A row that sees nothing is zero and passes nothing back.
+  A row that sees nothing is zero and passes nothing back. `relative_RK` holds
+  a vector p for each distance, zero beyond the last: the score is q.(k + p).
   """
   q, k, v, dout = (
     np.asarray(x, np.float64) for x in (q_BTHK, k_BSHK, v_BSHK, dout_BTHK)
@@ -243,9 +253,13 @@ def attention(
       for d in range(S):
         log_HS[h, d] = log_weight(mask, h, d)
         slopes_HS3[h, d] = log_weight_slopes(mask, h, d)
-  out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+  R = 0 if relative_RK is None else len(relative_RK)
+  p_SK = np.zeros((S, K))
+  if R:
+    p_SK[:R] = np.asarray(relative_RK, np.float64)[:S]
+  out, dq, dk, dv, dp_SK = (np.zeros_like(x) for x in (q, q, k, v, p_SK))
   dmask_H3 = np.zeros((H, 3))
-  squares = [np.zeros_like(x) for x in (q, q, k, v, dmask_H3)]
+  squares = [np.zeros_like(x) for x in (q, q, k, v, dp_SK, dmask_H3)]
   for b in range(B):
     for h in range(H):
       for t in range(T):
@@ -255,7 +269,8 @@ def attention(
         if not keys.size:
           continue
         slopes = slopes_HS3[h, position - keys]
-        rows_k, rows_v = k[b, keys, h], v[b, keys, h]
+        rows_k = k[b, keys, h] + p_SK[position - keys]
+        rows_v = v[b, keys, h]
         logits = rows_k @ q[b, t, h] / math.sqrt(K)
         logits += log_HS[h, position - keys]
         p = np.exp(logits - logits.max())
@@ -270,6 +285,7 @@ def attention(
         dq[b, t, h] = dlogits @ rows_k / math.sqrt(K)
         dk[b, keys, h] += np.outer(dlogits, q[b, t, h]) / math.sqrt(K)
         dv[b, keys, h] += np.outer(kept * p, g)
+        dp_SK[position - keys] += np.outer(dlogits, q[b, t, h]) / math.sqrt(K)
         dmask_H3[h] += dlogits @ slopes
 
         dp = kept * (np.abs(rows_v) @ np.abs(g))
@@ -278,12 +294,15 @@ def attention(
         squares[1][b, t, h] = (size @ np.abs(rows_k)) ** 2 / K
         squares[2][b, keys, h] += np.outer(size, q[b, t, h]) ** 2 / K
         squares[3][b, keys, h] += np.outer(kept * p, g) ** 2
-        squares[4][h] += (size @ np.abs(slopes)) ** 2
+        squares[4][position - keys] += np.outer(size, q[b, t, h]) ** 2 / K
+        squares[5][h] += (size @ np.abs(slopes)) ** 2
   for of_keys in (dk, dv, squares[2], squares[3]):
     of_keys[:, :memory] = 0
-  *of_arrays, of_masks = (np.sqrt(x) for x in squares)
-  scale = dict(zip(Attention._fields, (*of_arrays, *of_masks.T)))
-  return Attention(out, dq, dk, dv, *dmask_H3.T, scale)
+  *of_arrays, of_p, of_masks = (np.sqrt(x) for x in squares)
+  dp_RK, of_p_RK = np.zeros((2, R, K))
+  dp_RK[:S], of_p_RK[:S] = dp_SK[:R], of_p[:R]
+  scale = dict(zip(Attention._fields, (*of_arrays, *of_masks.T, of_p_RK)))
+  return Attention(out, dq, dk, dv, *dmask_H3.T, dp_RK, scale)
 
 
 def _mix(x):

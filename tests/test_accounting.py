@@ -69,7 +69,7 @@ def test_flops_are_those_the_compiler_counts():
   cost = jax.jit(model.apply).lower(params, tokens).compile().cost_analysis()
   # The reference computes all T^2 pairs where the formula counts half.
   extra = 2 * 128 * 3 * (64 - 65 / 2)
-  forward = accounting.train_flops_per_token(config, 64) / 3 + 2 * extra
+  forward = accounting.train_flops_per_token(config) / 3 + 2 * extra
   assert 1.0 < cost["flops"] / (forward * 2 * 64) < 1.15
 
 

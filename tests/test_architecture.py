@@ -10,6 +10,7 @@ PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
   {"masks", "positions"},
   {"attention"},
+  {"memory"},
   {"model"},
   {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
   | {"checkpoint", "settings", "weights", "steps"},

@@ -16,9 +16,16 @@ from adaptive_attention.attention import (
   dropout,
   tiles,
 )
+from adaptive_attention.attention.ring import Ring, append, in_order
 from adaptive_attention.masks import Mask, Wave
 from tests import oracle
-from tests.attention_cases import CASES, SEED, Case, inputs
+from tests.attention_cases import (
+  CASES,
+  SEED,
+  Case,
+  inputs,
+  relative_vectors,
+)
 
 # (implementation, case name): what raises NotImplementedError, and may.
 REFUSALS = frozenset()
@@ -50,22 +57,25 @@ def expected(case):
     keep = (kept_BHTS, case.dropout_rate)
   q, k, v, dout = inputs(case)
   return oracle.attention(
-    q, k, v, exact_mask(case), dout, case.memory, case.first_key, keep
+    *(q, k, v, exact_mask(case), dout),
+    *(case.memory, case.first_key, keep, relative_vectors(case)),
   )
 
 
 def differentiated(case, implementation):
   """A function of (q, k, v, mask, dout) -> out and its gradients by name."""
 
-  def run(q, k, v, mask, dout):
-    out, pull = jax.vjp(
-      lambda q, k, v, mask: attend(
-        q, k, v, mask, **case.options, implementation=implementation
-      ),
-      *(q, k, v, mask),
-    )
-    dq, dk, dv, dmask = pull(dout)
+  def run(q, k, v, mask, dout, **changes):
+    options = case.options | {"implementation": implementation} | changes
+
+    def call(q, k, v, mask, relative):
+      return attend(q, k, v, mask, relative_RK=relative, **options)
+
+    out, pull = jax.vjp(call, q, k, v, mask, relative_vectors(case))
+    dq, dk, dv, dmask, drelative = pull(dout)
     result = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    if case.relative:
+      result["drelative"] = drelative
     if mask is not None:
       result["dspan"] = dmask.span
       if mask.wave is not None:
@@ -137,6 +147,78 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
   jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@everywhere
+@pytest.mark.parametrize(
+  "case",
+  [
+    case
+    for case in CASES
+    if case.name
+    in (
+      "memory_512",
+      "first_key_beyond_memory",
+      "stride_even",
+      "wave_dropout",
+      "relative_500",
+      "span_bfloat16",
+    )
+  ],
+  ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("turned", [0.0, 0.4])
+def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
+  """Whatever the row of the oldest, and among the rows of other streams."""
+  q, k, v, dout = inputs(case)
+  first_row = int(turned * case.S)
+  k_NSHK, v_NSHK = (
+    jnp.pad(
+      jnp.roll(x, first_row, axis=1),
+      ((2, 1), (0, 0), (0, 0), (0, 0)),
+      constant_values=jnp.nan,
+    )
+    for x in (k, v)
+  )
+  new = k[:, case.memory :], v[:, case.memory :]
+
+  @jax.jit
+  def from_ring(ring):
+    return differentiated(case, implementation)(
+      q, *new, case.mask, dout, ring=ring, memory=0
+    )
+
+  exact = expected(case)
+  newer = {
+    name: getattr(exact, name)[:, case.memory :] for name in ("dk", "dv")
+  }
+  scale = exact.scale | {
+    name: exact.scale[name][:, case.memory :] for name in newer
+  }
+  check(
+    from_ring(Ring(k_NSHK, v_NSHK, first_row, 2)),
+    exact._replace(**newer, scale=scale),
+    case,
+  )
+
+
+def test_a_ring_moves_only_what_is_new():
+  random = np.random.default_rng(0)
+  stream = random.standard_normal((2, 24, 3, 4)).astype(np.float32)
+  ring = Ring(jnp.full((5, 12, 3, 4), np.nan), jnp.zeros((5, 12, 3, 4)), 0, 1)
+  for start in range(0, 24, 4):
+    new = stream[:, start : start + 4]
+    ring = append(ring, new, -new)
+  for array, sign in ((ring.k_NSHK, 1), (ring.v_NSHK, -1)):
+    np.testing.assert_array_equal(
+      in_order(array, ring, 2), sign * stream[:, 12:]
+    )
+  assert np.isnan(np.asarray(ring.k_NSHK)[[0, 3, 4]]).all()
+
+  def total(new):
+    return append(ring, new, new).k_NSHK[1:3].sum()
+
+  assert not np.asarray(jax.grad(total)(stream[:, :4])).any()
+
+
 def test_real_waves_of_the_cases_keep_away_from_ties():
   for case in CASES:
     if case.period is not None and not case.integer:
@@ -148,15 +230,20 @@ def test_real_waves_of_the_cases_keep_away_from_ties():
 def test_gradients_of_the_oracle_by_finite_differences(harmonics):
   random = np.random.default_rng(0)
   shapes = (3, 2, 2), (5, 2, 2), (5, 2, 2), (3, 2, 2)  # q, k, v, dout
+  relative = random.standard_normal((4, 2))
   q, k, v, dout = (random.standard_normal((1, *shape)) for shape in shapes)
   lengths = np.array([[2.3, 1.1], [2.37, 5.63], [0.11, -0.09]])
   keep = random.random((1, 2, 3, 5)) > 0.3, 0.3
 
-  def forward(q=q, k=k, v=v, lengths=lengths, **options):
+  def forward(q=q, k=k, v=v, lengths=lengths, relative=relative, **options):
     span, period, ratio = lengths
     mask = oracle.Mask(span, 3.0, period, ratio, harmonics)
     return oracle.attention(
-      q, k, v, mask, dout, first_key=1, keep=keep, **options
+      *(q, k, v, mask, dout),
+      first_key=1,
+      keep=keep,
+      relative_RK=relative,
+      **options,
     )
 
   exact = forward()
@@ -164,6 +251,7 @@ def test_gradients_of_the_oracle_by_finite_differences(harmonics):
     (exact.dq, "q", q),
     (exact.dk, "k", k),
     (exact.dv, "v", v),
+    (exact.drelative, "relative", relative),
     (np.stack((exact.dspan, exact.dperiod, exact.dratio)), "lengths", lengths),
   ):
     differences = oracle.finite_difference(
@@ -424,6 +512,7 @@ def test_arguments_that_fit():
 THREE = np.ones(3, np.float32)
 FOUR = np.ones(4, np.float32)
 LONG = np.zeros((2, 8, 3, 4), np.float32)
+NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
 
 
 @pytest.mark.parametrize(
@@ -452,6 +541,14 @@ LONG = np.zeros((2, 8, 3, 4), np.float32)
     ({"dropout_rate": -0.1, "dropout_seed": 0}, "-0.1"),
     ({"dropout_rate": np.nan, "dropout_seed": 0}, "nan"),
     ({"dropout_rate": 0.25}, "0.25"),
+    ({"ring": Ring(LONG, LONG)}, "7 keys"),
+    ({"ring": Ring(LONG, LONG), "memory": 2}, "memory=2"),
+    ({"ring": Ring(LONG, LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
+    ({"ring": Ring(LONG[:1], LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
+    ({"ring": Ring(LONG[:, :4], LONG[:, :4]), **NEW}, "(2, 4, 3, 4)"),
+    ({"ring": Ring(LONG[..., :2], LONG[..., :2]), **NEW}, "(2, 8, 3, 2)"),
+    ({"relative_RK": LONG[0]}, "(8, 3, 4)"),
+    ({"relative_RK": LONG[0, :, :, 0]}, "(8, 3)"),
     ({"mask": Mask(FOUR)}, "(4,)"),
     ({"mask": Mask(np.float32(1))}, "()"),
     ({"mask": Mask(THREE, wave=Wave(FOUR, THREE))}, "(4,)"),

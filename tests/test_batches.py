@@ -49,33 +49,110 @@ def test_shards_are_contiguous_equal_and_apart():
   np.testing.assert_array_equal(np.concatenate(shards), DATA[:999])
 
 
+def segment(step, data=DATA, batch_size=3, shard_index=1, seed=0):
+  return batches.stream_batch(
+    data,
+    seed=seed,
+    step=step,
+    shard_index=shard_index,
+    batch_size=batch_size,
+    context_tokens=10,
+  )
+
+
+def test_streams_go_on_where_they_ended_and_then_start_anew():
+  count = batches.segments(len(DATA), 3, 10)
+  assert count == 33
+  first = np.stack([segment(i) for i in range(count)])
+  # Inputs in a row, each but the last followed by what the next begins with.
+  inputs = first[:, :, :-1].swapaxes(0, 1).reshape(3, -1)
+  np.testing.assert_array_equal(np.diff(inputs), 1)
+  np.testing.assert_array_equal(first[1:, :, 0], first[:-1, :, -1])
+  # Streams lie end to end: each byte is read once in a pass.
+  assert len(np.unique(inputs)) == inputs.size
+  assert inputs.min() == inputs[0, 0]
+  assert inputs.max() < 999
+  again = np.stack([segment(i) for i in range(count, 2 * count)])
+  np.testing.assert_array_equal(np.diff(again[:, 0, 0]), 10)
+  # Passes, shards and seeds begin elsewhere, if there is room for it.
+  starts = {
+    int(segment(count * epoch, shard_index=shard, seed=seed)[0, 0])
+    for epoch in range(5)
+    for shard in range(3)
+    for seed in range(3)
+  }
+  assert starts == set(range(1000 - 3 * 330))
+  np.testing.assert_array_equal(segment(40), segment(40))
+
+
+def test_the_shortest_streams_have_one_segment():
+  assert batches.segments(31, 3, 10) == 1
+  np.testing.assert_array_equal(segment(0, DATA[:31]), segment(1, DATA[:31]))
+  assert segment(7, DATA[:31]).max() == 30
+
+
+def predicted_once(reading, length):
+  """How often each byte of the split is predicted and counted."""
+  predicted = np.zeros(length, int)
+  nats = np.zeros(length - 1, int)
+  for batch in range(len(reading)):
+    for row, found, of_all in reading.scored(batch):
+      start = reading.starts[batch, row]
+      predicted[start + found.start + 1 : start + found.stop + 1] += 1
+      nats[of_all] += 1
+  assert predicted[0] == 0
+  assert (predicted[1:] == 1).all()
+  assert (nats == 1).all()
+
+
 @given(
   length=st.integers(2, 200),
   context=st.integers(1, 50),
   stride=st.integers(1, 50),
+  rows=st.integers(1, 9),
 )
-def test_every_byte_but_the_first_is_predicted_once(length, context, stride):
+def test_every_byte_but_the_first_is_predicted_once(
+  length, context, stride, rows
+):
   stride = min(stride, context)
-  windows = batches.windows(length, context, stride)
-  predicted = np.zeros(length, int)
-  for start, first, last in zip(
-    windows.starts, windows.scored_from, windows.scored_to
-  ):
-    assert last > first  # no window is for nothing
-    predicted[start + first + 1 : start + last + 1] += 1
-    # What the first of them has seen, the byte itself not counted.
-    assert start == 0 or first + 1 >= context - stride
-  assert predicted[0] == 0
-  assert (predicted[1:] == 1).all()
+  windows = batches.windows(length, context, stride, rows)
+  predicted_once(windows, length)
+  for batch in range(len(windows)):
+    counted = list(windows.scored(batch))
+    assert counted  # no batch is for nothing
+    for row, found, _ in counted:
+      # What the first of them has seen, the byte itself not counted.
+      assert windows.starts[batch, row] == 0 or (
+        found.start + 1 >= context - stride
+      )
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_rows_hold_the_bytes_and_zeros_beyond(count):
+@given(
+  length=st.integers(2, 300),
+  context=st.integers(1, 20),
+  warm=st.integers(0, 50),
+  rows=st.integers(1, 9),
+)
+def test_streams_read_on_and_count_what_is_warm(length, context, warm, rows):
+  streams = batches.streams(length, context, warm, rows)
+  predicted_once(streams, length)
+  np.testing.assert_array_equal(np.diff(streams.starts, axis=0), context)
+  for batch in range(len(streams)):
+    for row, found, _ in streams.scored(batch):
+      seen = streams.starts[batch, row] + found.start - streams.starts[0, row]
+      assert seen >= warm or streams.starts[0, row] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_hold_the_bytes_and_zeros_beyond(rows):
   data = np.arange(1, 24, dtype=np.uint8)
-  windows = batches.windows(len(data), 10, 10)
-  rows = windows.rows(data, 1, count)
-  assert rows.shape == (count, 11)
-  np.testing.assert_array_equal(rows[0], np.arange(11, 22))
-  if count > 1:
-    np.testing.assert_array_equal(rows[1], [21, 22, 23] + [0] * 8)
-  assert not rows[2:].any()
+  tokens = (
+    batches.windows(len(data), 10, 10, rows)
+    .part(slice(-1, None))
+    .tokens(data, 0)
+  )
+  assert tokens.shape == (rows, 11)
+  windows = [np.arange(1, 12), np.arange(11, 22), [21, 22, 23] + [0] * 8]
+  last = windows[(len(windows) - 1) // rows * rows :]
+  np.testing.assert_array_equal(tokens[: len(last)], last)
+  assert not tokens[len(last) :].any()

@@ -1,5 +1,6 @@
 """Bits per character: every byte once, the same however it is computed."""
 
+import dataclasses
 import json
 import math
 
@@ -64,7 +65,7 @@ def test_it_is_the_sum_over_bytes(params, protocol, stride):
 def test_no_batch_size_changes_it(params, length):
   placed = parallel.replicate(params)
   results = [
-    evaluate.Evaluator(CONFIG, batch_size)(placed, DATA[:length])
+    evaluate.Evaluator(CONFIG, batch_size)(placed, DATA[:length], "window")
     for batch_size in (1, 7, 64)
   ]
   for result in results[1:]:
@@ -90,18 +91,55 @@ def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
 
 
 @pytest.mark.parametrize(
-  "protocol", ["windows", "stride", "stride:0", "stride:13", "stride:-1", ""]
+  "protocol",
+  ["windows", "stride", "stride:0", "stride:13", "stride:-1", "", "memory"],
 )
 def test_protocols_that_are_none(protocol):
   with pytest.raises(SettingsError, match="--protocol=") as error:
-    evaluate.stride_tokens(protocol, 12)
+    evaluate.check_protocol(protocol, CONFIG)
   assert "\n" not in str(error.value)
 
 
 def test_a_model_that_is_not_finite_has_no_figure(params):
   spoiled = {**params, "position_0": params["position_0"] * np.nan}
   with pytest.raises(evaluate.EvaluationError, match="400 of 400 bytes"):
-    evaluate.Evaluator(CONFIG, 8)(parallel.replicate(spoiled), DATA)
+    evaluate.Evaluator(CONFIG, 8)(parallel.replicate(spoiled), DATA, "window")
+
+
+REMEMBERING = dataclasses.replace(
+  CONFIG, position="rotary", memory_tokens=40, max_span=12
+)
+
+
+@pytest.fixture(scope="module")
+def remembering():
+  tokens = np.zeros((1, 12), int)
+  tree = Transformer(REMEMBERING).init(jax.random.key(0), tokens)["params"]
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  return jax.tree.map(
+    lambda x: jax.random.normal(next(keys), x.shape) / 4, tree
+  )
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16, 80])
+def test_by_memory_each_byte_sees_all_before_it(remembering, batch_size):
+  """As one sequence of the whole split: the memory holds what spans reach."""
+  logits = Transformer(REMEMBERING).apply(
+    {"params": remembering}, DATA[None, :-1]
+  )
+  logits = np.asarray(logits, np.float64)[0]
+  nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(400), DATA[1:]]
+  result = evaluate.Evaluator(REMEMBERING, batch_size)(
+    parallel.replicate(remembering), DATA, "memory"
+  )
+  assert result.bytes == 400
+  np.testing.assert_allclose(
+    result.bits_per_char, nats.mean() / math.log(2), rtol=1e-5
+  )
+  windows = evaluate.Evaluator(REMEMBERING, batch_size)(
+    parallel.replicate(remembering), DATA, "window"
+  )
+  assert abs(windows.bits_per_char - result.bits_per_char) > 1e-3
 
 
 def test_entropy_and_lzma():

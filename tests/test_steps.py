@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import batches, parallel, steps
+from adaptive_attention.model import ModelConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
@@ -22,6 +23,7 @@ def train(config, count, data=DATA):
   T = config.model.context_tokens
   state = parallel.replicate(jax.device_get(steps.init_state(config)))
   step = steps.make_train_step(config)
+  memory = start_memory(config)
   history = []
   for i in range(count):
     tokens_BT = batches.train_batch(
@@ -32,11 +34,27 @@ def train(config, count, data=DATA):
       batch_size=config.batch_size,
       context_tokens=T,
     )
-    stop_N = np.zeros(N, np.int32)
-    state, metrics = step(state, tokens_BT.reshape(N, A, -1, T + 1), stop_N)
+    batch = make_batch(tokens_BT.reshape(N, A, -1, T + 1))
+    state, memory, metrics = step(state, memory, batch)
     metrics.pop("masks")
     history.append({name: float(value) for name, value in metrics.items()})
   return state, history
+
+
+def start_memory(config):
+  return steps.start_memory(
+    ModelConfig(**config.model), steps.streams_per_device(config)
+  )
+
+
+def make_batch(tokens_NABT, restart=False):
+  N = len(tokens_NABT)
+  return steps.Batch(tokens_NABT, np.zeros(N, np.int32), np.full(N, restart))
+
+
+def empty_batch(config):
+  shapes = steps.batch_shapes(config)
+  return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
 
 
 def flat(tree):
@@ -73,10 +91,11 @@ def test_devices_draw_their_dropout_apart(tiny):
   )
   tokens = np.stack([rows, rows])[:, None]
   state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
-  _, both = steps.make_train_step(tiny)(state, tokens, np.zeros(2, np.int32))
+  step = steps.make_train_step(tiny)
+  *_, both = step(state, None, make_batch(tokens))
   state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
   halves = np.stack([rows, np.roll(rows, 1, 0)])[:, None]
-  _, rolled = steps.make_train_step(tiny)(state, halves, np.zeros(2, np.int32))
+  *_, rolled = step(state, None, make_batch(halves))
   # Without dropout the order of rows is nothing to the mean; with a mask of
   # its own for each row of each device it is.
   assert both["cross_entropy"] != rolled["cross_entropy"]
@@ -147,9 +166,8 @@ def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
   params["position_0"] = np.full_like(params["position_0"], spoil)
   state = parallel.replicate(state.replace(params=params))
   before = flat(state)
-  shapes = steps.batch_shapes(tiny)
-  state, metrics = steps.make_train_step(tiny)(
-    state, *(np.zeros(s.shape, s.dtype) for s in shapes)
+  state, _, metrics = steps.make_train_step(tiny)(
+    state, None, empty_batch(tiny)
   )
   assert not math.isfinite(float(metrics["loss"] + metrics["grad_norm"]))
   for name, value in flat(state).items():
@@ -158,17 +176,14 @@ def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
 
 def test_a_signal_on_one_device_is_seen_by_all(tiny):
   state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
-  shapes = steps.batch_shapes(tiny)
-  tokens = np.zeros(shapes[0].shape, shapes[0].dtype)
-  _, metrics = steps.make_train_step(tiny)(
-    state, tokens, np.array([0, 1], np.int32)
-  )
+  batch = empty_batch(tiny)._replace(stop=np.array([0, 1], np.int32))
+  *_, metrics = steps.make_train_step(tiny)(state, None, batch)
   assert metrics["stop"] == 1
 
 
 def test_metrics_are_those_of_the_parameters(tiny):
   from adaptive_attention import masks
-  from adaptive_attention.model import ModelConfig, mask_params
+  from adaptive_attention.model import mask_params
 
   state, history = train(tiny, 1)
   layers = mask_params(state.params, ModelConfig(**tiny.model))

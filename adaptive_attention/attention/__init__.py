@@ -6,6 +6,7 @@ import logging
 import jax.numpy as jnp
 
 from adaptive_attention.attention import blocked, reference
+from adaptive_attention.attention.ring import Ring
 from adaptive_attention.masks import Mask
 
 IMPLEMENTATIONS = ("blocked", "reference")
@@ -21,10 +22,15 @@ def attend(
   dropout_rate: float = 0.0,
   dropout_seed=None,
   implementation: str | None = None,
+  ring: Ring | None = None,
+  relative_RK=None,
 ):
   """Attends from the last T of S positions to what each head may look at.
 
   out = softmax_s(q.k / sqrt(K) + log m(d) + log w(d)) v, d = S - T + t - s >= 0
+
+  With `relative_RK` p the score is q.(k + p[d]) / sqrt(K): shared vectors per
+  distance as in Sukhbaatar et al. 2019, eq. 1.
 
   Softmax and masks are float32 whatever the inputs are. A query that finds no
   open key at all gets zeros, and its gradients are zeros.
@@ -42,10 +48,14 @@ def attend(
       (seed, b, h, t, s), the same for every implementation.
     implementation: "blocked" (only tiles that hold an open pair), "reference"
       (all pairs), or None for the best one that serves.
+    ring: where the keys and values of all S positions stand in the rows of a
+      `Ring`, the last T included. `k_BSHK` and `v_BSHK` are then these T alone,
+      to take the gradient; all that is older is memory, and `memory` stays 0.
+    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
 
   Returns:
-    (B, T, H, K) in the dtype of q. Differentiable in q, k, v and the arrays of
-    `mask`.
+    (B, T, H, K) in the dtype of q. Differentiable in q, k, v, the arrays of
+    `mask` and the relative vectors.
 
   Raises:
     ValueError: an unknown implementation, or arguments that do not fit.
@@ -54,6 +64,7 @@ def attend(
   _check(
     q_BTHK, k_BSHK, v_BSHK, mask, memory, first_key, dropout_rate, dropout_seed
   )
+  _check_positions(q_BTHK, k_BSHK, memory, ring, relative_RK)
   if implementation is None:
     implementation = IMPLEMENTATIONS[0]
     _say_once(implementation)
@@ -76,6 +87,8 @@ def attend(
     first_key=first_key,
     dropout_rate=dropout_rate,
     dropout_seed=dropout_seed,
+    ring=ring,
+    relative_RK=relative_RK,
   )
 
 
@@ -84,52 +97,80 @@ def _say_once(implementation):
   logging.getLogger(__name__).info("attention runs as %r", implementation)
 
 
-def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
-  def require(condition, message):
-    if not condition:
-      raise ValueError(message)
+def _require(condition, message):
+  if not condition:
+    raise ValueError(message)
 
-  require(
+
+def _check_positions(q, k, memory, ring, relative):
+  B, T, H, K = q.shape
+  if ring is not None:
+    shape = ring.k_NSHK.shape
+    _require(
+      memory == 0 and k.shape[1] == T,
+      f"memory={memory} and {k.shape[1]} keys do not fit a ring and T={T} "
+      "queries; give memory=0 and the keys of these queries, as the older ones "
+      "are in the ring",
+    )
+    _require(
+      shape == ring.v_NSHK.shape
+      and shape[0] >= B
+      and shape[1] >= T
+      and shape[2:] == (H, K),
+      f"the ring's keys {shape} and values {ring.v_NSHK.shape} must be alike, "
+      f"of at least the {B} sequences and {T} positions of q {q.shape} and of "
+      "its heads and width",
+    )
+  if relative is not None:
+    _require(
+      relative.ndim == 2 and relative.shape[1] == K,
+      f"relative_RK {relative.shape} must hold a vector of the width {K} of "
+      "one head for each distance",
+    )
+
+
+def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
+  _require(
     q.ndim == 4 and k.ndim == 4,
     f"q {q.shape} and k {k.shape} must have the four axes "
     "(batch, position, head, width)",
   )
-  require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
+  _require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
   B, T, H, K = q.shape
   S = k.shape[1]
-  require(
+  _require(
     k.shape == (B, S, H, K),
     f"k {k.shape} must have the batch, heads and width of q {q.shape}",
   )
-  require(T >= 1, f"q {q.shape} must hold at least one query")
-  require(
+  _require(T >= 1, f"q {q.shape} must hold at least one query")
+  _require(
     S >= T,
     f"S={S} keys are fewer than T={T} queries; the queries are the last T of "
     "the S positions",
   )
-  require(
+  _require(
     q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16),
     f"q, k, v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected all "
     "float32 or all bfloat16",
   )
-  require(
+  _require(
     isinstance(memory, int) and 0 <= memory <= S - T,
     f"memory={memory!r} must be an integer from 0 to S - T = {S - T}",
   )
-  require(
+  _require(
     jnp.ndim(first_key) == 0
     and jnp.issubdtype(jnp.result_type(first_key), jnp.integer),
     f"first_key={first_key!r} must be one integer",
   )
-  require(
+  _require(
     0 <= dropout_rate < 1,
     f"dropout_rate={dropout_rate} must be at least 0 and less than 1",
   )
-  require(
+  _require(
     not dropout_rate or dropout_seed is not None,
     f"dropout_rate={dropout_rate} needs a dropout_seed",
   )
-  require(
+  _require(
     dropout_seed is None or jnp.ndim(dropout_seed) == 0,
     "dropout_seed must be one integer, not an array of them",
   )
@@ -139,14 +180,14 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
   if mask.wave is not None:
     lengths |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
     harmonics = mask.wave.harmonics
-    require(
+    _require(
       harmonics is None or (isinstance(harmonics, int) and harmonics >= 1),
       f"harmonics={harmonics!r} must be None or an integer of at least 1",
     )
   for name, value in lengths.items():
-    require(
+    _require(
       jnp.shape(value) == (H,),
       f"{name} has the shape {jnp.shape(value)}; expected one number for each "
       f"of the {H} heads of q",
     )
-  require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
+  _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")

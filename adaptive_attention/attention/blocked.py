@@ -17,6 +17,7 @@ from jax import lax
 from adaptive_attention import masks
 from adaptive_attention.attention import dropout, tiles
 from adaptive_attention.attention.layout import TILE, put, take
+from adaptive_attention.attention.ring import Ring
 
 _LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
 
@@ -34,27 +35,33 @@ def _kept(head, seed, B, x_Q):
   return kept
 
 
-def _logits(q_BQK, k_BCK, tile):
+def _logits(q_BQK, k_BCK, tile, relative_DK):
+  """q (k + p) + log m + log w, of queries that were divided by sqrt(K)."""
   logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
+  if relative_DK is not None:
+    logits_BQC += tiles.skew(jnp.einsum("bqk,dk->bqd", q_BQK, relative_DK))
   return logits_BQC if tile.bias is None else logits_BQC + tile.bias
 
 
-def _loaded(head, scratch, queries, keys):
-  """The scratch, with this head's rows of the named arrays in it."""
+def _loaded(head, scratch, queries, ring):
+  """The scratch, with this head's rows of the named queries and the ring."""
   local = dict(scratch)
   for name, array in queries.items():
     local[name] = head.queries.load(local[name], array, head.h, 0)
-  for name, array in keys.items():
-    local[name] = head.keys.load(local[name], array, head.h, head.first_key_y)
+  for name, array in (("k", ring.k_NSHK), ("v", ring.v_NSHK)):
+    local[name] = head.keys.load(
+      *(local[name], array, head.h, head.first_key_y),
+      *(ring.first_row, ring.batch),
+    )
   return local
 
 
-def _forward_head(head, q, k, v, seed, carry):
+def _forward_head(head, q, ring, relative, seed, carry):
   """Fills in one head of (out_BTHK, lse_BTH1); the rest is scratch."""
   out, lse, scratch = carry
   static, h = head.static, head.h
   B, _, _, K = q.shape
-  local = _loaded(head, scratch, {"q": q}, {"k": k, "v": v})
+  local = _loaded(head, scratch, {"q": q}, ring)
 
   def query_tile(a, i, carry):
     out_local, lse_local = carry
@@ -66,7 +73,8 @@ def _forward_head(head, q, k, v, seed, carry):
       highest_BQ1, total_BQ1, sum_BQK = carry
       k_BCK = take(local["k"], tile.row, TILE)
       v_BCK = take(local["v"], tile.row, TILE)
-      logits_BQC = _logits(q_BQK, k_BCK, tile)
+      relative_DK = tiles.at_distances(relative, tile)
+      logits_BQC = _logits(q_BQK, k_BCK, tile, relative_DK)
       new_BQ1 = jnp.maximum(
         highest_BQ1, jnp.max(logits_BQC, axis=-1, keepdims=True)
       )
@@ -112,16 +120,16 @@ def _forward_head(head, q, k, v, seed, carry):
   )
 
 
-def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
+def _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry):
   """Fills in one head of the gradients; the rest is scratch."""
-  dq, dk, dv, d_table, scratch = carry
+  dq, dk, dv, d_table, d_relative, scratch = carry
   static, h = head.static, head.h
   B, _, _, K = q.shape
   first_new_x = static.memory - static.origin
   queries = {"q": q, "out": out, "lse": lse, "d_out": d_out}
-  local = _loaded(head, scratch, queries, {"k": k, "v": v})
-  dk_local = head.keys.clear(local["dk"], head.first_key_y)
-  dv_local = head.keys.clear(local["dv"], head.first_key_y)
+  local = _loaded(head, scratch, queries, ring)
+  dk_local = head.new_keys.clear(local["dk"], head.first_new_y)
+  dv_local = head.new_keys.clear(local["dv"], head.first_new_y)
 
   def query_tile(a, i, carry):
     dq_local, *sums = carry
@@ -141,10 +149,11 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
     kept = _kept(head, seed, B, x_Q)
 
     def key_tile(tile, carry):
-      dq_BQK, dk_local, dv_local, d_table_S = carry
+      dq_BQK, dk_local, dv_local, d_table_S, d_relative = carry
       k_BCK = take(local["k"], tile.row, TILE)
       v_BCK = take(local["v"], tile.row, TILE)
-      logits_BQC = _logits(q_BQK, k_BCK, tile)
+      relative_DK = tiles.at_distances(relative, tile)
+      logits_BQC = _logits(q_BQK, k_BCK, tile, relative_DK)
       weights_BQC = jnp.exp(logits_BQC - lse_BQ1)
       d_weights_BQC = jnp.einsum("bqk,bck->bqc", d_out_BQK, v_BCK)
       dropped_BQC = weights_BQC
@@ -155,27 +164,43 @@ def _backward_head(head, q, k, v, out, lse, d_out, seed, carry):
       d_logits_BQC = weights_BQC * (d_weights_BQC - mean_BQ1)
       d_table_S = head.add_to_table(d_table_S, tile, d_logits_BQC)
       dq_BQK += jnp.einsum("bqc,bck->bqk", d_logits_BQC, k_BCK)
+      if relative is not None:
+        d_shifted_BQD = tiles.unskew(d_logits_BQC)
+        dq_BQK += jnp.einsum("bqd,dk->bqk", d_shifted_BQD, relative_DK)
+        d_relative = tiles.added_at(
+          d_relative,
+          tile.distance,
+          jnp.einsum("bqd,bqk->dk", d_shifted_BQD, q_BQK),
+        )
       if not tile.older:
         dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, q_BQK)
         dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, d_out_BQK)
-        dk_local = _added(dk_local, tile.row, dk_BCK)
-        dv_local = _added(dv_local, tile.row, dv_BCK)
-      return dq_BQK, dk_local, dv_local, d_table_S
+        if static.memory:  # before the first new key are the rows of others
+          new_C1 = (tile.x >= first_new_x)[:, None]
+          dk_BCK = jnp.where(new_C1, dk_BCK, 0.0)
+          dv_BCK = jnp.where(new_C1, dv_BCK, 0.0)
+        dk_local = _added(dk_local, tile.new_row, dk_BCK)
+        dv_local = _added(dv_local, tile.new_row, dv_BCK)
+      return dq_BQK, dk_local, dv_local, d_table_S, d_relative
 
     dq_BQK, *sums = head.for_each_key_tile(
       a, i, key_tile, (jnp.zeros((B, TILE, K)), *sums)
     )
     return put(dq_local, row, dq_BQK / jnp.sqrt(K)), *sums
 
-  dq_local, dk_local, dv_local, d_table_S = head.for_each_query_tile(
-    query_tile, (local["dq"], dk_local, dv_local, jnp.zeros(static.S))
+  dq_local, dk_local, dv_local, d_table_S, d_relative = (
+    head.for_each_query_tile(
+      query_tile,
+      (local["dq"], dk_local, dv_local, jnp.zeros(static.S), d_relative),
+    )
   )
-  first_x = jnp.maximum(head.first_key_y * head.stride, first_new_x)
+  first_x = head.first_new_y * head.stride
   return (
     head.queries.store(dq_local, dq, h, 0),
-    head.keys.store(dk_local, dk, h, first_x),
-    head.keys.store(dv_local, dv, h, first_x),
+    head.new_keys.store(dk_local, dk, h, first_x),
+    head.new_keys.store(dv_local, dv, h, first_x),
     lax.dynamic_update_index_in_dim(d_table, d_table_S, h, 0),
+    d_relative,
     local | {"dq": dq_local, "dk": dk_local, "dv": dv_local},
   )
 
@@ -186,25 +211,27 @@ def _added(local_BRK, row, rows_BYK):
 
 
 def _scratch(static, B, sizes):
-  """Local arrays by name, of queries or of keys, to be used by head on head."""
-  queries, keys = tiles.layouts(static)
+  """Local arrays by name, to be used by head on head."""
+  queries, keys, new_keys = tiles.layouts(static)
+  of_keys = {"k": keys, "v": keys, "dk": new_keys, "dv": new_keys}
   return {
-    name: (keys if name in ("k", "v", "dk", "dv") else queries).empty(B, K)
-    for name, K in sizes.items()
+    name: of_keys.get(name, queries).empty(B, K) for name, K in sizes.items()
   }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, plan, table, q, k, v, seed):
-  return _attend_forward(static, plan, table, q, k, v, seed)[0]
+def _attend(static, plan, table, relative, q, k, v, ring, seed):
+  return _attend_forward(static, plan, table, relative, q, k, v, ring, seed)[0]
 
 
-def _attend_forward(static, plan, table, q, k, v, seed):
-  del table  # its values stand in the plan; here it takes the gradient
+def _attend_forward(static, plan, table, relative, q, k, v, ring, seed):
+  # The values of these stand in the plan and in the ring.
+  del table, k, v
   B, T, H, K = q.shape
 
   def one_head(h, carry):
-    return _forward_head(tiles.Head(plan, h, static), q, k, v, seed, carry)
+    head = tiles.Head(plan, h, static)
+    return _forward_head(head, q, ring, relative, seed, carry)
 
   sizes = dict.fromkeys(("q", "k", "v", "out"), K) | {"lse": 1}
   out, lse, _ = lax.fori_loop(
@@ -213,38 +240,42 @@ def _attend_forward(static, plan, table, q, k, v, seed):
     one_head,
     (jnp.zeros_like(q), jnp.zeros((B, T, H, 1)), _scratch(static, B, sizes)),
   )
-  return out, (plan, q, k, v, out, lse, seed)
+  return out, (plan, relative, q, ring, out, lse, seed)
 
 
 def _attend_backward(static, residuals, d_out):
-  plan, q, k, v, out, lse, seed = residuals
+  plan, relative, q, ring, out, lse, seed = residuals
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
 
   def one_head(h, carry):
     head = tiles.Head(plan, h, static)
-    return _backward_head(head, q, k, v, out, lse, d_out, seed, carry)
+    return _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry)
 
   names = ("q", "out", "d_out", "k", "v", "dq", "dk", "dv")
   sizes = dict.fromkeys(names, K) | {"lse": 1}
-  dq, dk, dv, d_table, _ = lax.fori_loop(
+  new_keys = jnp.zeros((B, static.S - static.memory, H, K), ring.k_NSHK.dtype)
+  dq, dk, dv, d_table, d_relative, _ = lax.fori_loop(
     0,
     H,
     one_head,
     (
       jnp.zeros_like(q),
-      jnp.zeros_like(k),
-      jnp.zeros_like(v),
+      new_keys,
+      new_keys,
       jnp.zeros((H, static.S)),
+      None if relative is None else jnp.zeros_like(relative),
       _scratch(static, B, sizes),
     ),
   )
   return (
     jax.tree.map(_no_gradient, plan),
     d_table,
+    d_relative,
     dq,
     dk,
     dv,
+    jax.tree.map(_no_gradient, ring),
     _no_gradient(seed),
   )
 
@@ -259,17 +290,45 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend(
-  q_BTHK, k_BSHK, v_BSHK, mask, *, memory, first_key, dropout_rate, dropout_seed
+  q_BTHK,
+  k_BSHK,
+  v_BSHK,
+  mask,
+  *,
+  memory,
+  first_key,
+  dropout_rate,
+  dropout_seed,
+  ring,
+  relative_RK,
 ):
   """The same as `reference.attend`, in time that the masks leave."""
   T, H = q_BTHK.shape[1:3]
-  S = k_BSHK.shape[1]
+  S = k_BSHK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   if mask is None:
     mask = masks.Mask(jnp.full(H, float(S)), 1.0)
   static, plan, table_HS = tiles.prepare(
-    mask, T, S, memory, first_key, dropout_rate
+    mask,
+    T,
+    S,
+    memory if ring is None else S - T,
+    first_key,
+    dropout_rate,
+    ring is not None,
   )
+  if relative_RK is not None:
+    relative_RK = relative_RK.astype(jnp.float32)
+  # What is read and what takes the gradient: the memory takes none.
+  source = ring or Ring(k_BSHK, v_BSHK)
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   return _attend(
-    static, plan, table_HS, q_BTHK, k_BSHK, v_BSHK, seed.astype(jnp.uint32)
+    static,
+    plan,
+    table_HS,
+    relative_RK,
+    q_BTHK,
+    k_BSHK[:, memory:],
+    v_BSHK[:, memory:],
+    jax.tree.map(lax.stop_gradient, Ring(*map(jnp.asarray, source))),
+    seed.astype(jnp.uint32),
   )

@@ -36,15 +36,17 @@ class Layout:
     stride: P, at run time, from 1 to MAX_STRIDE.
     front, T: static.
     strided: static; whether P may be another than one.
+    ring: static; whether arrays to load are those of a `Ring`.
   """
 
-  def __init__(self, stride, front, T, strided):
+  def __init__(self, stride, front, T, strided, ring=False):
     self.stride, self.front, self.T, self.strided = stride, front, T, strided
+    self.ring = ring
     self.fill = ceil_div(front, stride)  # y of each class before zero
     self.end = ceil_div(T, stride)  # y of each class from zero on
     size = front + T
     # Moved all at once, unless a short span can do with much less.
-    self.whole = not strided and front <= T
+    self.whole = not strided and not ring and front <= T
     self.block = size if self.whole else min(_BLOCK, size)
 
   def empty(self, B, K):
@@ -59,11 +61,6 @@ class Layout:
   def reach(self, y):
     """The first y that there is, of those from y on."""
     return jnp.maximum(y, -self.fill)
-
-  def _either(self, contiguous, strided):
-    if self.strided:
-      return lax.cond(self.stride == 1, contiguous, strided)
-    return contiguous()
 
   def _over_blocks(self, y_from, one, local_BRK):
     """one(a, y, local) for blocks of y from y_from on, of all classes."""
@@ -87,18 +84,34 @@ class Layout:
       return body(0, carry)
     return lax.fori_loop(0, self.stride, body, carry)
 
-  def load(self, local_BRK, array_BXHK, h, y_from):
-    """The local array with the positions from y_from on of head h."""
-    B, X, _, K = array_BXHK.shape
+  def load(self, local_BRK, array_NXHK, h, y_from, first_row=0, batch=0):
+    """The local array with the positions from y_from on of head h.
+
+    Args:
+      first_row, batch: of the `Ring` that the array belongs to.
+    """
+    B, _, K = local_BRK.shape
+    X, block = array_NXHK.shape[1], self.block
+
+    def slice_rows(row):
+      at, sizes = (batch, row[0], h, 0), (B, block, 1, K)
+      return lax.dynamic_slice(array_NXHK, at, sizes)[:, :, 0]
+
+    def gather_rows(row):
+      if not self.ring:
+        return array_NXHK[:, row, h]
+      return array_NXHK[batch + jnp.arange(B)[:, None], row, h]
 
     def one(a, y, local_BRK):
-      x = a + self.stride * (y + jnp.arange(self.block)) + self.front
-      block_BYK = self._either(
-        lambda: lax.dynamic_slice(
-          array_BXHK, (0, x[0], h, 0), (B, self.block, 1, K)
-        )[:, :, 0],
-        lambda: array_BXHK[:, jnp.clip(x, 0, X - 1), h],
-      )
+      x = a + self.stride * (y + jnp.arange(block)) + self.front
+      row = jnp.clip(x, 0, X - 1)
+      if self.ring:
+        row = (row + first_row) % X
+      if self.strided or self.ring:
+        together = (self.stride == 1) & (row[-1] - row[0] == block - 1)
+        block_BYK = lax.cond(together, slice_rows, gather_rows, row)
+      else:
+        block_BYK = slice_rows(row)
       return put(local_BRK, self.row(a, y), block_BYK.astype(jnp.float32))
 
     return self._over_blocks(y_from, one, local_BRK)
@@ -121,10 +134,14 @@ class Layout:
       start = jnp.minimum(x_from + j * block, T - block)
       start = jnp.maximum(start, -self.front)
       x = start + jnp.arange(block)
-      block_BYK = self._either(
-        lambda: take(local_BRK, self.row(0, start), block),
-        lambda: local_BRK[:, self.row(x % P, x // P)],
-      )
+      if self.strided:
+        block_BYK = lax.cond(
+          P == 1,
+          lambda: take(local_BRK, self.row(0, start), block),
+          lambda: local_BRK[:, self.row(x % P, x // P)],
+        )
+      else:
+        block_BYK = take(local_BRK, self.row(0, start), block)
       block_BYK = jnp.where((x >= x_from)[:, None], block_BYK, 0.0)
       return lax.dynamic_update_slice(
         array_BXHK,

@@ -9,13 +9,30 @@ import jax.numpy as jnp
 
 from adaptive_attention import masks
 from adaptive_attention.attention import dropout
+from adaptive_attention.attention.ring import in_order
 
 
 def attend(
-  q_BTHK, k_BSHK, v_BSHK, mask, *, memory, first_key, dropout_rate, dropout_seed
+  q_BTHK,
+  k_BSHK,
+  v_BSHK,
+  mask,
+  *,
+  memory,
+  first_key,
+  dropout_rate,
+  dropout_seed,
+  ring,
+  relative_RK,
 ):
-  """softmax(q k^T / sqrt(K) + log m + log w) v; see `attention.attend`."""
+  """softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attention.attend`."""
   B, T, H, K = q_BTHK.shape
+  if ring is not None:
+    k_BSHK, v_BSHK = (
+      jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
+      for old, new in ((ring.k_NSHK, k_BSHK), (ring.v_NSHK, v_BSHK))
+    )
+    memory = k_BSHK.shape[1] - T
   S = k_BSHK.shape[1]
 
   def cut_gradient(x_BSHK):
@@ -37,6 +54,8 @@ def attend(
   logits_BHTS = jnp.einsum(
     "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
   )
+  if relative_RK is not None:
+    logits_BHTS += _of_distances(q_BTHK, relative_RK, distance_TS)
   logits_BHTS = logits_BHTS / jnp.sqrt(K).astype(jnp.float32) + bias_HTS
   # A row without any open key has only -inf: its weights are zero, not nan.
   highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
@@ -54,3 +73,18 @@ def attend(
   return jnp.einsum(
     "bhts,bshk->bthk", weights_BHTS.astype(v_BSHK.dtype), v_BSHK
   ).astype(q_BTHK.dtype)
+
+
+def _of_distances(q_BTHK, relative_RK, distance_TS):
+  """(B, H, T, S) q p of the vector p of each distance; 0 beyond the last."""
+  R = len(relative_RK)
+  products_BHTR = jnp.einsum(
+    "bthk,rk->bhtr", q_BTHK.astype(jnp.float32), relative_RK
+  )
+  shape_BHTS = (*products_BHTR.shape[:2], *distance_TS.shape)
+  products_BHTS = jnp.take_along_axis(
+    products_BHTR,
+    jnp.broadcast_to(jnp.clip(distance_TS, 0, R - 1), shape_BHTS),
+    axis=-1,
+  )
+  return jnp.where(distance_TS < R, products_BHTS, 0.0)

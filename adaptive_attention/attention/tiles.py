@@ -38,6 +38,7 @@ class Static(NamedTuple):
   memory: int
   strided: bool  # whether a head may have a stride other than one
   dropout_rate: float
+  ring: bool = False  # whether keys are read out of a `Ring`
 
   @property
   def origin(self):
@@ -157,10 +158,10 @@ def make_plan(mask, table_HS, first, static) -> Plan:
   )
 
 
-def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0):
+def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0, ring=False):
   """(static, plan, table_HS) of one call; the table is differentiable."""
   strided = mask.wave is not None and mask.wave.integer
-  static = Static(T, S, memory, strided, dropout_rate)
+  static = Static(T, S, memory, strided, dropout_rate, ring)
   first = jnp.maximum(jnp.asarray(first_key, jnp.int32), 0) - static.origin
   table_HS = masks.log_weight(mask, jnp.arange(S))
   return static, make_plan(mask, table_HS, first, static), table_HS
@@ -178,10 +179,48 @@ def touched(mask: masks.Mask, T: int, S: int, first_key=0):
 
 
 def _toeplitz(segment):
-  """(2 TILE - 1,) -> (TILE, TILE): [u, w] = segment[TILE - 1 + u - w]."""
-  row = jnp.append(segment[::-1], 0.0)
-  rows = jnp.tile(row, TILE)[: TILE * (2 * TILE - 1)]
-  return rows.reshape(TILE, 2 * TILE - 1)[:, TILE - 1 :]
+  """(2 TILE - 1,) -> (TILE, TILE): [u, w] = segment[TILE - 1 - u + w]."""
+  return skew(jnp.broadcast_to(segment, (TILE, 2 * TILE - 1)))
+
+
+def _toeplitz_sum(tile):
+  """`_toeplitz` transposed: sums along the diagonals."""
+  return jnp.sum(unskew(tile), axis=0)
+
+
+def skew(x):
+  """(..., TILE, 2 TILE - 1) -> (..., TILE, TILE), shifting row by row.
+
+  [u, w] = x[u, TILE - 1 - u + w]: with the distances of a `KeyTile` along the
+  last axis of x, each pair gets what stands at its own. In rows one longer and
+  laid end to end that is a slice.
+  """
+  lead = x.shape[:-2]
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]).reshape(*lead, -1)
+  x = x[..., TILE - 1 : TILE - 1 + TILE * (2 * TILE - 1)]
+  return x.reshape(*lead, TILE, 2 * TILE - 1)[..., :TILE]
+
+
+def unskew(y):
+  """`skew` transposed."""
+  zeros = jnp.zeros((*y.shape[:-2], TILE, 2 * TILE - 1), y.dtype)
+  return jax.linear_transpose(skew, zeros)(y)[0]
+
+
+def at_distances(relative_RK, tile):
+  """(2 TILE - 1, K) the vectors of a tile's distances; zeros beyond R."""
+  if relative_RK is None:
+    return None
+  R = len(relative_RK)
+  vectors_DK = relative_RK[jnp.clip(tile.distance, 0, R - 1)]
+  return jnp.where((tile.distance < R)[:, None], vectors_DK, 0.0)
+
+
+def added_at(x, distance, rows):
+  """x with rows added at their distances, but for those that it lacks."""
+  # Out of bounds, and so dropped, where negative too.
+  index = jnp.where(distance < 0, len(x), distance)
+  return x.at[index].add(rows, mode="drop")
 
 
 class KeyTile(NamedTuple):
@@ -189,15 +228,16 @@ class KeyTile(NamedTuple):
 
   Attributes:
     row: of its first key in a local array.
+    new_row: the same in one of newer keys alone.
     x: (TILE,) positions of its keys.
     bias: (TILE, TILE) log m + log w; -inf for keys that do not exist. Of an
       even tile, where all pairs are open, one number for all; None for zero.
-    distance: (2 TILE - 1,) the distances of its diagonals, ascending; of an
-      even tile one that stands for all.
+    distance: (2 TILE - 1,) the distances of its diagonals, descending.
     older: static; whether there are keys of the memory alone.
   """
 
   row: jax.Array
+  new_row: jax.Array
   x: jax.Array
   bias: jax.Array | None
   distance: jax.Array
@@ -205,11 +245,12 @@ class KeyTile(NamedTuple):
 
 
 def layouts(static, stride=1):
-  """Those of queries and of keys."""
+  """Those of queries, of keys, and of the keys that are not memory."""
   T, strided = static.T, static.strided
   return (
     Layout(stride, 0, T, strided),
-    Layout(stride, static.origin, T, strided),
+    Layout(stride, static.origin, T, strided, static.ring),
+    Layout(stride, static.origin - static.memory, T, strided),
   )
 
 
@@ -220,10 +261,11 @@ class Head:
     self.h, self.static, self.plan = h, static, plan
     self.stride = plan.stride[h]
     self.last = plan.last[h]
-    self.queries, self.keys = layouts(static, self.stride)
+    self.queries, self.keys, self.new_keys = layouts(static, self.stride)
     # No tile goes further back than the most diagonals from the first one.
     most = _diagonals(self.stride, self.last, 0, 1)
     self.first_key_y = self.keys.reach(-most * TILE)
+    self.first_new_y = self.new_keys.reach(-most * TILE)
 
   def for_each_query_tile(self, body, carry):
     """body(a, i, carry) over all queries; those of a class in ascending y.
@@ -295,27 +337,26 @@ class Head:
   def _key_tile(self, i, rho, b, c, n, even, older):
     plan, S = self.plan, self.static.S
     y = (i - n) * TILE
-    row = self.keys.row(c, y)
     x = c + self.stride * (y + jnp.arange(TILE))
-    if even:
-      bias = plan.table[self.h, rho] if self.static.strided else None
-      return KeyTile(row, x, bias, rho, older)
-    distance = n * TILE - b + jnp.arange(1 - TILE, TILE)
+    distance = n * TILE - b + jnp.arange(TILE - 1, -TILE, -1)
     distance = self.stride * distance + rho
-    added = plan.table[self.h, jnp.clip(distance, 0, S - 1)]
-    added = jnp.where((distance >= 0) & (distance < S), added, -jnp.inf)
-    bias = jnp.where(x >= plan.first, _toeplitz(added), -jnp.inf)
-    return KeyTile(row, x, bias, distance, older)
+    if not even:
+      added = plan.table[self.h, jnp.clip(distance, 0, S - 1)]
+      added = jnp.where((distance >= 0) & (distance < S), added, -jnp.inf)
+      bias = jnp.where(x >= plan.first, _toeplitz(added), -jnp.inf)
+    elif self.static.strided:
+      bias = plan.table[self.h, rho]
+    else:
+      bias = None
+    rows = self.keys.row(c, y), self.new_keys.row(c, y)
+    return KeyTile(*rows, x, bias, distance, older)
 
   def add_to_table(self, d_table_S, tile, d_logits_BQC):
     """The gradient of the table with that of a tile's logits added."""
     if tile.bias is None:  # the table has no slope there
       return d_table_S
     if tile.bias.ndim == 0:
-      return d_table_S.at[tile.distance].add(jnp.sum(d_logits_BQC))
-    (segment,) = jax.linear_transpose(_toeplitz, jnp.zeros(2 * TILE - 1))(
-      jnp.sum(d_logits_BQC, axis=0)
-    )
-    # Out of bounds, and so dropped, where negative too.
-    index = jnp.where(tile.distance < 0, self.static.S, tile.distance)
-    return d_table_S.at[index].add(segment, mode="drop")
+      rho = tile.distance[-1] % self.stride
+      return d_table_S.at[rho].add(jnp.sum(d_logits_BQC))
+    segment = _toeplitz_sum(jnp.sum(d_logits_BQC, axis=0))
+    return added_at(d_table_S, tile.distance, segment)
