@@ -17,7 +17,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
 
 
-def train(config, count, data=DATA):
+def windows(config, step):
+  """(B, T + 1) of the whole batch, whoever takes it."""
+  return batches.train_batch(
+    DATA,
+    seed=0,
+    step=step,
+    shard_index=0,
+    batch_size=config.batch_size,
+    context_tokens=config.model.context_tokens,
+  )
+
+
+def train(config, count, draw=windows):
   """`count` steps, each on the same rows however these are dealt out."""
   N, A = parallel.local_device_count(), config.accumulation_steps
   T = config.model.context_tokens
@@ -26,15 +38,7 @@ def train(config, count, data=DATA):
   memory = start_memory(config)
   history = []
   for i in range(count):
-    tokens_BT = batches.train_batch(
-      data,
-      seed=0,
-      step=i,
-      shard_index=0,
-      batch_size=config.batch_size,
-      context_tokens=T,
-    )
-    batch = make_batch(tokens_BT.reshape(N, A, -1, T + 1))
+    batch = make_batch(draw(config, i).reshape(N, A, -1, T + 1))
     state, memory, metrics = step(state, memory, batch)
     metrics.pop("masks")
     history.append({name: float(value) for name, value in metrics.items()})
@@ -109,6 +113,104 @@ def test_accumulation_is_the_whole_batch(tiny):
   parts, parts_history = train(tiny, 3)
   check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
   check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
+
+
+def remembering(tiny):
+  """The same with a memory; positions tell tokens apart across segments."""
+  tiny.model.update(
+    memory_tokens=30, position="rotary", max_span=48, dropout=0.0
+  )
+  return tiny
+
+
+def stream(config, step):
+  """(B, T + 1) of the whole batch, whoever takes it."""
+  return batches.stream_batch(
+    DATA,
+    seed=0,
+    step=step,
+    shard_index=0,
+    batch_size=config.batch_size,
+    context_tokens=config.model.context_tokens,
+  )
+
+
+def test_accumulation_keeps_memories_apart(tiny):
+  config = remembering(tiny)
+  config.batch_size = 8
+  whole, whole_history = train(config, 3, draw=stream)
+  config.accumulation_steps = 4
+  parts, parts_history = train(config, 3, draw=stream)
+  check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+  check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
+  # They are not what the last segment says alone.
+  config.model.memory_tokens = 0
+  _, alone = train(config, 3, draw=stream)
+  assert alone[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-5)
+  assert alone[2]["loss"] != pytest.approx(whole_history[2]["loss"], rel=1e-5)
+
+
+def test_a_restart_forgets(tiny):
+  config = remembering(tiny)
+  step = steps.make_train_step(config)
+  shape = steps.batch_shapes(config).tokens.shape
+
+  def loss(memory, restart):
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    tokens = stream(config, 1).reshape(shape)
+    *_, metrics = step(state, memory, make_batch(tokens, restart))
+    return float(metrics["loss"])
+
+  def after_a_segment():
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    first = make_batch(stream(config, 0).reshape(shape), restart=True)
+    return step(state, start_memory(config), first)[1]
+
+  assert loss(after_a_segment(), True) == loss(start_memory(config), False)
+  assert loss(after_a_segment(), False) != loss(start_memory(config), False)
+
+
+def test_a_step_that_is_not_finite_is_not_remembered(tiny):
+  config = remembering(tiny)
+  state = jax.device_get(steps.init_state(config))
+  embed = state.params["embed"]["embedding"]
+  spoiled = state.replace(
+    params={**state.params, "embed": {"embedding": embed * np.nan}}
+  )
+  step = steps.make_train_step(config)
+  shape = steps.batch_shapes(config).tokens.shape
+  batch = make_batch(stream(config, 0).reshape(shape))
+  _, memory, _ = step(parallel.replicate(spoiled), start_memory(config), batch)
+  assert not np.asarray(memory.tokens_read).any()
+  *_, after = step(parallel.replicate(state), memory, batch)
+  *_, fresh = step(parallel.replicate(state), start_memory(config), batch)
+  assert float(after["loss"]) == float(fresh["loss"])
+
+
+def test_the_memory_stays_in_its_place(tiny):
+  """Nothing of its size is copied or returned anew."""
+  config = remembering(tiny)
+  config.model.attention = "span"
+  config.model.memory_tokens = 24 * 1000
+  memory = start_memory(config)
+  _, sizes = parallel.compile_step(
+    steps.make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(config)),
+    memory,
+    steps.batch_shapes(config),
+  )
+  layer = memory.k[0].nbytes / 2
+  assert sizes["results not in their place"] < layer / 100
+  config.model.memory_tokens = 24 * 100
+  _, short = parallel.compile_step(
+    steps.make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(config)),
+    start_memory(config),
+    steps.batch_shapes(config),
+  )
+  # One head's keys and values at a time are brought together: with H = 2 as
+  # much as the keys of one layer, for all layers.
+  assert sizes["temporary"] - short["temporary"] < 1.5 * layer
 
 
 ONE_DEVICE = """

@@ -326,6 +326,117 @@ def test_two_processes_do_what_one_does(whole_run, tiny_flags, tmp_path):
         )
 
 
+@pytest.fixture(scope="module")
+def memory_flags(text, tmp_path_factory):
+  """A run on streams of nine segments, through their end at step nine."""
+  from tests.conftest import TINY
+
+  path = tmp_path_factory.mktemp("data") / "short.txt"
+  path.write_bytes(text.read_bytes()[:1000])
+  changes = {
+    "data.path": path,
+    "accumulation_steps": 2,
+    "model.memory_tokens": 40,
+    "model.max_span": 64,
+    "model.position": "rotary",
+  }
+  return [
+    "--config=configs/base.py",
+    *(f"--config.{name}={value}" for name, value in (TINY | changes).items()),
+  ]
+
+
+@pytest.fixture(scope="module")
+def memory_run(main, memory_flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "memory"
+  code, _, err = main(*memory_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  return workdir
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_streams_and_their_memory_go_on_to_the_bit(
+  main, memory_run, memory_flags, tmp_path, step
+):
+  """From the middle of the streams, and from their end."""
+  import shutil
+
+  workdir = shutil.copytree(memory_run, tmp_path / "copy")
+  # Of the newest two checkpoints and the best the steps before may be gone.
+  for path in (workdir / "checkpoints").iterdir():
+    if path.name.isdigit() and int(path.name) > step:
+      shutil.rmtree(path)
+  if not (workdir / "checkpoints" / str(step)).exists():
+    code, _, err = main(
+      *flags_with(memory_flags, keep_checkpoints=9),
+      f"--workdir={tmp_path / 'kept'}",
+    )
+    assert code == 0, err
+    shutil.copytree(
+      tmp_path / "kept" / "checkpoints" / str(step),
+      workdir / "checkpoints" / str(step),
+    )
+  code, out, err = main(*memory_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert "restart" not in out
+  assert f"step {step} of 12 (resumed)" in out
+  digests = final(workdir)
+  assert digests == final(memory_run)
+  assert digests[1].keys() == {"params", "opt_state", "memory"}
+  assert metrics(workdir) == metrics(memory_run)
+
+
+@pytest.mark.parametrize(
+  "change", [{"cpu_devices": 1}, {"batch_size": 8, "accumulation_steps": 4}]
+)
+def test_other_streams_start_anew_and_say_so(
+  main, memory_run, memory_flags, tmp_path, change
+):
+  import shutil
+
+  workdir = shutil.copytree(memory_run, tmp_path / "copy")
+  flags = flags_with(memory_flags, steps=15, **change)
+  code, out, err = main(*flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert out.count("the streams restart") == 1
+  assert final(workdir)[0] == 15
+  # What is kept is now of these streams.
+  code, out, err = main(*flags_with(flags, steps=18), f"--workdir={workdir}")
+  assert code == 0, err
+  assert "restart" not in out
+
+
+def test_memory_is_evaluated_as_a_stream(main, memory_run):
+  figures = []
+  for flags in (
+    ["--config.cpu_devices=1", "--config.eval_batch_size=1"],
+    ["--config.cpu_devices=1", "--config.eval_batch_size=2"],
+    ["--config.cpu_devices=2", "--config.eval_batch_size=2"],
+  ):
+    code, _, err = main("--mode=eval", f"--workdir={memory_run}", *flags)
+    assert code == 0, err
+    record = json.loads((memory_run / "eval_valid.json").read_text())
+    assert record["protocol"] == "memory"
+    assert record["bytes"] == 49
+    figures.append(record["bits_per_char"])
+  np.testing.assert_allclose(figures[1], figures[2], rtol=1e-6)
+  np.testing.assert_allclose(figures[0], figures[1], atol=2e-3)
+  valid = [m for m in metrics(memory_run) if m["split"] == "valid"][-1]
+  np.testing.assert_allclose(valid["bits_per_char"], figures[0], atol=2e-3)
+
+
+def test_a_shard_shorter_than_its_streams_is_refused(
+  main, memory_flags, tmp_path
+):
+  code, _, err = main(
+    *flags_with(memory_flags, batch_size=40), f"--workdir={tmp_path / 'w'}"
+  )
+  assert code == 2
+  assert "config.batch_size=40 is not possible" in err
+  assert "at most 18 on each of 2 device(s)" in err
+  assert not (tmp_path / "w").exists()
+
+
 def test_tensorboard_and_wandb(main, tiny_flags, tmp_path):
   flags = flags_with(tiny_flags, steps=3, eval_every_steps=3)
   code, _, err = main(

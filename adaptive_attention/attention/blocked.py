@@ -210,12 +210,23 @@ def _added(local_BRK, row, rows_BYK):
   return put(local_BRK, row, there_BYK + rows_BYK)
 
 
-def _scratch(static, B, sizes):
+def _zero_after(x):
+  """0.0, which the compiler finds out only when x is there.
+
+  Arrays of known zeros it makes early, for all layers at once: the scratch of
+  each would then take memory from the beginning of a step to its end.
+  """
+  bits = lax.bitcast_convert_type(x.ravel()[0].astype(jnp.float32), jnp.uint32)
+  return (bits >> 31 >> 1).astype(jnp.float32)
+
+
+def _scratch(static, B, sizes, zero):
   """Local arrays by name, to be used by head on head."""
   queries, keys, new_keys = tiles.layouts(static)
   of_keys = {"k": keys, "v": keys, "dk": new_keys, "dv": new_keys}
   return {
-    name: of_keys.get(name, queries).empty(B, K) for name, K in sizes.items()
+    name: of_keys.get(name, queries).filled(B, K, zero)
+    for name, K in sizes.items()
   }
 
 
@@ -233,12 +244,17 @@ def _attend_forward(static, plan, table, relative, q, k, v, ring, seed):
     head = tiles.Head(plan, h, static)
     return _forward_head(head, q, ring, relative, seed, carry)
 
+  zero = _zero_after(q)
   sizes = dict.fromkeys(("q", "k", "v", "out"), K) | {"lse": 1}
   out, lse, _ = lax.fori_loop(
     0,
     H,
     one_head,
-    (jnp.zeros_like(q), jnp.zeros((B, T, H, 1)), _scratch(static, B, sizes)),
+    (
+      jnp.full(q.shape, zero, q.dtype),
+      jnp.full((B, T, H, 1), zero),
+      _scratch(static, B, sizes, zero),
+    ),
   )
   return out, (plan, relative, q, ring, out, lse, seed)
 
@@ -254,18 +270,21 @@ def _attend_backward(static, residuals, d_out):
 
   names = ("q", "out", "d_out", "k", "v", "dq", "dk", "dv")
   sizes = dict.fromkeys(names, K) | {"lse": 1}
-  new_keys = jnp.zeros((B, static.S - static.memory, H, K), ring.k_NSHK.dtype)
+  zero = _zero_after(d_out)
+  new_keys = jnp.full(
+    (B, static.S - static.memory, H, K), zero, ring.k_NSHK.dtype
+  )
   dq, dk, dv, d_table, d_relative, _ = lax.fori_loop(
     0,
     H,
     one_head,
     (
-      jnp.zeros_like(q),
+      jnp.full(q.shape, zero, q.dtype),
       new_keys,
       new_keys,
-      jnp.zeros((H, static.S)),
-      None if relative is None else jnp.zeros_like(relative),
-      _scratch(static, B, sizes),
+      jnp.full((H, static.S), zero),
+      None if relative is None else jnp.full(relative.shape, zero),
+      _scratch(static, B, sizes, zero),
     ),
   )
   return (

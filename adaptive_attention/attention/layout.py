@@ -49,11 +49,11 @@ class Layout:
     self.whole = not strided and not ring and front <= T
     self.block = size if self.whole else min(_BLOCK, size)
 
-  def empty(self, B, K):
-    """A local array, whose content is to be written before it is read."""
+  def filled(self, B, K, value):
+    """A local array. What is not written is read beside what counts."""
     spare = 2 * MAX_STRIDE if self.strided else 0
     rows = TILE + self.front + self.T + spare + max(TILE, _BLOCK)
-    return jnp.zeros((B, rows, K))
+    return jnp.full((B, rows, K), value)
 
   def row(self, a, y):
     return TILE + a * (self.fill + self.end) + self.fill + y
