@@ -56,6 +56,7 @@ class ModelConfig:
   dropout: float = 0.0
   bias: bool = False
   dtype: str = "auto"
+  remat: bool = False
   implementation: str = "auto"
 
   def __post_init__(self):
@@ -386,6 +387,18 @@ class Block(nn.Module):
     return x_BTD if memory is None else (x_BTD, ring)
 
 
+def _recomputed(block):
+  """A block of which the backward pass keeps the input, and computes the rest.
+
+  What was appended to a ring is there already, and is not appended again.
+  """
+  return nn.remat(
+    block,
+    static_argnums=(2,),  # train
+    policy=jax.checkpoint_policies.save_only_these_names(rings.APPENDED),
+  )
+
+
 class Transformer(nn.Module):
   """A language model over bytes: tokens_BT -> logits_BTV in float32.
 
@@ -418,6 +431,7 @@ class Transformer(nn.Module):
     relative_RK = None
     if cfg.position == "relative":
       relative_RK = relative_vectors(self, cfg, cfg.width // cfg.n_head)
+    block = _recomputed(Block) if cfg.remat else Block
     layers = [None] * cfg.n_layer
     if memory is not None:
       layers = memories.layers(memory, batch)
@@ -432,7 +446,7 @@ class Transformer(nn.Module):
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
-      x_BTD = Block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
+      x_BTD = block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
       if layer is not None:
         x_BTD, ring = x_BTD
         appended.append(ring)

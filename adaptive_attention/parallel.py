@@ -111,7 +111,12 @@ def compile_step(step, *args):
   """
   if jax.process_count() > 1:
     return step, None
-  compiled = step.lower(*args).compile()
+  options = {}
+  if jax.default_backend() == "cpu":
+    # Without the barriers of rematerialization, which this pass takes out, the
+    # scheduler computes all blocks again at once.
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+  compiled = step.lower(*args).compile(compiler_options=options)
   stats = compiled.memory_analysis()
   sizes = {
     "arguments": stats.argument_size_in_bytes,

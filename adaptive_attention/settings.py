@@ -158,7 +158,14 @@ def check_data(config, corpus, devices: int):
 
 
 # Of the model's settings those that leave the function it computes as it is.
-_FREE = ("span_init", "span_coef", "dropout", "dtype", "implementation")
+_FREE = (
+  "span_init",
+  "span_coef",
+  "dropout",
+  "dtype",
+  "remat",
+  "implementation",
+)
 
 
 def fixes_the_model(name: str) -> bool:

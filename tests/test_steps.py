@@ -213,6 +213,29 @@ def test_the_memory_stays_in_its_place(tiny):
   assert sizes["temporary"] - short["temporary"] < 1.5 * layer
 
 
+def test_blocks_computed_again_give_the_same_and_take_less(tiny):
+  config = remembering(tiny)
+  config.model.update(n_layer=4, context_tokens=96, dropout=0.3)
+  found = []
+  for remat in (False, True):
+    config.model.remat = remat
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    step, sizes = parallel.compile_step(
+      steps.make_train_step(config),
+      *(state, start_memory(config), steps.batch_shapes(config)),
+    )
+    tokens = stream(config, 0).reshape(steps.batch_shapes(config).tokens.shape)
+    state, kept, _ = step(
+      state, start_memory(config), make_batch(tokens, restart=True)
+    )
+    found.append(((state.params, kept), sizes))
+  (plain, plain_sizes), (again, again_sizes) = found
+  check_equal(again, plain, rtol=1e-5, atol=1e-7)
+  assert again_sizes["temporary"] < 0.6 * plain_sizes["temporary"]
+  # What was appended to the memory is not appended again to a copy.
+  assert again_sizes["results not in their place"] < kept.k[0].nbytes / 4
+
+
 ONE_DEVICE = """
 import sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 1)
