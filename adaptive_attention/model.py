@@ -56,7 +56,7 @@ class ModelConfig:
   dropout: float = 0.0
   bias: bool = False
   dtype: str = "auto"
-  remat: bool = False
+  remat: str = "none"
   implementation: str = "auto"
 
   def __post_init__(self):
@@ -79,6 +79,7 @@ class ModelConfig:
       "attention": ("dense", "span", "span_wave"),
       "period": ("real", "integer"),
       "dtype": ("auto", "float32", "bfloat16"),
+      "remat": ("none", "mlp", "block"),
       "implementation": ("auto", *IMPLEMENTATIONS),
     }
     for name, allowed in choices.items():
@@ -98,6 +99,12 @@ class ModelConfig:
       self.position != "learned" or not self.memory_tokens,
       "rotary or relative, as learned positions do not tell a token from those "
       f"of the model.memory_tokens={self.memory_tokens} before",
+    )
+    require(
+      "remat",
+      self.remat != "block" or not self.memory_tokens,
+      "none or mlp, as computing attention again would append to a copy of the "
+      f"model.memory_tokens={self.memory_tokens}",
     )
     require("span_init", 0 < self.span_init < 1, "a share between 0 and 1")
     require("span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite")
@@ -340,6 +347,14 @@ def _residual_init(cfg):
   return nn.initializers.normal(_INIT_STD / math.sqrt(2 * cfg.n_layer))
 
 
+def _recomputed(module):
+  """A module (x, train, ...) of which only the inputs are kept for gradients.
+
+  The backward pass computes what is inside again.
+  """
+  return nn.remat(module, static_argnums=(2,))
+
+
 class MLP(nn.Module):
   """down(gelu(up(x))), four times as wide inside."""
 
@@ -383,20 +398,9 @@ class Block(nn.Module):
       y_BTD, ring = y_BTD
     x_BTD += y_BTD
     normed_BTD = _layer_norm(cfg, "norm_2")(x_BTD)
-    x_BTD += MLP(cfg, name="mlp")(normed_BTD, train)
+    mlp = _recomputed(MLP) if cfg.remat == "mlp" else MLP
+    x_BTD += mlp(cfg, name="mlp")(normed_BTD, train)
     return x_BTD if memory is None else (x_BTD, ring)
-
-
-def _recomputed(block):
-  """A block of which the backward pass keeps the input, and computes the rest.
-
-  What was appended to a ring is there already, and is not appended again.
-  """
-  return nn.remat(
-    block,
-    static_argnums=(2,),  # train
-    policy=jax.checkpoint_policies.save_only_these_names(rings.APPENDED),
-  )
 
 
 class Transformer(nn.Module):
@@ -431,7 +435,7 @@ class Transformer(nn.Module):
     relative_RK = None
     if cfg.position == "relative":
       relative_RK = relative_vectors(self, cfg, cfg.width // cfg.n_head)
-    block = _recomputed(Block) if cfg.remat else Block
+    block = _recomputed(Block) if cfg.remat == "block" else Block
     layers = [None] * cfg.n_layer
     if memory is not None:
       layers = memories.layers(memory, batch)

@@ -98,9 +98,9 @@ def get_config() -> ConfigDict:
   config.model.bias = False
   # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
   config.model.dtype = "auto"
-  # Keep each block's input alone and compute the rest again in the backward
-  # pass: a third more work, and memory for one block rather than for all.
-  config.model.remat = False
+  # What the backward pass computes again rather than keeps: "none", "mlp" (most
+  # of the activations) or "block" (all but each block's input; no memory then).
+  config.model.remat = "none"
   # Of attention: a name to insist on, or "auto" for the best that serves.
   config.model.implementation = "auto"
 

@@ -213,27 +213,25 @@ def test_the_memory_stays_in_its_place(tiny):
   assert sizes["temporary"] - short["temporary"] < 1.5 * layer
 
 
-def test_blocks_computed_again_give_the_same_and_take_less(tiny):
-  config = remembering(tiny)
+@pytest.mark.parametrize(("remat", "most"), [("mlp", 0.7), ("block", 0.45)])
+def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
+  config = remembering(tiny) if remat == "mlp" else tiny
   config.model.update(n_layer=4, context_tokens=96, dropout=0.3)
   found = []
-  for remat in (False, True):
-    config.model.remat = remat
+  for config.model.remat in ("none", remat):
     state = parallel.replicate(jax.device_get(steps.init_state(config)))
     step, sizes = parallel.compile_step(
       steps.make_train_step(config),
       *(state, start_memory(config), steps.batch_shapes(config)),
     )
     tokens = stream(config, 0).reshape(steps.batch_shapes(config).tokens.shape)
-    state, kept, _ = step(
+    state, memory, _ = step(
       state, start_memory(config), make_batch(tokens, restart=True)
     )
-    found.append(((state.params, kept), sizes))
-  (plain, plain_sizes), (again, again_sizes) = found
+    found.append(((state.params, memory), sizes["temporary"]))
+  (plain, plain_bytes), (again, again_bytes) = found
   check_equal(again, plain, rtol=1e-5, atol=1e-7)
-  assert again_sizes["temporary"] < 0.6 * plain_sizes["temporary"]
-  # What was appended to the memory is not appended again to a copy.
-  assert again_sizes["results not in their place"] < kept.k[0].nbytes / 4
+  assert again_bytes < most * plain_bytes
 
 
 ONE_DEVICE = """

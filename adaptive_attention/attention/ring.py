@@ -5,9 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-
-APPENDED = "appended"  # the name of rings in policies of rematerialization
 
 
 class Ring(NamedTuple):
@@ -39,9 +36,7 @@ def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
   def written(old_NSHK, new_BTHK):
     new_BTHK = lax.stop_gradient(new_BTHK).astype(old_NSHK.dtype)
     at = (ring.batch, ring.first_row, 0, 0)
-    return checkpoint_name(
-      lax.dynamic_update_slice(old_NSHK, new_BTHK, at), APPENDED
-    )
+    return lax.dynamic_update_slice(old_NSHK, new_BTHK, at)
 
   return Ring(
     written(ring.k_NSHK, k_BTHK),
