@@ -74,8 +74,46 @@ SHAPES = (
   Shape("8192 spans 4096", 1, 8192, (4096.0,) * 8),
   Shape("8192 spans 4096, period 4", 1, 8192, (4096.0,) * 8, 4.0),
 )
-# Each of them with the spans of SHAPES at its length, in every layer.
-STEPS = (("step 4 x 512", 4, 512), ("step 1 x 2048", 1, 2048))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A training step of four layers, width 512, dropout 0.2, B x T tokens.
+
+  Attributes:
+    spans: z of the eight heads of every layer, cut to what there is to see.
+    runs: what is compared: the settings of each model by its name.
+  """
+
+  name: str
+  B: int
+  T: int
+  spans: tuple[float, ...]
+  runs: dict
+
+
+_BY_IMPLEMENTATION = {
+  name: {"attention": "span_wave", "implementation": name}
+  for name in IMPLEMENTATIONS
+}
+_BY_MEMORY = {
+  f"{attention}, memory {memory}": {
+    "attention": attention,
+    "position": "rotary",
+    "memory_tokens": memory,
+  }
+  for attention, memory in (("span", 512), ("span", 8192), ("dense", 8192))
+}
+STEPS = (
+  Step("step 4 x 512", 4, 512, (*_LEARNED, 256.0), _BY_IMPLEMENTATION),
+  Step("step 1 x 2048", 1, 2048, (*_LEARNED, 1024.0), _BY_IMPLEMENTATION),
+  Step(
+    "step 4 x 512, memory",
+    *(4, 512),
+    (0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0),
+    _BY_MEMORY,
+  ),
+)
 
 
 @dataclasses.dataclass
@@ -250,30 +288,34 @@ def _flex_runner(torch, flex_attention, shape, q, k, v):
   ]
 
 
-def _step_runner(config, name, B, T, implementation):
-  """A whole training step of four layers, dropout, spans and wave on."""
+def _step_runner(config, shape, name):
+  """A whole training step, in the midst of a stream if there is a memory."""
+  settings = shape.runs[name]
+  seen = settings.get("memory_tokens") or shape.T
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.batch_size, config.accumulation_steps = B, 1
+    config.batch_size, config.accumulation_steps = shape.B, 1
     config.model.update(
       n_layer=4,
       n_head=_HEADS,
       width=_HEADS * _HEAD_WIDTH,
-      context_tokens=T,
-      max_span=T,
-      attention="span_wave",
+      context_tokens=shape.T,
+      max_span=seen,
       dropout=0.2,
-      implementation=implementation,
+      **settings,
     )
   state = jax.device_get(steps.init_state(config))
-  spans = np.array((*_LEARNED, T / 2))
-  params = _with_span_logits(state.params, np.log(spans / (T - spans)))
-  carried = [
-    parallel.replicate(state.replace(params=params)),
-    steps.start_memory(
-      ModelConfig(**config.model), steps.streams_per_device(config)
-    ),
-  ]
+  # Within (0, seen), as a sigmoid is.
+  share_H = np.clip(np.array(shape.spans) / seen, 1e-6, 1 - 1e-6)
+  params = _with_span_logits(state.params, np.log(share_H / (1 - share_H)))
+  memory = steps.start_memory(
+    ModelConfig(**config.model), steps.streams_per_device(config)
+  )
+  if memory is not None:
+    memory = memory._replace(
+      tokens_read=memory.tokens_read + np.uint32(memory.k[0].shape[2])
+    )
+  carried = [parallel.replicate(state.replace(params=params)), memory]
   shapes = steps.batch_shapes(config)
   batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   start = time.perf_counter()
@@ -286,8 +328,8 @@ def _step_runner(config, name, B, T, implementation):
     jax.block_until_ready((carried, metrics))
 
   return _Runner(
-    name,
-    f"{implementation} step",
+    shape.name,
+    f"{name} step",
     call,
     time.perf_counter() - start,
     sizes["temporary"],
@@ -347,7 +389,7 @@ def run(config, workdir):
   shapes = list(SHAPES)
   if settings.checkpoint:
     shapes = _learned_shapes(settings.checkpoint)
-  names = [shape.name for shape in shapes] + [name for name, *_ in STEPS]
+  names = [shape.name for shape in shapes] + [step.name for step in STEPS]
   wanted = settings.shapes.split(";") if settings.shapes else names
   for name in wanted:
     if name not in names:
@@ -359,17 +401,14 @@ def run(config, workdir):
   for shape in shapes:
     if shape.name in wanted:
       rows += _bench_shape(shape, settings)
-  for name, B, T in STEPS:
-    if name in wanted and B % parallel.device_count():
+  for shape in STEPS:
+    if shape.name in wanted and shape.B % parallel.device_count():
       logbook.say(
-        f"{name}: left out, as {B} sequences cannot be dealt to "
+        f"{shape.name}: left out, as {shape.B} sequences cannot be dealt to "
         f"{parallel.device_count()} devices"
       )
-    elif name in wanted and not settings.checkpoint:
-      runners = [
-        _step_runner(config, name, B, T, implementation)
-        for implementation in IMPLEMENTATIONS
-      ]
+    elif shape.name in wanted and not settings.checkpoint:
+      runners = [_step_runner(config, shape, name) for name in shape.runs]
       _time(runners, settings.repeats)
       rows += _say_rows([runner.row() for runner in runners])
   workdir = pathlib.Path(workdir)

@@ -6,7 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive_attention import accounting, benchmark, checkpoint, steps
+from adaptive_attention import (
+  accounting,
+  benchmark,
+  checkpoint,
+  parallel,
+  steps,
+)
 from adaptive_attention.model import ModelConfig, mask_params
 
 
@@ -37,6 +43,40 @@ def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
     assert 0 < row["fastest_ms"] <= row["median_ms"]
     assert 0 < row["open_pairs"] < row["computed_pairs"] <= 8 * 128**2
   assert "blocked both" in capsys.readouterr().out
+
+
+def test_steps_are_timed_in_the_midst_of_their_streams(
+  tiny, tmp_path, monkeypatch
+):
+  """With the spans that are told, cut to what there is to see."""
+  runs = {
+    "short": {"memory_tokens": 64, "position": "rotary"},
+    "none": {"attention": "span"},
+  }
+  spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 100.0)
+  shape = benchmark.Step("small", 2, 32, spans, runs)
+  monkeypatch.setattr(benchmark, "SHAPES", ())
+  monkeypatch.setattr(benchmark, "STEPS", (shape,))
+  seen = []
+  compile_step = parallel.compile_step
+
+  def watched(step, state, memory, batch):
+    seen.append(jax.device_get((state.params, memory)))
+    return compile_step(step, state, memory, batch)
+
+  monkeypatch.setattr(parallel, "compile_step", watched)
+  tiny.bench.repeats = 1
+  benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  assert [row["run"] for row in rows] == ["short step", "none step"]
+  for (params, _), limit in zip(seen, (64, 32)):
+    config = ModelConfig(attention="span", max_span=limit)
+    np.testing.assert_allclose(
+      mask_params(params, config)[3].span, np.minimum(spans, limit), atol=1e-3
+    )
+  (_, memory), (_, none) = seen
+  assert (memory.tokens_read == 96).all()
+  assert none is None
 
 
 def test_one_residue_is_open_under_the_comb(shapes):

@@ -1,0 +1,40 @@
+"""Spans of up to 8,192 tokens over a memory of as many (Sukhbaatar et al. 2019).
+
+python main.py --config configs/enwik8_8k.py
+With triangle waves: --config.model.attention=span_wave
+38 million parameters; a step of 64 x 512 tokens is 28 TFLOP dense, of which
+attention over the memory is nine tenths and all but 1% of that is hidden while
+spans are short. The memory takes 13 GiB in bfloat16 over all devices (26 in
+float32): for several GPUs. Not yet run to its end; a small model with a memory
+and its step at 4 x 512 are in RESULTS.md.
+
+Optimizer. AdamW at 1e-3 as in configs/enwik8.py, for a model of the same width,
+with a longer warmup since the batches of one stream resemble each other. Spans
+start at 32 tokens, as most of them stay short and long ones cost time from the
+first step on. From there z = 8192 sigmoid(logit) grows by a factor e as the
+logit grows by one, so that 2,000 tokens are four units away: at the rate of the
+rest that takes 4,000 steps even if all gradients agree, hence a multiplier of
+ten. The paper's own choice, Adagrad at 0.07 with each tensor's gradient clipped
+to 0.03 and a warmup of 32,000 steps, is
+  --config.optimizer.name=adagrad --config.optimizer.learning_rate=0.07 \\
+  --config.optimizer.min_learning_rate=0.07 --config.optimizer.clip=tensor \\
+  --config.optimizer.clip_norm=0.03 --config.optimizer.warmup_steps=32000 \\
+  --config.optimizer.weight_decay=0 --config.optimizer.mask_lr_multiplier=1
+"""
+
+from configs import enwik8
+
+
+def get_config():
+  config = enwik8.get_config()
+  config.model.attention = "span"
+  config.model.context_tokens = 512
+  config.model.memory_tokens = 8192
+  config.model.max_span = 8192
+  config.model.position = "rotary"
+  config.model.span_init = 1 / 256
+  config.model.span_coef = 5e-7
+  config.model.dropout = 0.3
+  config.optimizer.warmup_steps = 1_000
+  config.optimizer.mask_lr_multiplier = 10.0
+  return config
