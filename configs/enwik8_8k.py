@@ -1,12 +1,12 @@
-"""Spans of up to 8,192 tokens over a memory of as many (Sukhbaatar et al. 2019).
+"""Spans up to 8,192 tokens over a memory of as many (Sukhbaatar et al. 2019).
 
 python main.py --config configs/enwik8_8k.py
 With triangle waves: --config.model.attention=span_wave
 38 million parameters; a step of 64 x 512 tokens is 28 TFLOP dense, of which
-attention over the memory is nine tenths and all but 1% of that is hidden while
-spans are short. The memory takes 13 GiB in bfloat16 over all devices (26 in
-float32): for several GPUs. Not yet run to its end; a small model with a memory
-and its step at 4 x 512 are in RESULTS.md.
+attention over context and memory is three quarters, and all but 2% of that is
+not computed while spans are short. The memory takes 13 GiB in bfloat16 over all
+devices (26 in float32): for several GPUs. Not yet run to its end; a small model
+with a memory, and a step of 4 x 512 over 8,192, are in RESULTS.md.
 
 Optimizer. AdamW at 1e-3 as in configs/enwik8.py, for a model of the same width,
 with a longer warmup since the batches of one stream resemble each other. Spans
@@ -16,9 +16,9 @@ logit grows by one, so that 2,000 tokens are four units away: at the rate of the
 rest that takes 4,000 steps even if all gradients agree, hence a multiplier of
 ten. The paper's own choice, Adagrad at 0.07 with each tensor's gradient clipped
 to 0.03 and a warmup of 32,000 steps, is
-  --config.optimizer.name=adagrad --config.optimizer.learning_rate=0.07 \\
-  --config.optimizer.min_learning_rate=0.07 --config.optimizer.clip=tensor \\
-  --config.optimizer.clip_norm=0.03 --config.optimizer.warmup_steps=32000 \\
+  --config.optimizer.name=adagrad --config.optimizer.learning_rate=0.07
+  --config.optimizer.min_learning_rate=0.07 --config.optimizer.clip=tensor
+  --config.optimizer.clip_norm=0.03 --config.optimizer.warmup_steps=32000
   --config.optimizer.weight_decay=0 --config.optimizer.mask_lr_multiplier=1
 """
 

@@ -94,6 +94,34 @@ def test_the_band_computes_just_the_tiles_that_hold_an_open_pair(T):
   )
 
 
+@pytest.mark.parametrize("T", [24, 130])
+@pytest.mark.parametrize("memory", [1, 100, 300])
+def test_with_a_memory_both_are_counted_one_by_one(T, memory):
+  """Keys stand at x = -memory .. T - 1, and tiles begin at multiples of 64."""
+  mask = masks.Mask(jnp.array([0.0, 30.0, 250.5, 1e4]), 8.0)
+  x_S = np.arange(-memory, T)
+  d_TS = np.arange(T)[:, None] - x_S
+  open_HTS = np.asarray(masks.is_open(mask, np.abs(d_TS))) & (d_TS >= 0)
+  np.testing.assert_array_equal(
+    accounting.open_pairs(mask, T, memory), open_HTS.sum((1, 2))
+  )
+  tile = tiles.TILE
+  touched = np.zeros((4, 1 + T // tile, 20), bool)
+  for h, t, s in np.argwhere(open_HTS):
+    touched[h, t // tile, 10 + x_S[s] // tile] = True
+  np.testing.assert_array_equal(
+    accounting.computed_pairs(mask, T, "blocked", memory),
+    touched.sum((1, 2)) * tile**2,
+  )
+  # The multiply-adds of a token: 2 K a pair.
+  macs = accounting.attention_macs_per_token([mask], CONFIG, T, memory)
+  assert macs["open"] == 16 * open_HTS.sum() / T
+  assert macs["computed"] == 16 * touched.sum() * tile**2 / T
+  config = dataclasses.replace(CONFIG, n_layer=1, n_head=4, width=32)
+  dense = accounting.attention_macs_per_token([mask], config, T, memory)
+  assert dense["dense"] == 16 * 4 * (d_TS >= 0).sum() / T
+
+
 @pytest.mark.parametrize("T", [700, 1025, 1500])
 def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
   """Queries and keys of each class, cut into tiles of their own."""

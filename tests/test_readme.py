@@ -67,7 +67,7 @@ def test_commands_run(main, text, tmp_path):
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 8
+  assert ran == 9
 
 
 def test_the_module_example_is_as_it_says():
@@ -88,6 +88,20 @@ def test_the_attend_example_is_as_it_says():
   names = {"q_BTHK": q_BTHK, "k_BSHK": q_BTHK, "v_BSHK": q_BTHK}
   exec(blocks("python")[1], names)
   assert names["out_BTHK"].shape == (1, 5, 2, 4)
+
+
+def test_the_memory_example_is_as_it_says():
+  from adaptive_attention.model import ModelConfig, Transformer
+
+  tokens_BT = jnp.zeros((4, 512), int)
+  small = "n_layer=1, width=16, "
+  example = blocks("python")[2].replace("Config(", f"Config({small}")
+  config = ModelConfig(n_layer=1, width=16, max_span=2048, position="rotary")
+  init = jax.jit(Transformer(config).init)
+  names = init(jax.random.key(0), tokens_BT) | {"tokens_BT": tokens_BT}
+  exec(example, names)
+  assert names["logits_BTV"].shape == (4, 512, 256)
+  assert names["memory"].tokens_read == 512
 
 
 def test_files_and_flags_that_readme_names_exist():
