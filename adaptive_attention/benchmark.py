@@ -312,7 +312,7 @@ def _step_runner(config, shape, name):
     ModelConfig(**config.model), steps.streams_per_device(config)
   )
   if memory is not None:
-    memory = memory._replace(
+    memory = memory.replace(
       tokens_read=memory.tokens_read + np.uint32(memory.k[0].shape[2])
     )
   carried = [parallel.replicate(state.replace(params=params)), memory]

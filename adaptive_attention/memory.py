@@ -5,38 +5,84 @@ Segment memory as in Transformer-XL (Dai et al. 2019) and Sukhbaatar et al.
 flows. They stand in rings, so that T new tokens are written and nothing moves.
 """
 
-from typing import NamedTuple
-
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from adaptive_attention.attention.ring import Ring
+from adaptive_attention.attention import attend
+from adaptive_attention.attention.ring import Ring, append
 
 
-class Memory(NamedTuple):
+@flax.struct.dataclass
+class LayerMemory:
+  """One layer's part of a `Memory`."""
+
+  ring: Ring
+  tokens_read: jax.Array
+  memory_tokens: int = flax.struct.field(pytree_node=False)
+
+  def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, **options):
+    """(out_BTHK, the ring with the T tokens appended); `attend` over both."""
+    ring = append(self.ring, k_BTHK, v_BTHK)
+    S, T = ring.k_NSHK.shape[1], k_BTHK.shape[1]
+    read = jnp.minimum(self.tokens_read, self.memory_tokens).astype(jnp.int32)
+    out_BTHK = attend(
+      *(q_BTHK, k_BTHK, v_BTHK, mask),
+      ring=ring,
+      first_key=S - T - read,
+      **options,
+    )
+    return out_BTHK, ring
+
+
+@flax.struct.dataclass
+class Memory:
   """The rings of all layers, and how far their streams have come.
 
   Attributes:
     k, v: of each layer (N, S, H, K), N streams, the rows of a `Ring`.
     tokens_read: uint32, of each stream since its start; at zero nothing that
       the rings hold is looked at, so that a stream starts anew by it alone.
+    memory_tokens: static; how far before a segment it is looked back.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   tokens_read: jax.Array
+  memory_tokens: int = flax.struct.field(pytree_node=False)
 
-  @property
-  def rows(self) -> int:
-    """S, of each ring."""
-    return self.k[0].shape[1]
+  def check(self, T: int):
+    """That calls with T tokens were what it was made for.
 
+    Raises:
+      ValueError: they were not.
+    """
+    rows, expected = self.k[0].shape[1], ring_rows(self.memory_tokens, T)
+    if rows != expected:
+      raise ValueError(
+        f"rings of {rows} rows do not serve calls with {T} tokens over a "
+        f"memory of {self.memory_tokens}, which need {expected}; make the "
+        f"memory by init_memory(config, streams, {T})"
+      )
 
-class LayerMemory(NamedTuple):
-  """One layer's part: its ring before T tokens are appended to it."""
+  def layers(self, batch) -> list[LayerMemory]:
+    """The layers' parts, for the streams from `batch` on."""
+    S = self.k[0].shape[1]
+    first_row = (self.tokens_read % S).astype(jnp.int32)
+    return [
+      LayerMemory(
+        Ring(k, v, first_row, batch), self.tokens_read, self.memory_tokens
+      )
+      for k, v in zip(self.k, self.v, strict=True)
+    ]
 
-  ring: Ring
-  tokens_read: jax.Array
+  def after(self, rings: list[Ring], T: int) -> "Memory":
+    """The memory with the rings to which T tokens were appended."""
+    return self.replace(
+      k=tuple(ring.k_NSHK for ring in rings),
+      v=tuple(ring.v_NSHK for ring in rings),
+      tokens_read=self.tokens_read + jnp.uint32(T),
+    )
 
 
 def ring_rows(memory_tokens: int, T: int) -> int:
@@ -50,27 +96,4 @@ def empty(layers, streams, heads, width, memory_tokens, T, dtype) -> Memory:
   k, v = (
     tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2)
   )
-  return Memory(k, v, jnp.uint32(0))
-
-
-def first_key(tokens_read, memory_tokens: int, S: int, T: int):
-  """The index of the oldest key that a segment may look at."""
-  return S - T - jnp.minimum(tokens_read, memory_tokens).astype(jnp.int32)
-
-
-def layers(memory: Memory, batch=0) -> list[LayerMemory]:
-  """The layers' parts, for the streams from `batch` on."""
-  first_row = (memory.tokens_read % memory.rows).astype(jnp.int32)
-  return [
-    LayerMemory(Ring(k, v, first_row, batch), memory.tokens_read)
-    for k, v in zip(memory.k, memory.v, strict=True)
-  ]
-
-
-def after(memory: Memory, rings: list[Ring], T: int) -> Memory:
-  """The memory with the rings to which T tokens were appended."""
-  return Memory(
-    tuple(ring.k_NSHK for ring in rings),
-    tuple(ring.v_NSHK for ring in rings),
-    memory.tokens_read + jnp.uint32(T),
-  )
+  return Memory(k, v, jnp.uint32(0), memory_tokens)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from adaptive_attention import masks, positions
 from adaptive_attention import memory as memories
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
-from adaptive_attention.attention import ring as rings
 
 MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
 _NORM_EPSILON = 1e-5
@@ -218,7 +217,7 @@ class AdaptiveSelfAttention(nn.Module):
 
   Takes and returns x_BTD of any width D that `config.n_head` divides. Learns
   span_logit, and with the wave period_logit and ratio_logit, all (H,). With a
-  memory it returns (x_BTD, ring), the ring with the T tokens appended.
+  memory, of one layer, it returns (x_BTD, what is kept then).
 
   Vectors of distances (position="relative") are its own unless given.
   """
@@ -230,7 +229,7 @@ class AdaptiveSelfAttention(nn.Module):
     self,
     x_BTD,
     train: bool = False,
-    memory: memories.LayerMemory | None = None,
+    memory=None,
     relative_RK=None,
   ):
     cfg = self.config
@@ -249,33 +248,28 @@ class AdaptiveSelfAttention(nn.Module):
         k_BTHK = positions.rotate(k_BTHK, position_T)
       case "relative" if relative_RK is None:
         relative_RK = relative_vectors(self, cfg, D // H)
-    ring, first_key = None, 0
-    if memory is not None:
-      ring = rings.append(memory.ring, k_BTHK, v_BTHK)
-      first_key = memories.first_key(
-        memory.tokens_read, cfg.memory_tokens, ring.k_NSHK.shape[1], T
-      )
     dropout_rate = cfg.dropout if train else 0.0
     dropout_seed = None
     if dropout_rate:
       dropout_seed = jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
-    y_BTHK = attend(
+    look = attend if memory is None else memory.attend
+    y_BTHK = look(
       q_BTHK,
       k_BTHK,
       v_BTHK,
       self._mask(),
-      first_key=first_key,
       dropout_rate=dropout_rate,
       dropout_seed=dropout_seed,
       implementation=None
       if cfg.implementation == "auto"
       else cfg.implementation,
-      ring=ring,
       relative_RK=relative_RK,
     )
+    if memory is not None:
+      y_BTHK, kept = y_BTHK
     y_BTD = _dense(cfg, D, _residual_init(cfg), "out")(y_BTHK.reshape(B, T, D))
     y_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
-    return y_BTD if ring is None else (y_BTD, ring)
+    return y_BTD if memory is None else (y_BTD, kept)
 
   def _mask(self):
     cfg = self.config
@@ -383,7 +377,7 @@ def _layer_norm(cfg, name):
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)).
 
-  With a memory it returns (x, ring), as `AdaptiveSelfAttention` does.
+  With a memory it returns (x, what is kept), as `AdaptiveSelfAttention` does.
   """
 
   config: ModelConfig
@@ -395,12 +389,12 @@ class Block(nn.Module):
     attention = AdaptiveSelfAttention(cfg, name="attention")
     y_BTD = attention(normed_BTD, train, memory, relative_RK)
     if memory is not None:
-      y_BTD, ring = y_BTD
+      y_BTD, kept = y_BTD
     x_BTD += y_BTD
     normed_BTD = _layer_norm(cfg, "norm_2")(x_BTD)
     mlp = _recomputed(MLP) if cfg.remat == "mlp" else MLP
     x_BTD += mlp(cfg, name="mlp")(normed_BTD, train)
-    return x_BTD if memory is None else (x_BTD, ring)
+    return x_BTD if memory is None else (x_BTD, kept)
 
 
 class Transformer(nn.Module):
@@ -409,9 +403,9 @@ class Transformer(nn.Module):
   Deterministic unless train=True, which then needs rngs={"dropout": key} when
   config.dropout is not zero.
 
-  With a memory, of `init_memory`, the tokens go on where those before ended,
-  and (logits_BTV, memory) is returned; `batch` is the first of the memory's
-  streams that these sequences belong to. Donate the memory, lest it be copied.
+  With a memory, of `init_memory` or a `generate.Cache`, the tokens go on where
+  those before ended, and (logits_BTV, memory) is returned; `batch` is the first
+  of its streams that these sequences belong to. Donate it, lest it be copied.
 
   Raises:
     ValueError: more tokens than positions were learned for, or another number
@@ -438,22 +432,24 @@ class Transformer(nn.Module):
     block = _recomputed(Block) if cfg.remat == "block" else Block
     layers = [None] * cfg.n_layer
     if memory is not None:
-      layers = memories.layers(memory, batch)
-    appended = []
+      layers = memory.layers(batch)
+    kept = []
     for i, layer in enumerate(layers):
       if cfg.position == "learned":
-        x_BTD += self.param(
+        table = self.param(
           f"position_{i}",
           nn.initializers.normal(_INIT_STD),
           (cfg.context_tokens, cfg.width),
-        )[:T]
+        )
+        first = 0 if memory is None else memory.tokens_read
+        x_BTD += jax.lax.dynamic_slice_in_dim(table, first, T)
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
       x_BTD = block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
       if layer is not None:
-        x_BTD, ring = x_BTD
-        appended.append(ring)
+        x_BTD, of_layer = x_BTD
+        kept.append(of_layer)
     x_BTD = _layer_norm(cfg, "norm")(x_BTD)
     logits_BTV = jnp.einsum(
       "btd,vd->btv",
@@ -463,23 +459,12 @@ class Transformer(nn.Module):
     )
     if memory is None:
       return logits_BTV
-    return logits_BTV, memories.after(memory, appended, T)
+    return logits_BTV, memory.after(kept, T)
 
   def _check_length(self, T, memory):
     cfg = self.config
     if memory is not None:
-      expected = memories.ring_rows(cfg.memory_tokens, T)
-      if memory.rows != expected:
-        raise ValueError(
-          f"rings of {memory.rows} rows do not serve calls with {T} tokens and "
-          f"model.memory_tokens={cfg.memory_tokens}, which need {expected}; "
-          f"make the memory by init_memory(config, streams, {T})"
-        )
-      if cfg.position == "learned":
-        raise ValueError(
-          "a memory does not serve model.position='learned', which begins anew "
-          "with each segment; choose rotary or relative"
-        )
+      memory.check(T)
     longest = math.inf
     if cfg.position == "learned":
       longest = cfg.context_tokens

@@ -94,7 +94,7 @@ def make_train_step(config):
       total, memory = carry
       index, tokens_BT = part
       if memory is not None:  # each part's streams begin where all do
-        memory = memory._replace(tokens_read=tokens_read)
+        memory = memory.replace(tokens_read=tokens_read)
       (_, (aux, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.params,
         tokens_BT,
@@ -130,7 +130,7 @@ def make_train_step(config):
     if memory is not None:
       # What was written stands where nothing is looked at: to go back is to
       # have read nothing.
-      memory = memory._replace(
+      memory = memory.replace(
         tokens_read=jnp.where(finite, memory.tokens_read, tokens_read)
       )
     return updated, memory, metrics

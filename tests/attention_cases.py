@@ -262,6 +262,16 @@ CASES = (
     first_key=77,
     H=3,
   ),
+  Case(
+    "stride_memory_part",
+    300,
+    500,
+    span=(290.5, 130.5),
+    period=(3.0, 2.0),
+    ratio=(-0.25, 0.0),
+    integer=True,
+    memory=101,
+  ),
   # Vectors for distances.
   Case("relative_seven", 7, 7, relative=7, B=2),
   Case("relative_few", 70, 73, span=(8.5, 100.0), relative=9, memory=3),

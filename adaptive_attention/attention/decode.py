@@ -1,0 +1,266 @@
+"""One query a head against what that head can still see, and nothing else.
+
+A head with span z looks back over ceil(z + R) tokens: its keys and values stand
+in a ring of as many rows. Under an integer wave of period P the rows are dealt
+into P classes by position, and only the classes that stand at an open distance
+are read. It is exact: what is not kept has the weight zero.
+
+Axes: G heads of one group, P classes, Y rows of each, r open residues.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from adaptive_attention import masks
+
+_WASTE = 1.08  # rows of all rings, at most, against those that heads can see
+
+
+class Group(NamedTuple):
+  """Heads whose rings are of one size; static.
+
+  Attributes:
+    heads: which of the layer.
+    period: P; 1 without a comb that can be skipped.
+    rows: Y.
+    residues: of distances mod P, those that any of the heads has open.
+  """
+
+  heads: tuple[int, ...]
+  period: int
+  rows: int
+  residues: tuple[int, ...]
+
+  @property
+  def ring_rows(self) -> int:
+    return self.period * self.rows
+
+  @property
+  def reads(self) -> int:
+    """Rows that a query reads, of each head."""
+    return len(self.residues) * self.rows
+
+  def distances(self) -> np.ndarray:
+    """(r, Y) ascending along Y."""
+    return np.add.outer(self.residues, self.period * np.arange(self.rows))
+
+
+def reach(mask: masks.Mask, longest: int) -> np.ndarray:
+  """(H,) over how many tokens a head looks back, itself included; at most so.
+
+  That is ceil(z + R), as m(d) > 0 where d < z + R, or `longest`.
+  """
+  window = masks.Mask(mask.span, mask.ramp)
+  return np.asarray(masks.is_open(window, np.arange(longest))).sum(axis=1)
+
+
+def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
+  """The groups of a layer's heads, as few as waste little; masks are fixed."""
+  reach_H = reach(mask, longest)
+  strides = [(1, (0,))] * len(reach_H)
+  if mask.wave is not None and mask.wave.integer:
+    strides = _strides(mask.wave)
+  groups = []
+  for stride in sorted(set(strides)):
+    heads = [h for h, other in enumerate(strides) if other == stride]
+    period, residues = stride
+    rows = {h: -(-int(reach_H[h]) // period) for h in heads}
+    for part in _parted(sorted(heads, key=rows.get), rows):
+      groups.append(Group(part, period, rows[part[-1]], residues))
+  return tuple(groups)
+
+
+def dense_groups(heads: int, longest: int) -> tuple[Group, ...]:
+  """One group of rings as long as any head could look: the usual cache."""
+  return (Group(tuple(range(heads)), 1, longest, (0,)),)
+
+
+def _strides(wave):
+  """(P, open residues) of each head; (1, (0,)) where all residues are open."""
+  period_H = np.round(np.asarray(wave.period)).astype(int)
+  open_HR = np.asarray(
+    masks.wave_weight(np.arange(period_H.max()), wave) > masks.HIDDEN
+  )
+  strides = []
+  for P, open_R in zip(period_H.tolist(), open_HR, strict=True):
+    residues = tuple(np.flatnonzero(open_R[:P]).tolist())
+    strides.append((P, residues) if 0 < len(residues) < P else (1, (0,)))
+  return strides
+
+
+def _parted(heads, rows):
+  """Heads in ascending order of rows, cut into the fewest parts.
+
+  All of a part take the rows of its last one; of cuts into as few parts the one
+  that takes least, if that is within _WASTE of what is needed.
+  """
+  needed = sum(rows[h] for h in heads)
+
+  @functools.cache
+  def cheapest(first, parts):
+    """(rows, cuts) of the heads from `first` on in so many parts."""
+    if parts == 1:
+      return (len(heads) - first) * rows[heads[-1]], (len(heads),)
+    options = []
+    for end in range(first + 1, len(heads) - parts + 2):
+      rest, cuts = cheapest(end, parts - 1)
+      options.append(
+        ((end - first) * rows[heads[end - 1]] + rest, (end, *cuts))
+      )
+    return min(options)
+
+  for parts in range(1, len(heads) + 1):
+    taken, cuts = cheapest(0, parts)
+    if taken <= _WASTE * needed or parts == len(heads):
+      return [
+        tuple(heads[start:end])
+        for start, end in zip((0, *cuts), cuts, strict=False)
+      ]
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """The rings of one layer's heads.
+
+  Attributes:
+    k, v: of each group (B, G, P, Y, K); position p stands in class p mod P and
+      there in row (p // P) mod Y.
+    bias: of each group (G, r, Y) log m + log w by distance; -inf where hidden.
+    tokens_read: uint32, the position of the next token.
+    groups: static.
+  """
+
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+  bias: tuple[jax.Array, ...]
+  tokens_read: jax.Array
+  groups: tuple[Group, ...] = flax.struct.field(pytree_node=False)
+
+  @property
+  def nbytes(self) -> int:
+    """Of keys and values."""
+    return sum(x.nbytes for x in (*self.k, *self.v))
+
+  def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, *, relative_RK=None, **_):
+    """(out_BTHK, the cache with the token appended), for T = 1.
+
+    softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold. The
+    masks are those the cache was made with.
+    """
+    del mask
+    B, T, H, K = q_BTHK.shape
+    if T != 1:
+      raise ValueError(
+        f"a cache of rings takes one token a call, not {T}; fill it by prefill"
+      )
+    out_BHK = jnp.zeros((B, H, K), jnp.float32)
+    rings = []
+    for group, k, v, bias in zip(
+      self.groups, self.k, self.v, self.bias, strict=True
+    ):
+      heads = np.array(group.heads)
+      k = _put(k, k_BTHK[:, 0, heads], self.tokens_read)
+      v = _put(v, v_BTHK[:, 0, heads], self.tokens_read)
+      rings.append((k, v))
+      out_BGK = _read(
+        group, q_BTHK[:, 0, heads], k, v, bias, self.tokens_read, relative_RK
+      )
+      out_BHK = out_BHK.at[:, heads].set(out_BGK)
+    k, v = zip(*rings, strict=True)
+    cache = self.replace(k=k, v=v, tokens_read=self.tokens_read + jnp.uint32(1))
+    return out_BHK[:, None].astype(q_BTHK.dtype), cache
+
+
+def filled(mask, groups, k_BTHK, v_BTHK, longest) -> LayerCache:
+  """The cache of a layer that has read the T tokens of a prompt.
+
+  Args:
+    mask: of the layer.
+    longest: distances from here on are hidden; no ring reads beyond it.
+  """
+  T = k_BTHK.shape[1]
+
+  def ring(x_BTHK, group):
+    P, Y = group.period, group.rows
+    # The newest position of each class and row.
+    c_P1, y_Y = np.arange(P)[:, None], np.arange(Y)
+    newest_P1 = (T - 1 - c_P1) // P
+    position_PY = P * (newest_P1 - (newest_P1 - y_Y) % Y) + c_P1
+    x_BGTK = x_BTHK[:, :, np.array(group.heads)].swapaxes(1, 2)
+    rows = x_BGTK[:, :, np.maximum(position_PY, 0)]
+    return jnp.where((position_PY >= 0)[..., None], rows, 0)
+
+  def bias(group):
+    distance = group.distances()
+    log_HrY = masks.log_weight(mask, distance)
+    log_HrY = jnp.where(distance < longest, log_HrY, -jnp.inf)
+    return log_HrY[np.array(group.heads)]
+
+  return LayerCache(
+    k=tuple(ring(k_BTHK, group) for group in groups),
+    v=tuple(ring(v_BTHK, group) for group in groups),
+    bias=tuple(bias(group) for group in groups),
+    tokens_read=jnp.uint32(T),
+    groups=groups,
+  )
+
+
+def _put(ring_BGPYK, new_BGK, position):
+  _, _, P, Y, _ = ring_BGPYK.shape
+  row = (position // P) % Y
+  at = (0, 0, position % P, row, 0)
+  return lax.dynamic_update_slice(
+    ring_BGPYK, new_BGK[:, :, None, None].astype(ring_BGPYK.dtype), at
+  )
+
+
+def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
+  """(B, G, K) of the query at `position`, whose key is in the ring."""
+  P, K = group.period, q_BGK.shape[-1]
+  q_BGK = q_BGK.astype(jnp.float32) / np.sqrt(K).astype(np.float32)
+  distance = group.distances()
+  exists = distance <= position
+  logits, values = [], []
+  for i, rho in enumerate(group.residues):
+    # A class of which no token has come yet holds nothing that exists.
+    newest = jnp.maximum(position.astype(jnp.int32) - rho, 0)
+    c = newest % P
+    k_BGYK = lax.dynamic_index_in_dim(k, c, axis=2, keepdims=False)
+    values.append(lax.dynamic_index_in_dim(v, c, axis=2, keepdims=False))
+    logits_BGY = jnp.einsum(
+      "bgk,bgyk->bgy", q_BGK, k_BGYK, preferred_element_type=jnp.float32
+    )
+    by_age = jnp.where(exists[i], bias_GrY[:, i], -jnp.inf)
+    if relative_RK is not None:
+      by_age += _of_distances(q_BGK, relative_RK, distance[i])
+    logits.append(logits_BGY + _by_row(by_age, newest // P))
+  logits_BGY = jnp.concatenate(logits, axis=-1)
+  weights_BGY = jax.nn.softmax(logits_BGY, axis=-1)
+  return jnp.einsum(
+    "bgy,bgyk->bgk",
+    weights_BGY,
+    values[0] if len(values) == 1 else jnp.concatenate(values, axis=2),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _of_distances(q_BGK, relative_RK, distance_Y):
+  R = len(relative_RK)
+  vectors_YK = relative_RK[np.minimum(distance_Y, R - 1)].astype(jnp.float32)
+  vectors_YK = jnp.where((distance_Y < R)[:, None], vectors_YK, 0.0)
+  return jnp.einsum("bgk,yk->bgy", q_BGK, vectors_YK)
+
+
+def _by_row(by_age, newest):
+  """(..., Y) by how many rows back from the newest -> by row of the ring."""
+  Y = by_age.shape[-1]
+  # back[i] = by_age[-i mod Y]; row r is (newest - r) mod Y rows back.
+  back = jnp.concatenate([by_age[..., :1], by_age[..., :0:-1]], axis=-1)
+  twice = jnp.concatenate([back, back], axis=-1)
+  return lax.dynamic_slice_in_dim(twice, -newest % Y, Y, axis=-1)
