@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder; runs/NAME for --config configs/NAME.py."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "plan", "bench"], "What to do."
+  "mode", "train", ["train", "eval", "sample", "plan", "bench"], "What to do."
 )
 _STEP = flags.DEFINE_string(
   "step", None, "The checkpoint to use: latest (if not given), best or N."
@@ -37,6 +37,34 @@ _PROTOCOL = flags.DEFINE_string(
 )
 
 
+_PROMPT = flags.DEFINE_string("prompt", None, "What a sample goes on from.")
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "The same out of a file, to the byte."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 500, "How many bytes to write.", 1)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.8, "Divides the logits; 0 for the likeliest byte.", 0.0
+)
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 0, "Draw from so many of the likeliest bytes; 0 for all.", 0
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw from the likeliest bytes of so much probability.", 0.0
+)
+_NUM = flags.DEFINE_integer("num", 1, "How many texts to write.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed, the same texts.", 0)
+_SAMPLING = (
+  "prompt",
+  "prompt_file",
+  "tokens",
+  "temperature",
+  "top_k",
+  "top_p",
+  "num",
+  "seed",
+)
+
+
 def main() -> int:
   """Runs the verb; returns the exit code, an error said in one sentence."""
   # Imported after the flags were read, so that a wrong one is told at once.
@@ -44,6 +72,7 @@ def main() -> int:
     benchmark,
     checkpoint,
     evaluate,
+    generate,
     logbook,
     parallel,
     plan,
@@ -61,11 +90,11 @@ def main() -> int:
     if mode == "train":
       corpus = _corpus(config)
       settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
-    if mode == "bench":  # one call at a time is what is timed
+    if mode in ("bench", "sample"):  # one device is what is timed or used
       config.cpu_devices = config.cpu_devices or 1
     parallel.start(config)
     step = None
-    if mode == "eval" or (mode == "plan" and not _config_given()):
+    if mode in ("eval", "sample") or (mode == "plan" and not _config_given()):
       config, step = _saved_settings(checkpoint, settings)
     settings.check_devices(config, parallel.device_count())
     match mode:
@@ -82,6 +111,19 @@ def main() -> int:
           split=_SPLIT.value,
           protocol=_PROTOCOL.value,
         )
+      case "sample":
+        generate.run(
+          config,
+          _workdir(),
+          step=step,
+          prompt=generate.read_prompt(_PROMPT.value, _PROMPT_FILE.value),
+          tokens=_TOKENS.value,
+          temperature=_TEMPERATURE.value,
+          top_k=_TOP_K.value,
+          top_p=_TOP_P.value,
+          num=_NUM.value,
+          seed=_SEED.value,
+        )
       case "plan":
         plan.run(config, _WORKDIR.value, step)
       case "bench":
@@ -95,6 +137,7 @@ def main() -> int:
     benchmark.BenchmarkError,
     checkpoint.CheckpointError,
     evaluate.EvaluationError,
+    generate.GenerationError,
     logbook.LogbookError,
     train.TrainingError,
     weights.WeightsError,
@@ -128,21 +171,24 @@ def _check_flags(settings):
   """Each verb has what it needs, and nothing that it would pass over."""
   mode = _MODE.value
   if not _config_given() and (
-    mode == "train" or (mode in ("eval", "plan") and not _WORKDIR.value)
+    mode == "train"
+    or (mode in ("eval", "sample", "plan") and not _WORKDIR.value)
   ):
     needed = {
       "train": "--config=FILE, the experiment, a file of configs/",
       "eval": "--workdir=DIR, the folder of a run",
+      "sample": "--workdir=DIR, the folder of a run",
       "plan": "--config=FILE or --workdir=DIR",
     }[mode]
     raise settings.SettingsError(f"--mode={mode} needs {needed}")
   used = {
     "train": {"step"},
     "eval": {"step", "split", "protocol"},
+    "sample": {"step", *_SAMPLING},
     "plan": {"step"},
     "bench": set(),
   }
-  for name in ("step", "split", "protocol"):
+  for name in ("step", "split", "protocol", *_SAMPLING):
     if flags.FLAGS[name].present and name not in used[mode]:
       raise settings.SettingsError(
         f"--{name}={flags.FLAGS[name].value} means nothing to --mode={mode}; "

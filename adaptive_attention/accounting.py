@@ -1,4 +1,4 @@
-"""Exact counts: parameters, open pairs and multiply-adds.
+"""Exact counts: parameters, open pairs, multiply-adds and bytes of cache.
 
 Multiply-adds (MACs) per token of the whole model:
 
@@ -11,8 +11,8 @@ one for the value.
 import jax
 import numpy as np
 
-from adaptive_attention import masks
-from adaptive_attention.attention import tiles
+from adaptive_attention import logbook, masks
+from adaptive_attention.attention import decode, tiles
 from adaptive_attention.memory import ring_rows
 from adaptive_attention.model import ModelConfig
 
@@ -69,6 +69,64 @@ def macs_text(macs: dict) -> str:
   """What `attention_macs_per_token` gives, for a person to read."""
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
   return f"multiply-adds a token: {counts}"
+
+
+def cache_bytes(layers, config: ModelConfig) -> dict:
+  """Bytes of keys and values that one sequence keeps for its next token.
+
+  Returns:
+    dense: as far as any head could look, for all; layer: for all heads of a
+    layer as far as its longest span reaches; head: the rings of
+    `attention.decode`; seen: just what heads see, ceil(z + R) tokens each.
+  """
+  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
+  reach_LH = [decode.reach(mask, config.cache_tokens) for mask in layers]
+  heads = config.n_head
+  rows = {
+    "dense": config.n_layer * heads * config.cache_tokens,
+    "layer": sum(heads * reach_H.max() for reach_H in reach_LH),
+    "head": sum(
+      len(group.heads) * group.ring_rows for group in _groups(layers, config)
+    ),
+    "seen": sum(reach_H.sum() for reach_H in reach_LH),
+  }
+  return {name: int(count) * row for name, count in rows.items()}
+
+
+def cache_reads(layers, config: ModelConfig) -> dict:
+  """Keys that are read for one token, over all layers and heads.
+
+  Returns:
+    dense: of a cache as far as any head could look; span: ceil(z + R) of each
+    head; comb: of the rings of `attention.decode`, without the classes that an
+    integer wave hides.
+  """
+  return {
+    "dense": config.n_layer * config.n_head * config.cache_tokens,
+    "span": sum(
+      int(decode.reach(mask, config.cache_tokens).sum()) for mask in layers
+    ),
+    "comb": sum(
+      len(group.heads) * group.reads for group in _groups(layers, config)
+    ),
+  }
+
+
+def _groups(layers, config):
+  for mask in layers:
+    yield from decode.groups_of(mask, config.cache_tokens)
+
+
+def cache_text(layers, config: ModelConfig) -> str:
+  """Both for a person to read."""
+  sizes = ", ".join(
+    f"{name} {logbook.bytes_text(n)}"
+    for name, n in cache_bytes(layers, config).items()
+  )
+  reads = ", ".join(
+    f"{name} {n:,}" for name, n in cache_reads(layers, config).items()
+  )
+  return f"{sizes} a sequence; keys read a token: {reads}"
 
 
 def train_flops_per_token(config: ModelConfig) -> float:

@@ -207,8 +207,9 @@ def run(config, workdir, corpus, *, step, split, protocol):
   params = parallel.replicate(params)
   evaluator = Evaluator(model_config, config.eval_batch_size)
   result = evaluator(params, getattr(corpus, split), protocol, warm=True)
+  layers = mask_params(params, model_config)
   macs = accounting.attention_macs_per_token(
-    mask_params(params, model_config),
+    layers,
     model_config,
     model_config.context_tokens,
     memory_of(protocol, model_config),
@@ -219,6 +220,8 @@ def run(config, workdir, corpus, *, step, split, protocol):
     protocol=protocol,
     **dataclasses.asdict(result),
     attention_macs_per_token=macs,
+    cache_bytes=accounting.cache_bytes(layers, model_config),
+    cache_reads=accounting.cache_reads(layers, model_config),
     data={"name": corpus.name, "sha256": corpus.sha256},
   )
   if parallel.is_primary():
@@ -229,3 +232,4 @@ def run(config, workdir, corpus, *, step, split, protocol):
     f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
   )
   logbook.say(f"attention: {accounting.macs_text(macs)}")
+  logbook.say(f"cache: {accounting.cache_text(layers, model_config)}")

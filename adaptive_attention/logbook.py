@@ -20,6 +20,12 @@ def say(text: str):
     print(text, flush=True)
 
 
+def write_out(text: str):
+  """Some of a line, at once; of the primary process."""
+  if jax.process_index() == 0:
+    print(text, end="", flush=True)
+
+
 def bytes_text(count: float) -> str:
   """A size as a person reads it: 1536 -> "1.5 KiB"."""
   for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -137,6 +137,20 @@ class ModelConfig:
     return math.ceil(self.max_span + self.ramp)
 
   @property
+  def cache_tokens(self) -> int:
+    """How many tokens back a head can look at most when a text is written.
+
+    As far as its span may go: no token is out of its reach for being old.
+    Without spans it is context and memory; with learned positions the context.
+    """
+    if self.attention == "dense":
+      return self.reach_tokens
+    reach = math.ceil(self.max_span + self.ramp)
+    if self.position == "learned":
+      return min(reach, self.context_tokens)
+    return reach
+
+  @property
   def compute_dtype(self):
     """What activations are computed in: bfloat16 on GPU and TPU when auto."""
     if self.dtype != "auto":

@@ -14,11 +14,12 @@ LAYERS = (
   {"model"},
   {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
   | {"checkpoint", "settings", "weights", "steps"},
-  {"benchmark", "evaluate", "plan"},
+  {"benchmark", "evaluate", "generate", "plan"},
   {"train"},
 )
 # Within a layer only these: what they build on.
 SIDEWAYS = {
+  ("accounting", "logbook"),
   ("steps", "losses"),
   ("steps", "optimizer"),
   ("steps", "parallel"),

@@ -159,17 +159,18 @@ class LayerCache:
       raise ValueError(
         f"a cache of rings takes one token a call, not {T}; fill it by prefill"
       )
+    position = self.tokens_read.astype(jnp.int32)
     out_BHK = jnp.zeros((B, H, K), jnp.float32)
     rings = []
     for group, k, v, bias in zip(
       self.groups, self.k, self.v, self.bias, strict=True
     ):
       heads = np.array(group.heads)
-      k = _put(k, k_BTHK[:, 0, heads], self.tokens_read)
-      v = _put(v, v_BTHK[:, 0, heads], self.tokens_read)
+      k = _put(k, k_BTHK[:, 0, heads], position)
+      v = _put(v, v_BTHK[:, 0, heads], position)
       rings.append((k, v))
       out_BGK = _read(
-        group, q_BTHK[:, 0, heads], k, v, bias, self.tokens_read, relative_RK
+        group, q_BTHK[:, 0, heads], k, v, bias, position, relative_RK
       )
       out_BHK = out_BHK.at[:, heads].set(out_BGK)
     k, v = zip(*rings, strict=True)
@@ -229,7 +230,7 @@ def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
   logits, values = [], []
   for i, rho in enumerate(group.residues):
     # A class of which no token has come yet holds nothing that exists.
-    newest = jnp.maximum(position.astype(jnp.int32) - rho, 0)
+    newest = jnp.maximum(position - rho, 0)
     c = newest % P
     k_BGYK = lax.dynamic_index_in_dim(k, c, axis=2, keepdims=False)
     values.append(lax.dynamic_index_in_dim(v, c, axis=2, keepdims=False))
