@@ -1,6 +1,7 @@
-"""Time and memory of attention on named shapes, side by side in one run.
+"""Time and memory of attention, steps and decoding on named shapes.
 
-Machines are noisy: what is compared runs in turns, and medians are told.
+Machines are noisy: what is compared runs side by side in one process, in turns,
+and medians are told.
 """
 
 import dataclasses
@@ -16,13 +17,14 @@ import numpy as np
 from adaptive_attention import (
   accounting,
   checkpoint,
+  generate,
   logbook,
   parallel,
   steps,
 )
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
 from adaptive_attention.masks import Mask, Wave
-from adaptive_attention.model import ModelConfig, mask_params
+from adaptive_attention.model import ModelConfig, Transformer, mask_params
 
 _HEADS, _HEAD_WIDTH = 8, 64
 _LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
@@ -116,6 +118,44 @@ STEPS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Decode:
+  """Writing on from a long text: 12 layers, width 512, B texts at once.
+
+  Attributes:
+    context_tokens: how far back the longest head could look.
+    spans: z of the eight heads of every layer.
+    runs: by name (settings of the model, the kind of cache, the position of the
+      next token); the cache None reads the whole window anew for each token.
+  """
+
+  name: str
+  B: int
+  context_tokens: int
+  spans: tuple[float, ...]
+  runs: dict
+
+
+_DECODED = (0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0)
+_COMB = {"attention": "span_wave", "period": "integer", "harmonics": 0}
+_LONG = {
+  "spans": ({}, "spans", 20_000),
+  "spans at 1000": ({}, "spans", 1_000),
+  "spans, comb": (_COMB, "spans", 20_000),
+  "dense": ({}, "dense", 20_000),
+}
+_SHORT = {"spans": ({}, "spans", 512), "window anew": ({}, None, 512)}
+DECODES = tuple(
+  Decode(f"decode {B} x {context}", B, context, spans, runs)
+  for context, spans, runs in (
+    (8192, _DECODED, _LONG),
+    (512, (*_DECODED[:-1], 480.0), _SHORT),
+  )
+  for B in (1, 8)
+)
+_DECODE_TOKENS = 64  # a call
+
+
 @dataclasses.dataclass
 class _Runner:
   """Something to time: call it, then see when it is done."""
@@ -125,18 +165,19 @@ class _Runner:
   call: object
   compile_seconds: float = 0.0
   temporary_bytes: int | None = None
-  pairs: dict | None = None
+  counts: dict | None = None
+  times: int = 1  # how often a call does what is timed
   seconds: list = dataclasses.field(default_factory=list)
 
   def row(self):
     return {
       "case": self.case,
       "run": self.name,
-      "median_ms": 1e3 * float(np.median(self.seconds)),
-      "fastest_ms": 1e3 * min(self.seconds),
+      "median_ms": 1e3 * float(np.median(self.seconds)) / self.times,
+      "fastest_ms": 1e3 * min(self.seconds) / self.times,
       "compile_seconds": self.compile_seconds,
       "temporary_bytes": self.temporary_bytes,
-      **(self.pairs or {}),
+      **(self.counts or {}),
     }
 
 
@@ -336,6 +377,84 @@ def _step_runner(config, shape, name):
   )
 
 
+def _decode_runner(shape, name):
+  """Token after token out of one cache, which is in the midst of a text."""
+  settings, cache, position = shape.runs[name]
+  ramp = ModelConfig.ramp
+  config = ModelConfig(
+    context_tokens=shape.context_tokens,
+    max_span=shape.context_tokens - ramp,
+    position="rotary",
+    **{"attention": "span"} | settings,
+  )
+  model = Transformer(config)
+  tokens_BT = jnp.zeros(
+    (shape.B, shape.context_tokens if cache is None else 1), int
+  )
+  params = jax.jit(model.init)(jax.random.key(0), tokens_BT[:, :1])["params"]
+  share_H = np.clip(np.array(shape.spans) / config.max_span, 1e-6, 1 - 1e-6)
+  params = _with_span_logits(params, np.log(share_H / (1 - share_H)))
+  params = _with_combs(params)
+  layers = mask_params(params, config)
+  start = time.perf_counter()
+  if cache is None:
+    read = jax.jit(lambda params, x: model.apply({"params": params}, x)[:, -1])
+
+    def call():
+      jax.block_until_ready(read(params, tokens_BT))
+
+    call()
+    return _Runner(
+      shape.name, f"{name} token", call, time.perf_counter() - start
+    )
+  logits_BV, kept = generate.Cache.prefill(params, config, tokens_BT, cache)
+  carried = [logits_BV, kept.replace(tokens_read=jnp.uint32(position))]
+
+  def call():
+    _, *carried[:] = generate.go_on(
+      params,
+      carried[1],
+      carried[0],
+      jax.random.split(jax.random.key(0), shape.B),
+      0,
+      _DECODE_TOKENS,
+      (1.0, 0, 1.0),
+    )
+    jax.block_until_ready(carried)
+
+  call()
+  reads = accounting.cache_reads(layers, config)
+  return _Runner(
+    shape.name,
+    f"{name} token",
+    call,
+    time.perf_counter() - start,
+    None,
+    {
+      "cache_bytes": kept.nbytes // shape.B,
+      "seen_bytes": accounting.cache_bytes(layers, config)["seen"],
+      "keys_read": reads["dense" if cache == "dense" else "comb"],
+    },
+    _DECODE_TOKENS,
+  )
+
+
+def _with_combs(params):
+  """Where there are waves: of period 4 with one residue open in the head of the
+  longest span, of a period that leaves all open in the others."""
+
+  def changed(path, leaf):
+    last = np.arange(len(leaf)) == len(leaf) - 1 if leaf.ndim == 1 else None
+    match path[-1].key:
+      case "period_logit":  # 2 + 6 / 3 = 4, and 2
+        return jnp.where(last, -math.log(2), -20.0)
+      case "ratio_logit":  # r = -1/4, and 1/4
+        return jnp.where(last, -20.0, 20.0)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(changed, params)
+
+
 def _with_span_logits(params, logit_H):
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: (
@@ -389,7 +508,9 @@ def run(config, workdir):
   shapes = list(SHAPES)
   if settings.checkpoint:
     shapes = _learned_shapes(settings.checkpoint)
-  names = [shape.name for shape in shapes] + [step.name for step in STEPS]
+  names = [shape.name for shape in shapes] + [
+    case.name for case in (*STEPS, *DECODES)
+  ]
   wanted = settings.shapes.split(";") if settings.shapes else names
   for name in wanted:
     if name not in names:
@@ -409,6 +530,11 @@ def run(config, workdir):
       )
     elif shape.name in wanted and not settings.checkpoint:
       runners = [_step_runner(config, shape, name) for name in shape.runs]
+      _time(runners, settings.repeats)
+      rows += _say_rows([runner.row() for runner in runners])
+  for shape in DECODES:
+    if shape.name in wanted and not settings.checkpoint:
+      runners = [_decode_runner(shape, name) for name in shape.runs]
       _time(runners, settings.repeats)
       rows += _say_rows([runner.row() for runner in runners])
   workdir = pathlib.Path(workdir)
@@ -452,6 +578,11 @@ def _say_rows(rows):
       text += f"  temporary {logbook.bytes_text(memory)}"
     if "computed_pairs" in row:
       text += f"  computed / open {_ratio(row):.2f}"
+    if "cache_bytes" in row:
+      text += (
+        f"  cache {logbook.bytes_text(row['cache_bytes'])} a text, "
+        f"{row['keys_read']:,} keys read"
+      )
     logbook.say(text)
   return rows
 

@@ -44,11 +44,13 @@ class Cache:
   `prefill` makes one, `step` goes on by a token; it is a pytree.
 
   Attributes:
-    by_layer: a `decode.LayerCache` for each layer.
+    by_layer: the `decode.Rings` of each layer.
+    tokens_read: uint32, the position of the next token.
     config: static; the model's.
   """
 
-  by_layer: tuple[decode.LayerCache, ...]
+  by_layer: tuple[decode.Rings, ...]
+  tokens_read: jax.Array
   config: ModelConfig = flax.struct.field(pytree_node=False)
 
   @classmethod
@@ -81,10 +83,6 @@ class Cache:
     """Of all keys and values."""
     return sum(layer.nbytes for layer in self.by_layer)
 
-  @property
-  def tokens_read(self):
-    return self.by_layer[0].tokens_read
-
   def check(self, T: int):
     if T != 1:
       raise ValueError(
@@ -93,11 +91,14 @@ class Cache:
 
   def layers(self, batch):
     del batch
-    return self.by_layer
+    return [
+      decode.LayerCache(rings, self.tokens_read) for rings in self.by_layer
+    ]
 
   def after(self, by_layer, T: int) -> "Cache":
-    del T
-    return self.replace(by_layer=tuple(by_layer))
+    return self.replace(
+      by_layer=tuple(by_layer), tokens_read=self.tokens_read + jnp.uint32(T)
+    )
 
 
 def _slides(config):
@@ -135,7 +136,7 @@ def _prefill(params, prompt_BT, config, groups):
       mask_params(params, config), groups, memory.k, memory.v, strict=True
     )
   )
-  return logits_BTV[:, -1], Cache(by_layer, config)
+  return logits_BTV[:, -1], Cache(by_layer, jnp.uint32(T), config)
 
 
 def sample(logits_BV, key_B, temperature, top_k, top_p):
@@ -165,8 +166,12 @@ def sample(logits_BV, key_B, temperature, top_k, top_p):
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def _go_on(params, cache, logits_BV, key_B, first, count, sampling):
-  """(tokens (B, _CHUNK), logits_BV, cache) after `count` more tokens."""
+def go_on(params, cache, logits_BV, key_B, first, count, sampling):
+  """(tokens (B, _CHUNK), logits_BV, cache) after `count` more tokens.
+
+  One loop on the device; the first of them is the token number `first` of its
+  text, which is what it is drawn by.
+  """
   B = len(logits_BV)
 
   def one(i, carry):
@@ -220,7 +225,7 @@ def generate(
     logits_BV, kept = Cache.prefill(params, config, window_BT, cache)
     while room:
       count = min(room, _CHUNK)
-      tokens, logits_BV, kept = _go_on(
+      tokens, logits_BV, kept = go_on(
         params, kept, logits_BV, key_B, made, count, sampling
       )
       new_BT = np.asarray(tokens)[:, :count]

@@ -14,7 +14,8 @@ LAYERS = (
   {"model"},
   {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
   | {"checkpoint", "settings", "weights", "steps"},
-  {"benchmark", "evaluate", "generate", "plan"},
+  {"evaluate", "generate", "plan"},
+  {"benchmark"},
   {"train"},
 )
 # Within a layer only these: what they build on.

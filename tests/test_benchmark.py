@@ -27,6 +27,7 @@ def shapes(monkeypatch):
     ),
   )
   monkeypatch.setattr(benchmark, "STEPS", ())
+  monkeypatch.setattr(benchmark, "DECODES", ())
 
 
 def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
@@ -57,6 +58,7 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
   shape = benchmark.Step("small", 2, 32, spans, runs)
   monkeypatch.setattr(benchmark, "SHAPES", ())
   monkeypatch.setattr(benchmark, "STEPS", (shape,))
+  monkeypatch.setattr(benchmark, "DECODES", ())
   seen = []
   compile_step = parallel.compile_step
 
@@ -77,6 +79,35 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
   (_, memory), (_, none) = seen
   assert (memory.tokens_read == 96).all()
   assert none is None
+
+
+def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
+  """What is read and kept is what is counted for the spans that are told."""
+  comb = {"attention": "span_wave", "period": "integer", "harmonics": 0}
+  spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 200.0)
+  runs = {
+    "spans": ({"n_layer": 1}, "spans", 500),
+    "comb": ({"n_layer": 1} | comb, "spans", 500),
+    "dense": ({"n_layer": 1}, "dense", 500),
+    "anew": ({"n_layer": 1}, None, 500),
+  }
+  shape = benchmark.Decode("written", 2, 256, spans, runs)
+  monkeypatch.setattr(benchmark, "SHAPES", ())
+  monkeypatch.setattr(benchmark, "STEPS", ())
+  monkeypatch.setattr(benchmark, "DECODES", (shape,))
+  tiny.bench.repeats = 1
+  benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  found = {row["run"].removesuffix(" token"): row for row in rows}
+  assert found.keys() == runs.keys()
+  seen = sum(spans) + 8 * 32
+  for name in ("spans", "comb", "dense"):
+    assert found[name]["seen_bytes"] == seen * 2 * 64 * 4
+  assert found["dense"]["cache_bytes"] == 8 * 256 * 2 * 64 * 4
+  assert seen <= found["spans"]["keys_read"] <= 1.1 * seen
+  # Of the longest head's 232 keys one in four is read.
+  read = found["spans"]["keys_read"] - found["comb"]["keys_read"]
+  assert abs(read - 232 * 3 / 4) < 0.1 * seen
 
 
 def test_one_residue_is_open_under_the_comb(shapes):

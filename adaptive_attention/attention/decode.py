@@ -125,21 +125,19 @@ def _parted(heads, rows):
 
 
 @flax.struct.dataclass
-class LayerCache:
-  """The rings of one layer's heads.
+class Rings:
+  """What one layer's heads can still see.
 
   Attributes:
     k, v: of each group (B, G, P, Y, K); position p stands in class p mod P and
       there in row (p // P) mod Y.
     bias: of each group (G, r, Y) log m + log w by distance; -inf where hidden.
-    tokens_read: uint32, the position of the next token.
     groups: static.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   bias: tuple[jax.Array, ...]
-  tokens_read: jax.Array
   groups: tuple[Group, ...] = flax.struct.field(pytree_node=False)
 
   @property
@@ -147,8 +145,16 @@ class LayerCache:
     """Of keys and values."""
     return sum(x.nbytes for x in (*self.k, *self.v))
 
+
+@flax.struct.dataclass
+class LayerCache:
+  """One layer's rings, and the position of the next token."""
+
+  rings: Rings
+  tokens_read: jax.Array
+
   def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, *, relative_RK=None, **_):
-    """(out_BTHK, the cache with the token appended), for T = 1.
+    """(out_BTHK, the rings with the token appended), for T = 1.
 
     softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold. The
     masks are those the cache was made with.
@@ -161,25 +167,24 @@ class LayerCache:
       )
     position = self.tokens_read.astype(jnp.int32)
     out_BHK = jnp.zeros((B, H, K), jnp.float32)
-    rings = []
+    old, new = self.rings, []
     for group, k, v, bias in zip(
-      self.groups, self.k, self.v, self.bias, strict=True
+      old.groups, old.k, old.v, old.bias, strict=True
     ):
       heads = np.array(group.heads)
       k = _put(k, k_BTHK[:, 0, heads], position)
       v = _put(v, v_BTHK[:, 0, heads], position)
-      rings.append((k, v))
+      new.append((k, v))
       out_BGK = _read(
         group, q_BTHK[:, 0, heads], k, v, bias, position, relative_RK
       )
       out_BHK = out_BHK.at[:, heads].set(out_BGK)
-    k, v = zip(*rings, strict=True)
-    cache = self.replace(k=k, v=v, tokens_read=self.tokens_read + jnp.uint32(1))
-    return out_BHK[:, None].astype(q_BTHK.dtype), cache
+    k, v = zip(*new, strict=True)
+    return out_BHK[:, None].astype(q_BTHK.dtype), old.replace(k=k, v=v)
 
 
-def filled(mask, groups, k_BTHK, v_BTHK, longest) -> LayerCache:
-  """The cache of a layer that has read the T tokens of a prompt.
+def filled(mask, groups, k_BTHK, v_BTHK, longest) -> Rings:
+  """The rings of a layer that has read the T tokens of a prompt.
 
   Args:
     mask: of the layer.
@@ -203,11 +208,10 @@ def filled(mask, groups, k_BTHK, v_BTHK, longest) -> LayerCache:
     log_HrY = jnp.where(distance < longest, log_HrY, -jnp.inf)
     return log_HrY[np.array(group.heads)]
 
-  return LayerCache(
+  return Rings(
     k=tuple(ring(k_BTHK, group) for group in groups),
     v=tuple(ring(v_BTHK, group) for group in groups),
     bias=tuple(bias(group) for group in groups),
-    tokens_read=jnp.uint32(T),
     groups=groups,
   )
 
