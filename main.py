@@ -21,7 +21,10 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder; runs/NAME for --config configs/NAME.py."
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "sample", "plan", "bench"], "What to do."
+  "mode",
+  "train",
+  ["train", "eval", "sample", "export", "plan", "bench"],
+  "What to do.",
 )
 _STEP = flags.DEFINE_string(
   "step", None, "The checkpoint to use: latest (if not given), best or N."
@@ -53,6 +56,13 @@ _TOP_P = flags.DEFINE_float(
 )
 _NUM = flags.DEFINE_integer("num", 1, "How many texts to write.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed, the same texts.", 0)
+_HARDEN = flags.DEFINE_bool(
+  "harden", False, "Export spans and periods rounded, and say what that costs."
+)
+_FINETUNE_STEPS = flags.DEFINE_integer(
+  "finetune_steps", 0, "Train the hardened model on for so many steps.", 0
+)
+_EXPORTING = ("harden", "finetune_steps")
 _SAMPLING = (
   "prompt",
   "prompt_file",
@@ -72,6 +82,7 @@ def main() -> int:
     benchmark,
     checkpoint,
     evaluate,
+    export,
     generate,
     logbook,
     parallel,
@@ -94,7 +105,9 @@ def main() -> int:
       config.cpu_devices = config.cpu_devices or 1
     parallel.start(config)
     step = None
-    if mode in ("eval", "sample") or (mode == "plan" and not _config_given()):
+    if mode in ("eval", "sample", "export") or (
+      mode == "plan" and not _config_given()
+    ):
       config, step = _saved_settings(checkpoint, settings)
     settings.check_devices(config, parallel.device_count())
     match mode:
@@ -123,6 +136,15 @@ def main() -> int:
           top_p=_TOP_P.value,
           num=_NUM.value,
           seed=_SEED.value,
+        )
+      case "export":
+        export.run(
+          config,
+          _workdir(),
+          _corpus(config) if _HARDEN.value else None,
+          step=step,
+          harden=_HARDEN.value,
+          finetune_steps=_FINETUNE_STEPS.value,
         )
       case "plan":
         plan.run(config, _WORKDIR.value, step)
@@ -172,12 +194,13 @@ def _check_flags(settings):
   mode = _MODE.value
   if not _config_given() and (
     mode == "train"
-    or (mode in ("eval", "sample", "plan") and not _WORKDIR.value)
+    or (mode in ("eval", "sample", "export", "plan") and not _WORKDIR.value)
   ):
     needed = {
       "train": "--config=FILE, the experiment, a file of configs/",
       "eval": "--workdir=DIR, the folder of a run",
       "sample": "--workdir=DIR, the folder of a run",
+      "export": "--workdir=DIR, the folder of a run",
       "plan": "--config=FILE or --workdir=DIR",
     }[mode]
     raise settings.SettingsError(f"--mode={mode} needs {needed}")
@@ -185,10 +208,11 @@ def _check_flags(settings):
     "train": {"step"},
     "eval": {"step", "split", "protocol"},
     "sample": {"step", *_SAMPLING},
+    "export": {"step", *_EXPORTING},
     "plan": {"step"},
     "bench": set(),
   }
-  for name in ("step", "split", "protocol", *_SAMPLING):
+  for name in ("step", "split", "protocol", *_SAMPLING, *_EXPORTING):
     if flags.FLAGS[name].present and name not in used[mode]:
       raise settings.SettingsError(
         f"--{name}={flags.FLAGS[name].value} means nothing to --mode={mode}; "

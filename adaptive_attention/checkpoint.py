@@ -223,6 +223,12 @@ class Checkpoints:
     """(params, meta), verified; the optimizer's state is not read."""
     return self._guarded(step, lambda: self._read(step, ("params",)))
 
+  def restore_items(self, step: int):
+    """(params, opt_state, meta), verified, as they are; the latter flat."""
+    return self._guarded(
+      step, lambda: self._read(step, ("params", "opt_state"))
+    )
+
   def restore(self, step: int, params_like, opt_state_like):
     """(params, opt_state, meta), verified, as trees like the given ones.
 
@@ -230,9 +236,7 @@ class Checkpoints:
       CheckpointError: damage, naming the older checkpoints that are whole, or
         leaves that are not those of the given trees.
     """
-    params, opt_state, meta = self._guarded(
-      step, lambda: self._read(step, ("params", "opt_state"))
-    )
+    params, opt_state, meta = self.restore_items(step)
     return (
       _like(params_like, _flat(params), step),
       _like(opt_state_like, opt_state, step),
@@ -240,11 +244,13 @@ class Checkpoints:
     )
 
   def restore_memory(self, step: int, memory_like):
-    """The memory, verified, or None if it was of other streams.
+    """The memory, verified; None if there is none or it was of other streams.
 
     Args:
       memory_like: a tree of the same arrays, or of their shapes.
     """
+    if "memory" not in self.read_meta(step)["leaves"]:
+      return None
     found, _ = self._guarded(step, lambda: self._read(step, ("memory",)))
     if _leaves(found) != _leaves(memory_like):
       return None

@@ -23,6 +23,7 @@ _LEAST = {
   "eval_every_steps": 1,
   "eval_tokens": 0,
   "eval_batch_size": 1,
+  "sample_every_steps": 0,
   "checkpoint_every_steps": 1,
   "keep_checkpoints": 1,
   "cpu_devices": 0,

@@ -16,6 +16,7 @@ from adaptive_attention import (
   batches,
   checkpoint,
   evaluate,
+  generate,
   logbook,
   parallel,
   settings,
@@ -23,6 +24,8 @@ from adaptive_attention import (
   weights,
 )
 from adaptive_attention.model import ModelConfig
+
+_PROMPT_BYTES, _SAMPLE_BYTES = 32, 200
 
 
 class TrainingError(Exception):
@@ -265,6 +268,8 @@ class _Run:
         stop |= self._read(*waiting.popleft())
         bits_per_char = self._evaluate(state, done) if evaluates else None
         self._save(state, memory, done, bits_per_char)
+      if config.sample_every_steps and done % config.sample_every_steps == 0:
+        self._sample(state, done)
       if stop and not last:
         name = signal.Signals(self.signals.received or signal.SIGTERM).name
         raise Stopped(
@@ -390,6 +395,25 @@ class _Run:
       )
     logbook.say(text)
     return result.bits_per_char
+
+  def _sample(self, state, done):
+    """Says what the model writes now; no figure, and no setting, follows."""
+    began = time.perf_counter()
+    if parallel.is_primary():
+      prompt = np.asarray(self.corpus.valid[:_PROMPT_BYTES])
+      written = generate.generate(
+        jax.device_get(state.params),
+        self.model_config,
+        prompt[None],
+        _SAMPLE_BYTES,
+        jax.random.fold_in(jax.random.key(self.config.seed), done),
+        temperature=0.8,
+        # Of one shape throughout, where spans go on changing.
+        cache="dense",
+      )[0]
+      text = generate.text_of(np.concatenate([prompt, written]))
+      logbook.say(f"sample {done:>4} {text}")
+    self.logged_at += time.perf_counter() - began
 
   def _save(self, state, memory, done, bits_per_char):
     began = time.perf_counter()

@@ -1,10 +1,14 @@
-"""Parameters of the published PyTorch program (a nanoGPT fork), read in.
+"""Parameters in and out: of the published program, and as safetensors.
 
-Names and shapes are the fork's: linear weights are (out, in), `wte` is also
-the output layer, `wpe` holds the positions of the first block and
-`h.I.add_extra_pos_emb` those added before block I >= 1.
+The published program is in PyTorch (a nanoGPT fork). Names and shapes are its
+own: linear weights are (out, in), `wte` is also the output layer, `wpe` holds
+the positions of the first block and `h.I.add_extra_pos_emb` those added before
+block I >= 1.
 """
 
+import dataclasses
+import json
+import os
 import pathlib
 import re
 import zipfile
@@ -12,7 +16,10 @@ from collections.abc import Mapping
 
 import flax.traverse_util
 import numpy as np
+import safetensors
+import safetensors.numpy
 
+from adaptive_attention import settings
 from adaptive_attention.model import ModelConfig
 
 
@@ -36,11 +43,11 @@ _SETTINGS = {  # theirs -> ours
 }
 
 
-def config_from_nanogpt(settings: Mapping) -> ModelConfig:
+def config_from_nanogpt(theirs: Mapping) -> ModelConfig:
   """The model that the published program builds from these settings.
 
   Args:
-    settings: block_size, n_layer, n_head, n_embd, vocab_size, bias, softness
+    theirs: block_size, n_layer, n_head, n_embd, vocab_size, bias, softness
       (the ramp), span_reg, use_triangle_wave, period_min, period_max,
       harmonics, dropout; `T`, the length of one batch, says nothing of the
       model and is passed over. The largest span is block_size.
@@ -49,23 +56,23 @@ def config_from_nanogpt(settings: Mapping) -> ModelConfig:
     WeightsError: an unknown setting, or one of the model's sizes missing.
   """
   known = {*_SETTINGS, "use_triangle_wave", "T"}
-  for name in settings:
+  for name in theirs:
     if name not in known:
       raise WeightsError(
         f"setting {name!r} is unknown; expected some of "
         f"{', '.join(sorted(known))}"
       )
   for name in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size"):
-    if name not in settings:
+    if name not in theirs:
       raise WeightsError(f"setting {name!r} is missing; add it")
   fields = {
-    ours: settings[name] for name, ours in _SETTINGS.items() if name in settings
+    ours: theirs[name] for name, ours in _SETTINGS.items() if name in theirs
   }
-  wave = settings.get("use_triangle_wave", False)
+  wave = theirs.get("use_triangle_wave", False)
   return ModelConfig(
     **fields,
     attention="span_wave" if wave else "span",
-    max_span=settings["block_size"],
+    max_span=theirs["block_size"],
   )
 
 
@@ -191,29 +198,78 @@ def _check_shapes(flat, config, names):
 
 
 def load(path, config: ModelConfig):
-  """The parameter tree out of a file of the published program's parameters.
+  """The parameter tree out of a file.
 
   Args:
-    path: an .npz with one array per parameter, `param/NAME` or `NAME`, or a
-      .pt checkpoint or state dict (needs PyTorch; read with weights_only=True).
+    path: a .safetensors that `save` wrote; or the published program's
+      parameters, an .npz with one array per parameter, `param/NAME` or `NAME`,
+      or a .pt checkpoint or state dict (needs PyTorch; read with
+      weights_only=True).
 
   Raises:
-    WeightsError: a file that is missing, damaged or of another kind, and
-      everything that `from_nanogpt` raises.
+    WeightsError: a file that is missing, damaged or of another kind, a model of
+      other settings, and everything that `from_nanogpt` raises.
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise WeightsError(f"init_from={path} is no file; give an .npz or a .pt")
+    raise WeightsError(
+      f"init_from={path} is no file; give a .safetensors, an .npz or a .pt"
+    )
   match path.suffix:
+    case ".safetensors":
+      return _read_safetensors(path, config)
     case ".npz":
       params = _read_npz(path)
     case ".pt":
       params = _read_torch(path)
     case _:
       raise WeightsError(
-        f"init_from={path} is of no known kind; give .npz, .pt"
+        f"init_from={path} is of no known kind; give .safetensors, .npz, .pt"
       )
   return from_nanogpt(params, config)
+
+
+def save(path, params, config: ModelConfig, step: int):
+  """Writes the parameters as safetensors, the model's settings in its metadata.
+
+  Names are paths, as block_0/attention/qkv/kernel; the metadata has `config`, a
+  JSON of `ModelConfig`, and `step`. A file that was there is replaced whole.
+  """
+  path = pathlib.Path(path)
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  part = path.with_name(path.name + ".part")
+  safetensors.numpy.save_file(
+    {name: np.ascontiguousarray(value) for name, value in flat.items()},
+    part,
+    metadata={
+      "config": json.dumps(dataclasses.asdict(config)),
+      "step": str(step),
+    },
+  )
+  os.replace(part, path)
+
+
+def _read_safetensors(path, config):
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      saved = json.loads((file.metadata() or {})["config"])
+      flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    reason = str(error) or type(error).__name__
+    raise WeightsError(
+      f"init_from={path} cannot be read ({reason}); give a file that "
+      "--mode=export wrote"
+    ) from error
+  changed = settings.changes(
+    {"model": saved}, {"model": dataclasses.asdict(config)}
+  )
+  for name, (old, new) in changed.items():
+    if settings.fixes_the_model(name):
+      raise WeightsError(
+        f"init_from={path} holds a model with {name}={old!r}, not {new!r}; set "
+        f"--config.{name}={old}"
+      )
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _read_npz(path):

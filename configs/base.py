@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
   config.eval_tokens = 0
   # Windows at a time in evaluation, over all devices; no figure depends on it.
   config.eval_batch_size = 64
+  # How often a text is written on the console, on from the first bytes of the
+  # validation split; 0 for never.
+  config.sample_every_steps = 1_000
   # What is lost at most when the machine goes down.
   config.checkpoint_every_steps = 1_000
   # Newest checkpoints to keep, besides the one with the best validation.

@@ -15,6 +15,7 @@ def get_config():
   config.log_every_steps = 50
   config.eval_every_steps = 500
   config.checkpoint_every_steps = 250
+  config.sample_every_steps = 500
   config.data.corpus = "python_source"
   config.model.n_layer = 2
   config.model.n_head = 4

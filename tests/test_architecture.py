@@ -17,10 +17,12 @@ LAYERS = (
   {"evaluate", "generate", "plan"},
   {"benchmark"},
   {"train"},
+  {"export"},
 )
 # Within a layer only these: what they build on.
 SIDEWAYS = {
   ("accounting", "logbook"),
+  ("weights", "settings"),
   ("steps", "losses"),
   ("steps", "optimizer"),
   ("steps", "parallel"),

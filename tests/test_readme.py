@@ -53,7 +53,7 @@ def test_commands_run(main, text, tmp_path):
     if mode == "--mode=bench":
       continue  # tests/test_benchmark.py runs it, on shapes of its own
     # All runs share a folder of their config's name under the test's own.
-    if mode == "--mode=eval":
+    if mode in ("--mode=eval", "--mode=sample", "--mode=export"):
       flags = [f.replace("runs/", f"{tmp_path}/") for f in flags]
     else:
       name = pathlib.Path(
@@ -67,7 +67,7 @@ def test_commands_run(main, text, tmp_path):
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 9
+  assert ran == 11
 
 
 def test_the_module_example_is_as_it_says():
@@ -102,6 +102,20 @@ def test_the_memory_example_is_as_it_says():
   exec(example, names)
   assert names["logits_BTV"].shape == (4, 512, 256)
   assert names["memory"].tokens_read == 512
+
+
+def test_the_writing_example_is_as_it_says(capsys):
+  from adaptive_attention.model import ModelConfig, Transformer
+
+  config = ModelConfig(
+    n_layer=1, width=16, n_head=2, max_span=16, position="rotary"
+  )
+  prompt_BT = np.zeros((2, 5), int)
+  names = {"config": config, "prompt_BT": prompt_BT}
+  names |= jax.jit(Transformer(config).init)(jax.random.key(0), prompt_BT)
+  exec(blocks("python")[3], names)
+  assert names["tokens_BT"].shape == (2, 100)
+  assert int(capsys.readouterr().out) == names["cache"].nbytes
 
 
 def test_files_and_flags_that_readme_names_exist():
