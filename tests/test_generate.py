@@ -1,6 +1,7 @@
 """What is written out of a cache is what full forward passes say."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -76,19 +77,30 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("cache", generate.CACHES)
-@pytest.mark.parametrize("prompt", [1, 5, 70])
-@pytest.mark.parametrize("model", MODELS)
-def test_every_token_is_told_as_by_a_full_pass(model, prompt, cache):
-  """Past the ends of the rings; prompts shorter and longer than these."""
-  config = changed(**MODELS[model])
+@functools.cache
+def model_of(name):
+  """(config, params, logits of TEXT) of one of MODELS."""
+  config = changed(**MODELS[name])
   params = parameters(config)
-  expected = all_logits(config, params)
+  return config, params, all_logits(config, params)
+
+
+@jax.jit
+def step(params, kept, tokens):
+  return kept.step(params, tokens)
+
+
+@pytest.mark.parametrize(
+  ("cache", "prompt"), [("spans", 1), ("spans", 5), ("spans", 70), ("dense", 5)]
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
+  """Past the ends of the rings; prompts shorter and longer than these."""
+  config, params, expected = model_of(model)
   logits, kept = generate.Cache.prefill(params, config, TEXT[:, :prompt], cache)
-  step = jax.jit(lambda kept, tokens: kept.step(params, tokens))
   for t in range(prompt, LENGTH):
     np.testing.assert_allclose(logits, expected[:, t - 1], atol=1e-4)
-    logits, kept = step(kept, TEXT[:, t])
+    logits, kept = step(params, kept, TEXT[:, t])
   np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
   assert kept.tokens_read == LENGTH
 
