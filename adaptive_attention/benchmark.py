@@ -153,7 +153,7 @@ DECODES = tuple(
   )
   for B in (1, 8)
 )
-_DECODE_TOKENS = 64  # a call
+_DECODE_TOKENS = 32  # a call
 
 
 @dataclasses.dataclass
