@@ -118,7 +118,7 @@ class Evaluator:
       self._predict(params, data, reading.part(slice(1)), protocol)
     start = time.perf_counter()
     nats = self._predict(params, data, reading, protocol)
-    nats = parallel.gather(nats[None]).max(axis=0)
+    nats = parallel.gather(nats[None]).max(axis=0).astype(np.float64)
     seconds = time.perf_counter() - start
     assert (nats != _NOT_PREDICTED).all()
     if not np.isfinite(nats).all():
@@ -148,9 +148,9 @@ class Evaluator:
     return windows.part(slice(mine.start, mine.stop))
 
   def _predict(self, params, data, reading, protocol):
-    """(len(data) - 1,) nats in float64, of those bytes that this reads."""
+    """(len(data) - 1,) nats in float32, of those bytes that this reads."""
     N, T = parallel.local_device_count(), self._config.context_tokens
-    nats = np.full(len(data) - 1, _NOT_PREDICTED)
+    nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = None
     if protocol == "memory":
       memory = steps.start_memory(self._config, self._batch_size // N)
