@@ -295,13 +295,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(main, tiny_flags, tmp_path):
   )
 
 
-def test_two_processes_do_what_one_does(whole_run, tiny_flags, tmp_path):
+@pytest.fixture
+def run(whole_run):
+  return whole_run[0]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_two_processes_do_what_one_does(request, memory, tmp_path):
+  names = ("memory_run", "memory_flags") if memory else ("run", "tiny_flags")
+  one_run, flags = (request.getfixturevalue(name) for name in names)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   flags = flags_with(
-    tiny_flags,
+    flags,
     cpu_devices=1,
+    eval_batch_size=4,  # on each of them, as many as one has on both
     distributed=True,
     coordinator_address=f"127.0.0.1:{port}",
     process_count=2,
@@ -315,8 +324,8 @@ def test_two_processes_do_what_one_does(whole_run, tiny_flags, tmp_path):
   # The second process is silent and writes nothing.
   said = [x for x in ends[1][0].splitlines() if not x.startswith("[Gloo]")]
   assert not said
-  assert len(metrics(workdir)) == len(metrics(whole_run[0]))
-  for two, one in zip(metrics(workdir), metrics(whole_run[0])):
+  assert len(metrics(workdir)) == len(metrics(one_run))
+  for two, one in zip(metrics(workdir), metrics(one_run)):
     for name, value in one.items():
       if name != "split":
         np.testing.assert_allclose(
