@@ -98,15 +98,20 @@ def cache_reads(layers, config: ModelConfig) -> dict:
 
   Returns:
     dense: of a cache as far as any head could look; span: ceil(z + R) of each
-    head; comb: of the rings of `attention.decode`, without the classes that an
-    integer wave hides.
+    head; comb: those of them that its wave leaves open; rings: what is read of
+    the rings of `attention.decode`, where only the combs of integer periods are
+    skipped.
   """
+  distance = np.arange(config.cache_tokens)
   return {
     "dense": config.n_layer * config.n_head * config.cache_tokens,
     "span": sum(
       int(decode.reach(mask, config.cache_tokens).sum()) for mask in layers
     ),
     "comb": sum(
+      int(np.asarray(masks.is_open(mask, distance)).sum()) for mask in layers
+    ),
+    "rings": sum(
       len(group.heads) * group.reads for group in _groups(layers, config)
     ),
   }

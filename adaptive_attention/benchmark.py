@@ -433,7 +433,7 @@ def _decode_runner(shape, name):
     {
       "cache_bytes": kept.nbytes // shape.B,
       "seen_bytes": accounting.cache_bytes(layers, config)["seen"],
-      "keys_read": reads["dense" if cache == "dense" else "comb"],
+      "keys_read": reads["dense" if cache == "dense" else "rings"],
     },
     _DECODE_TOKENS,
   )

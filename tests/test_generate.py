@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention import accounting, generate
+from adaptive_attention import accounting, generate, masks
 from adaptive_attention.attention import decode
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import ModelConfig, Transformer, mask_params
@@ -113,7 +113,11 @@ def test_combs_are_strides_and_what_is_hidden_is_not_read():
   periods = {group.period for group in groups}
   assert len(periods) > 1
   reads = accounting.cache_reads(layers, config)
-  assert reads["comb"] < reads["span"] < reads["dense"]
+  assert reads["comb"] < reads["rings"] < reads["span"] < reads["dense"]
+  opened = sum(
+    masks.is_open(mask, d).sum() for mask in layers for d in range(68)
+  )
+  assert reads["comb"] == opened
 
 
 @pytest.mark.parametrize("longest", [40, 8192])

@@ -217,10 +217,11 @@ def at_distances(relative_RK, tile):
 
 
 def added_at(x, distance, rows):
-  """x with rows added at their distances, but for those that it lacks."""
-  # Out of bounds, and so dropped, where negative too.
-  index = jnp.where(distance < 0, len(x), distance)
-  return x.at[index].add(rows, mode="drop")
+  """x with rows added at their distances, but for those that it lacks.
+
+  Of negative distances, which no pair has, the rows are zeros.
+  """
+  return x.at[distance].add(rows, mode="drop")
 
 
 class KeyTile(NamedTuple):
