@@ -131,7 +131,7 @@ def _prefill(params, prompt_BT, config, groups):
     {"params": params}, prompt_BT, memory=memory
   )
   by_layer = tuple(
-    decode.filled(mask, of_layer, k, v, config.cache_tokens)
+    decode.filled(mask, of_layer, k, v)
     for mask, of_layer, k, v in zip(
       mask_params(params, config), groups, memory.k, memory.v, strict=True
     )

@@ -204,6 +204,10 @@ def test_tokens_are_shown_as_they_come():
   made = write(config, params, TEXT[:, :7], 150, on_tokens=shown.append)
   assert len(shown) == 3
   np.testing.assert_array_equal(np.concatenate(shown, axis=1), made)
+  # Where all bytes are as likely, no call draws what one before has drawn.
+  flat = jax.tree.map(jnp.zeros_like, params)
+  made = write(config, flat, TEXT[:, :7], 128)
+  assert (made[:, :64] != made[:, 64:]).mean() > 0.9
 
 
 @pytest.mark.parametrize("prompt", [3, LENGTH, LENGTH + 5])

@@ -183,13 +183,8 @@ class LayerCache:
     return out_BHK[:, None].astype(q_BTHK.dtype), old.replace(k=k, v=v)
 
 
-def filled(mask, groups, k_BTHK, v_BTHK, longest) -> Rings:
-  """The rings of a layer that has read the T tokens of a prompt.
-
-  Args:
-    mask: of the layer.
-    longest: distances from here on are hidden; no ring reads beyond it.
-  """
+def filled(mask, groups, k_BTHK, v_BTHK) -> Rings:
+  """The rings of a layer that has read the T tokens of a prompt."""
   T = k_BTHK.shape[1]
 
   def ring(x_BTHK, group):
@@ -203,10 +198,7 @@ def filled(mask, groups, k_BTHK, v_BTHK, longest) -> Rings:
     return jnp.where((position_PY >= 0)[..., None], rows, 0)
 
   def bias(group):
-    distance = group.distances()
-    log_HrY = masks.log_weight(mask, distance)
-    log_HrY = jnp.where(distance < longest, log_HrY, -jnp.inf)
-    return log_HrY[np.array(group.heads)]
+    return masks.log_weight(mask, group.distances())[np.array(group.heads)]
 
   return Rings(
     k=tuple(ring(k_BTHK, group) for group in groups),
