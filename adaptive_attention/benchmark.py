@@ -336,15 +336,15 @@ def _step_runner(config, shape, name):
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.batch_size, config.accumulation_steps = shape.B, 1
-    config.model.update(
-      n_layer=4,
-      n_head=_HEADS,
-      width=_HEADS * _HEAD_WIDTH,
-      context_tokens=shape.T,
-      max_span=seen,
-      dropout=0.2,
-      **settings,
-    )
+    defaults = {
+      "n_layer": 4,
+      "n_head": _HEADS,
+      "width": _HEADS * _HEAD_WIDTH,
+      "context_tokens": shape.T,
+      "max_span": seen,
+      "dropout": 0.2,
+    }
+    config.model.update(defaults | settings)
   state = jax.device_get(steps.init_state(config))
   # Within (0, seen), as a sigmoid is.
   share_H = np.clip(np.array(shape.spans) / seen, 1e-6, 1 - 1e-6)

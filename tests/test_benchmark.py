@@ -51,8 +51,8 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
 ):
   """With the spans that are told, cut to what there is to see."""
   runs = {
-    "short": {"memory_tokens": 64, "position": "rotary"},
-    "none": {"attention": "span"},
+    "short": {"n_layer": 1, "memory_tokens": 64, "position": "rotary"},
+    "none": {"n_layer": 1, "attention": "span"},
   }
   spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 100.0)
   shape = benchmark.Step("small", 2, 32, spans, runs)
@@ -74,7 +74,7 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
   for (params, _), limit in zip(seen, (64, 32)):
     config = ModelConfig(attention="span", max_span=limit)
     np.testing.assert_allclose(
-      mask_params(params, config)[3].span, np.minimum(spans, limit), atol=1e-3
+      mask_params(params, config)[0].span, np.minimum(spans, limit), atol=1e-3
     )
   (_, memory), (_, none) = seen
   assert (memory.tokens_read == 96).all()
