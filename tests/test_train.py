@@ -395,6 +395,17 @@ def test_streams_and_their_memory_go_on_to_the_bit(
   assert metrics(workdir) == metrics(memory_run)
 
 
+def test_streams_start_anew_at_their_ends(memory_run):
+  """Of nine segments a stream: three of twelve steps are a second pass."""
+  with Checkpoints(memory_run) as saved:
+    leaves = saved.read_meta(12)["leaves"]["memory"]
+    memory = saved.restore_memory(
+      12,
+      {path: jax.ShapeDtypeStruct(*entry) for path, entry in leaves.items()},
+    )
+  np.testing.assert_array_equal(memory["tokens_read"], [3 * 24] * 2)
+
+
 @pytest.mark.parametrize(
   "change", [{"cpu_devices": 1}, {"batch_size": 8, "accumulation_steps": 4}]
 )
