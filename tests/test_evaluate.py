@@ -18,14 +18,19 @@ CONFIG = ModelConfig(
 DATA = np.random.default_rng(0).integers(97, 123, 401, np.uint8)
 
 
-@pytest.fixture(scope="module")
-def params():
+def drawn(config):
+  """Parameters with nothing at zero."""
   tokens = np.zeros((1, 12), int)
-  tree = Transformer(CONFIG).init(jax.random.key(0), tokens)["params"]
+  tree = Transformer(config).init(jax.random.key(0), tokens)["params"]
   keys = iter(jax.random.split(jax.random.key(1), 100))
   return jax.tree.map(
     lambda x: jax.random.normal(next(keys), x.shape) / 4, tree
   )
+
+
+@pytest.fixture(scope="module")
+def params():
+  return drawn(CONFIG)
 
 
 def nats_byte_by_byte(params, stride):
@@ -113,12 +118,7 @@ REMEMBERING = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def remembering():
-  tokens = np.zeros((1, 12), int)
-  tree = Transformer(REMEMBERING).init(jax.random.key(0), tokens)["params"]
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  return jax.tree.map(
-    lambda x: jax.random.normal(next(keys), x.shape) / 4, tree
-  )
+  return drawn(REMEMBERING)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 16, 80])

@@ -17,9 +17,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
 
 
-def windows(config, step):
+def windows(config, step, draw=batches.train_batch):
   """(B, T + 1) of the whole batch, whoever takes it."""
-  return batches.train_batch(
+  return draw(
     DATA,
     seed=0,
     step=step,
@@ -124,15 +124,7 @@ def remembering(tiny):
 
 
 def stream(config, step):
-  """(B, T + 1) of the whole batch, whoever takes it."""
-  return batches.stream_batch(
-    DATA,
-    seed=0,
-    step=step,
-    shard_index=0,
-    batch_size=config.batch_size,
-    context_tokens=config.model.context_tokens,
-  )
+  return windows(config, step, batches.stream_batch)
 
 
 def test_accumulation_keeps_memories_apart(tiny):
