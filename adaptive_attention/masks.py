@@ -65,9 +65,15 @@ def bounded(logit_H, low, high):
   return low + (high - low) * jax.nn.sigmoid(logit_H)
 
 
-def _per_head(value_H, distance):
-  value_H = jnp.asarray(value_H, jnp.float32)
-  return value_H.reshape(value_H.shape + (1,) * jnp.ndim(distance))
+def _aligned(distance, *values_H):
+  """Distances and values of heads, of ranks that broadcast to (H, ...)."""
+  d = jnp.asarray(distance, jnp.float32)
+  values_H = [jnp.asarray(value_H, jnp.float32) for value_H in values_H]
+  heads = max(value_H.ndim for value_H in values_H)
+  return (
+    d.reshape((1,) * heads + d.shape),
+    *(value_H.reshape(value_H.shape + (1,) * d.ndim) for value_H in values_H),
+  )
 
 
 def _clip(x):
@@ -87,8 +93,9 @@ def _periods(wave: Wave):
 
 def span_weight(distance, span_H, ramp):
   """m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
-  d = jnp.asarray(distance, jnp.float32)
-  return _clip((ramp + _per_head(span_H, d) - d) / ramp)
+  d, span = _aligned(distance, span_H)
+  ramp = jnp.asarray(ramp, jnp.float32)
+  return _clip((ramp + span - d) / ramp)
 
 
 def triangle_wave(distance, period_H, harmonics=None):
@@ -114,9 +121,8 @@ def _from_nearest_multiple(d, period):
 
 
 def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
-  d = jnp.asarray(distance, jnp.float32)
-  amplitude = _per_head(amplitude_period_H, d) / 4
-  period = _per_head(phase_period_H, d)
+  d, amplitude, period = _aligned(distance, amplitude_period_H, phase_period_H)
+  amplitude = amplitude / 4
   rest = _from_nearest_multiple(d, period)
   if harmonics is None:
     return amplitude - jnp.abs(rest)
@@ -132,7 +138,8 @@ def wave_weight(distance, wave: Wave):
   amplitude_period_H, phase_period_H = _periods(wave)
   lift_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
   tri = _triangle(distance, amplitude_period_H, phase_period_H, wave.harmonics)
-  return _clip(tri + 0.5 + _per_head(lift_H, distance))
+  _, lift = _aligned(distance, lift_H)
+  return _clip(tri + 0.5 + lift)
 
 
 def _weights(mask: Mask, distance):
@@ -162,7 +169,8 @@ def log_weight(mask: Mask, distance):
 
 def open_share(mask: Mask, length: int):
   """(H,) the share of the distances 0, 1, ..., length - 1 that are open."""
-  return jnp.mean(is_open(mask, jnp.arange(length)), axis=-1)
+  open_HS = is_open(mask, jnp.arange(length))
+  return jnp.mean(open_HS, axis=-1, dtype=jnp.float32)
 
 
 def open_fraction(wave: Wave):
@@ -187,4 +195,5 @@ def penalty(mask: Mask):
   span_H = jnp.asarray(mask.span, jnp.float32)
   if mask.wave is None:
     return jnp.mean(span_H)
-  return jnp.mean((span_H + mask.ramp) * open_fraction(mask.wave))
+  ramp = jnp.asarray(mask.ramp, jnp.float32)
+  return jnp.mean((span_H + ramp) * open_fraction(mask.wave))

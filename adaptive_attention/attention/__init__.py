@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import operator
 
+import jax
 import jax.numpy as jnp
 
 from adaptive_attention.attention import blocked, reference
@@ -61,6 +63,12 @@ def attend(
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
+  # NumPy's arrays, lists and numbers are taken as JAX takes them anywhere.
+  q_BTHK, k_BSHK, v_BSHK, mask, first_key, ring, relative_RK = jax.tree.map(
+    jnp.asarray, (q_BTHK, k_BSHK, v_BSHK, mask, first_key, ring, relative_RK)
+  )
+  memory = _whole_number("memory", memory)
+  dropout_seed = _seed(dropout_seed)
   _check(
     q_BTHK, k_BSHK, v_BSHK, mask, memory, first_key, dropout_rate, dropout_seed
   )
@@ -97,6 +105,20 @@ def _say_once(implementation):
   logging.getLogger(__name__).info("attention runs as %r", implementation)
 
 
+def _whole_number(name, value) -> int:
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise ValueError(f"{name}={value!r} must be an integer") from error
+
+
+def _seed(seed):
+  """A seed as a uint32, of a Python integer of any size; None for none."""
+  if isinstance(seed, int):
+    return jnp.uint32(seed % 2**32)
+  return None if seed is None else jnp.asarray(seed)
+
+
 def _require(condition, message):
   if not condition:
     raise ValueError(message)
@@ -129,6 +151,10 @@ def _check_positions(q, k, memory, ring, relative):
     )
 
 
+def _is_integer(x) -> bool:
+  return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+
+
 def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
   _require(
     q.ndim == 4 and k.ndim == 4,
@@ -142,7 +168,10 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
     k.shape == (B, S, H, K),
     f"k {k.shape} must have the batch, heads and width of q {q.shape}",
   )
-  _require(T >= 1, f"q {q.shape} must hold at least one query")
+  _require(
+    T >= 1 and H >= 1 and K >= 1,
+    f"q {q.shape} must hold at least one query, one head and a width of 1",
+  )
   _require(
     S >= T,
     f"S={S} keys are fewer than T={T} queries; the queries are the last T of "
@@ -154,14 +183,10 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
     "float32 or all bfloat16",
   )
   _require(
-    isinstance(memory, int) and 0 <= memory <= S - T,
-    f"memory={memory!r} must be an integer from 0 to S - T = {S - T}",
+    0 <= memory <= S - T,
+    f"memory={memory} must be an integer from 0 to S - T = {S - T}",
   )
-  _require(
-    jnp.ndim(first_key) == 0
-    and jnp.issubdtype(jnp.result_type(first_key), jnp.integer),
-    f"first_key={first_key!r} must be one integer",
-  )
+  _require(_is_integer(first_key), f"first_key={first_key} must be one integer")
   _require(
     0 <= dropout_rate < 1,
     f"dropout_rate={dropout_rate} must be at least 0 and less than 1",
@@ -171,8 +196,8 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
     f"dropout_rate={dropout_rate} needs a dropout_seed",
   )
   _require(
-    dropout_seed is None or jnp.ndim(dropout_seed) == 0,
-    "dropout_seed must be one integer, not an array of them",
+    dropout_seed is None or _is_integer(dropout_seed),
+    f"dropout_seed={dropout_seed} must be one integer",
   )
   if mask is None:
     return
@@ -186,8 +211,8 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
     )
   for name, value in lengths.items():
     _require(
-      jnp.shape(value) == (H,),
-      f"{name} has the shape {jnp.shape(value)}; expected one number for each "
-      f"of the {H} heads of q",
+      value.shape == (H,),
+      f"{name} has the shape {value.shape}; expected one number for each of "
+      f"the {H} heads of q",
     )
   _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")

@@ -9,9 +9,11 @@ rows stand that of `layout`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from adaptive_attention import masks
@@ -25,12 +27,15 @@ _LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
 def _kept(head, seed, B, x_Q):
   """KeyTile -> (B, Q, C) which weights dropout leaves, of queries at x_Q."""
   row_BQ1 = dropout.row_hash(
-    seed, jnp.arange(B)[:, None, None], head.h, x_Q[:, None]
+    seed,
+    jnp.arange(B, dtype=jnp.int32)[:, None, None],
+    head.h,
+    x_Q[None, :, None],
   )
 
   def kept(tile):
-    s_C = tile.x + head.static.origin
-    return dropout.keep_key(row_BQ1, s_C, head.static.dropout_rate)
+    s_11C = (tile.x + head.static.origin)[None, None]
+    return dropout.keep_key(row_BQ1, s_11C, head.static.dropout_rate)
 
   return kept
 
@@ -40,7 +45,9 @@ def _logits(q_BQK, k_BCK, tile, relative_DK):
   logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
   if relative_DK is not None:
     logits_BQC += tiles.skew(jnp.einsum("bqk,dk->bqd", q_BQK, relative_DK))
-  return logits_BQC if tile.bias is None else logits_BQC + tile.bias
+  if tile.bias is None:
+    return logits_BQC
+  return logits_BQC + (tile.bias[None] if tile.bias.ndim else tile.bias)
 
 
 def _loaded(head, scratch, queries, ring):
@@ -51,12 +58,12 @@ def _loaded(head, scratch, queries, ring):
   for name, array in (("k", ring.k_NSHK), ("v", ring.v_NSHK)):
     local[name] = head.keys.load(
       *(local[name], array, head.h, head.first_key_y),
-      *(ring.first_row, ring.batch),
+      *(head.plan.first, ring.first_row, ring.batch),
     )
   return local
 
 
-def _forward_head(head, q, ring, relative, seed, carry):
+def _forward_head(head, q, ring, relative, seed, zero, carry):
   """Fills in one head of (out_BTHK, lse_BTH1); the rest is scratch."""
   out, lse, scratch = carry
   static, h = head.static, head.h
@@ -66,7 +73,7 @@ def _forward_head(head, q, ring, relative, seed, carry):
   def query_tile(a, i, carry):
     out_local, lse_local = carry
     row = head.query_row(a, i)
-    q_BQK = take(local["q"], row, TILE) / jnp.sqrt(K)
+    q_BQK = take(local["q"], row, TILE) / math.sqrt(K)
     kept = _kept(head, seed, B, head.query_x(a, i))
 
     def key_tile(tile, carry):
@@ -95,9 +102,9 @@ def _forward_head(head, q, ring, relative, seed, carry):
       i,
       key_tile,
       (
-        jnp.full((B, TILE, 1), _LOW),
-        jnp.zeros((B, TILE, 1)),
-        jnp.zeros((B, TILE, K)),
+        jnp.full((B, TILE, 1), zero + _LOW),
+        jnp.full((B, TILE, 1), zero),
+        jnp.full((B, TILE, K), zero),
       ),
     )
     seen_BQ1 = total_BQ1 > 0
@@ -120,7 +127,7 @@ def _forward_head(head, q, ring, relative, seed, carry):
   )
 
 
-def _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry):
+def _backward_head(head, q, ring, relative, out, lse, d_out, seed, zero, carry):
   """Fills in one head of the gradients; the rest is scratch."""
   dq, dk, dv, d_table, d_relative, scratch = carry
   static, h = head.static, head.h
@@ -135,7 +142,7 @@ def _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry):
     dq_local, *sums = carry
     row = head.query_row(a, i)
     x_Q = head.query_x(a, i)
-    q_BQK = take(local["q"], row, TILE) / jnp.sqrt(K)
+    q_BQK = take(local["q"], row, TILE) / math.sqrt(K)
     d_out_BQK = take(local["d_out"], row, TILE)
     # What softmax takes off, the same with dropout as without. (In one sum over
     # all queries XLA's CPU backend takes as long for it as for two products.)
@@ -144,7 +151,7 @@ def _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry):
     )
     # Beyond the end of the class these are the rows of others.
     lse_BQ1 = jnp.where(
-      x_Q[:, None] < static.T, take(local["lse"], row, TILE), -_LOW
+      (x_Q < static.T)[None, :, None], take(local["lse"], row, TILE), -_LOW
     )
     kept = _kept(head, seed, B, x_Q)
 
@@ -176,22 +183,28 @@ def _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry):
         dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, q_BQK)
         dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, d_out_BQK)
         if static.memory:  # before the first new key are the rows of others
-          new_C1 = (tile.x >= first_new_x)[:, None]
-          dk_BCK = jnp.where(new_C1, dk_BCK, 0.0)
-          dv_BCK = jnp.where(new_C1, dv_BCK, 0.0)
+          new_1C1 = (tile.x >= first_new_x)[None, :, None]
+          dk_BCK = jnp.where(new_1C1, dk_BCK, 0.0)
+          dv_BCK = jnp.where(new_1C1, dv_BCK, 0.0)
         dk_local = _added(dk_local, tile.new_row, dk_BCK)
         dv_local = _added(dv_local, tile.new_row, dv_BCK)
       return dq_BQK, dk_local, dv_local, d_table_S, d_relative
 
     dq_BQK, *sums = head.for_each_key_tile(
-      a, i, key_tile, (jnp.zeros((B, TILE, K)), *sums)
+      a, i, key_tile, (jnp.full((B, TILE, K), zero), *sums)
     )
-    return put(dq_local, row, dq_BQK / jnp.sqrt(K)), *sums
+    return put(dq_local, row, dq_BQK / math.sqrt(K)), *sums
 
   dq_local, dk_local, dv_local, d_table_S, d_relative = (
     head.for_each_query_tile(
       query_tile,
-      (local["dq"], dk_local, dv_local, jnp.zeros(static.S), d_relative),
+      (
+        local["dq"],
+        dk_local,
+        dv_local,
+        jnp.full(static.S, zero),
+        d_relative,
+      ),
     )
   )
   first_x = head.first_new_y * head.stride
@@ -214,10 +227,11 @@ def _zero_after(x):
   """0.0, which the compiler finds out only when x is there.
 
   Arrays of known zeros it makes early, for all layers at once: the scratch of
-  each would then take memory from the beginning of a step to its end.
+  each would then take memory from the beginning of a step to its end. Under
+  `jax.shard_map` it varies over the devices as x does.
   """
-  bits = lax.bitcast_convert_type(x.ravel()[0].astype(jnp.float32), jnp.uint32)
-  return (bits >> 31 >> 1).astype(jnp.float32)
+  bits = lax.bitcast_convert_type(x.ravel()[:1].astype(jnp.float32), jnp.uint32)
+  return jnp.sum(bits >> 31 >> 1, dtype=jnp.uint32).astype(jnp.float32)
 
 
 def _scratch(static, B, sizes, zero):
@@ -230,63 +244,98 @@ def _scratch(static, B, sizes, zero):
   }
 
 
+def _rings(static, k, v, older):
+  """The keys and values of all S positions.
+
+  Those of a `Ring` are there already. Others are put together, which for the
+  compiler is the array that they were cut from.
+  """
+  if static.ring or older is None:
+    return older or Ring(k, v)
+  return Ring(
+    jnp.concatenate([older.k_NSHK, k], axis=1),
+    jnp.concatenate([older.v_NSHK, v], axis=1),
+  )
+
+
+@jax.custom_jvp
+def _differentiated_once(x):
+  """x, where a second derivative would miss what stands in a ring."""
+  return x
+
+
+@_differentiated_once.defjvp
+def _refuse(primals, tangents):
+  raise NotImplementedError(
+    "implementation='blocked' has no second derivatives over a ring, as its "
+    "rows have no tangents; choose implementation='reference'"
+  )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, plan, table, relative, q, k, v, ring, seed):
-  return _attend_forward(static, plan, table, relative, q, k, v, ring, seed)[0]
+def _attend(static, plan, table, relative, q, k, v, older, seed):
+  """Attends; differentiable once in reverse, and then forward."""
+  return _attend_forward(static, plan, table, relative, q, k, v, older, seed)[0]
 
 
-def _attend_forward(static, plan, table, relative, q, k, v, ring, seed):
-  # The values of these stand in the plan and in the ring.
-  del table, k, v
+def _attend_forward(static, plan, table, relative, q, k, v, older, seed):
   B, T, H, K = q.shape
+  residuals = plan, table, relative, q, k, v, older, seed
+  if static.ring:
+    q = _differentiated_once(q)
+  ring = _rings(static, k, v, older)
+  zero = _zero_after(q)
 
   def one_head(h, carry):
-    head = tiles.Head(plan, h, static)
-    return _forward_head(head, q, ring, relative, seed, carry)
+    head = tiles.Head(plan, table, h, static)
+    return _forward_head(head, q, ring, relative, seed, zero, carry)
 
-  zero = _zero_after(q)
   sizes = dict.fromkeys(("q", "k", "v", "out"), K) | {"lse": 1}
-  out, lse, _ = lax.fori_loop(
-    0,
-    H,
-    one_head,
-    (
-      jnp.full(q.shape, zero, q.dtype),
-      jnp.full((B, T, H, 1), zero),
-      _scratch(static, B, sizes, zero),
-    ),
-  )
-  return out, (plan, relative, q, ring, out, lse, seed)
+  with jax.default_matmul_precision(static.precision):
+    out, lse, _ = lax.fori_loop(
+      0,
+      H,
+      one_head,
+      (
+        jnp.full(q.shape, zero, q.dtype),
+        jnp.full((B, T, H, 1), zero),
+        _scratch(static, B, sizes, zero),
+      ),
+    )
+  return out, (residuals, out, lse)
 
 
 def _attend_backward(static, residuals, d_out):
-  plan, relative, q, ring, out, lse, seed = residuals
+  (plan, table, relative, q, k, v, older, seed), out, lse = residuals
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
+  if static.ring:
+    d_out = _differentiated_once(d_out)
+  ring = _rings(static, k, v, older)
+  zero = _zero_after(d_out)
 
   def one_head(h, carry):
-    head = tiles.Head(plan, h, static)
-    return _backward_head(head, q, ring, relative, out, lse, d_out, seed, carry)
+    head = tiles.Head(plan, table, h, static)
+    return _backward_head(
+      head, q, ring, relative, out, lse, d_out, seed, zero, carry
+    )
 
   names = ("q", "out", "d_out", "k", "v", "dq", "dk", "dv")
   sizes = dict.fromkeys(names, K) | {"lse": 1}
-  zero = _zero_after(d_out)
-  new_keys = jnp.full(
-    (B, static.S - static.memory, H, K), zero, ring.k_NSHK.dtype
-  )
-  dq, dk, dv, d_table, d_relative, _ = lax.fori_loop(
-    0,
-    H,
-    one_head,
-    (
-      jnp.full(q.shape, zero, q.dtype),
-      new_keys,
-      new_keys,
-      jnp.full((H, static.S), zero),
-      None if relative is None else jnp.full(relative.shape, zero),
-      _scratch(static, B, sizes, zero),
-    ),
-  )
+  with jax.default_matmul_precision(static.precision):
+    dq, dk, dv, d_table, d_relative, _ = lax.fori_loop(
+      0,
+      H,
+      one_head,
+      (
+        jnp.full(q.shape, zero, q.dtype),
+        jnp.full(k.shape, zero, k.dtype),
+        jnp.full(v.shape, zero, v.dtype),
+        jnp.full((H, static.S), zero),
+        None if relative is None else jnp.full(relative.shape, zero),
+        _scratch(static, B, sizes, zero),
+      ),
+    )
   return (
     jax.tree.map(_no_gradient, plan),
     d_table,
@@ -294,7 +343,7 @@ def _attend_backward(static, residuals, d_out):
     dq,
     dk,
     dv,
-    jax.tree.map(_no_gradient, ring),
+    jax.tree.map(_no_gradient, older),
     _no_gradient(seed),
   )
 
@@ -302,10 +351,27 @@ def _attend_backward(static, residuals, d_out):
 def _no_gradient(x):
   if jnp.issubdtype(x.dtype, jnp.floating):
     return jnp.zeros_like(x)
-  return jnp.zeros(x.shape, jax.dtypes.float0)
+  return np.zeros(x.shape, jax.dtypes.float0)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _varying_alike(*trees):
+  """The trees, each array as varying over the devices as all together are.
+
+  Under `jax.shard_map` an array is marked with the axes over which it differs
+  from device to device, and what a loop carries must keep its marks.
+  """
+  axes = frozenset().union(
+    *(jax.typeof(x).mat.varying for x in jax.tree.leaves(trees))
+  )
+  return jax.tree.map(
+    lambda x: lax.pcast(
+      x, tuple(axes - jax.typeof(x).mat.varying), to="varying"
+    ),
+    trees,
+  )
 
 
 def attend(
@@ -325,7 +391,7 @@ def attend(
   T, H = q_BTHK.shape[1:3]
   S = k_BSHK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   if mask is None:
-    mask = masks.Mask(jnp.full(H, float(S)), 1.0)
+    mask = masks.Mask(jnp.full(H, float(S), jnp.float32), 1.0)
   static, plan, table_HS = tiles.prepare(
     mask,
     T,
@@ -337,17 +403,18 @@ def attend(
   )
   if relative_RK is not None:
     relative_RK = relative_RK.astype(jnp.float32)
-  # What is read and what takes the gradient: the memory takes none.
-  source = ring or Ring(k_BSHK, v_BSHK)
+  older = ring
+  if ring is None and memory:
+    older = Ring(k_BSHK[:, :memory], v_BSHK[:, :memory])
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
-  return _attend(
-    static,
+  arrays = _varying_alike(
     plan,
     table_HS,
     relative_RK,
     q_BTHK,
     k_BSHK[:, memory:],
     v_BSHK[:, memory:],
-    jax.tree.map(lax.stop_gradient, Ring(*map(jnp.asarray, source))),
+    jax.tree.map(lax.stop_gradient, older),
     seed.astype(jnp.uint32),
   )
+  return _attend(static, *arrays)

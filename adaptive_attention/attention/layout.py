@@ -84,10 +84,13 @@ class Layout:
       return body(0, carry)
     return lax.fori_loop(0, self.stride, body, carry)
 
-  def load(self, local_BRK, array_NXHK, h, y_from, first_row=0, batch=0):
+  def load(
+    self, local_BRK, array_NXHK, h, y_from, first_x=None, first_row=0, batch=0
+  ):
     """The local array with the positions from y_from on of head h.
 
     Args:
+      first_x: zeros stand for what is before it, if given.
       first_row, batch: of the `Ring` that the array belongs to.
     """
     B, _, K = local_BRK.shape
@@ -100,10 +103,12 @@ class Layout:
     def gather_rows(row):
       if not self.ring:
         return array_NXHK[:, row, h]
-      return array_NXHK[batch + jnp.arange(B)[:, None], row, h]
+      return array_NXHK[batch + jnp.arange(B, dtype=jnp.int32)[:, None], row, h]
 
     def one(a, y, local_BRK):
-      x = a + self.stride * (y + jnp.arange(block)) + self.front
+      x = (
+        a + self.stride * (y + jnp.arange(block, dtype=jnp.int32)) + self.front
+      )
       row = jnp.clip(x, 0, X - 1)
       if self.ring:
         row = (row + first_row) % X
@@ -112,6 +117,10 @@ class Layout:
         block_BYK = lax.cond(together, slice_rows, gather_rows, row)
       else:
         block_BYK = slice_rows(row)
+      if first_x is not None:
+        exists_1Y1 = (x >= first_x + self.front)[None, :, None]
+        zero = jnp.zeros((), block_BYK.dtype)
+        block_BYK = jnp.where(exists_1Y1, block_BYK, zero)
       return put(local_BRK, self.row(a, y), block_BYK.astype(jnp.float32))
 
     return self._over_blocks(y_from, one, local_BRK)
@@ -119,7 +128,7 @@ class Layout:
   def clear(self, local_BRK, y_from):
     """The local array with zeros from y_from on."""
     B, _, K = local_BRK.shape
-    zeros_BYK = jnp.zeros((B, self.block, K))
+    zeros_BYK = jnp.zeros((B, self.block, K), jnp.float32)
 
     def one(a, y, local_BRK):
       return put(local_BRK, self.row(a, y), zeros_BYK)
@@ -133,7 +142,7 @@ class Layout:
     def one(j, array_BXHK):
       start = jnp.minimum(x_from + j * block, T - block)
       start = jnp.maximum(start, -self.front)
-      x = start + jnp.arange(block)
+      x = start + jnp.arange(block, dtype=jnp.int32)
       if self.strided:
         block_BYK = lax.cond(
           P == 1,
@@ -142,7 +151,7 @@ class Layout:
         )
       else:
         block_BYK = take(local_BRK, self.row(0, start), block)
-      block_BYK = jnp.where((x >= x_from)[:, None], block_BYK, 0.0)
+      block_BYK = jnp.where((x >= x_from)[None, :, None], block_BYK, 0.0)
       return lax.dynamic_update_slice(
         array_BXHK,
         block_BYK.astype(array_BXHK.dtype)[:, :, None],

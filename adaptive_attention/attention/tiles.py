@@ -39,6 +39,8 @@ class Static(NamedTuple):
   strided: bool  # whether a head may have a stride other than one
   dropout_rate: float
   ring: bool = False  # whether keys are read out of a `Ring`
+  # Of products: what jax.default_matmul_precision is where `attend` is called.
+  precision: str | None = None
 
   @property
   def origin(self):
@@ -47,14 +49,13 @@ class Static(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Of each head: how its tiles are walked, and what its masks add.
+  """Of each head: how its tiles are walked; integers alone.
 
   Attributes:
     stride: (H,) P.
     last: (H,) the largest open distance; -1 if there is none.
     residues: (H, MAX_STRIDE) the open rho, in front.
     residue_count: (H,) how many these are.
-    table: (H, S) log m + log w by distance.
     first: the x of the first key that exists.
     even: (H,) the distance up to which the table is one number for each rho.
   """
@@ -63,9 +64,13 @@ class Plan(NamedTuple):
   last: jax.Array
   residues: jax.Array
   residue_count: jax.Array
-  table: jax.Array
   first: jax.Array
   even: jax.Array
+
+
+def _integers(count):
+  """0, 1, ..., count - 1 in 32 bits, whatever JAX's default is."""
+  return jnp.arange(count, dtype=jnp.int32)
 
 
 def _query_tiles(static, stride, a):
@@ -101,17 +106,17 @@ def tile_counts(static, stride, last, open_residue, first):
     first: the x of the first key that exists.
   """
   P = stride
-  a = jnp.arange(MAX_STRIDE if static.strided else 1)[:, None, None]
-  i = jnp.arange(ceil_div(static.T, TILE))[:, None]
-  rho = jnp.arange(MAX_STRIDE)
+  a = _integers(MAX_STRIDE if static.strided else 1)[:, None, None]
+  i = _integers(ceil_div(static.T, TILE))[None, :, None]
+  rho = _integers(MAX_STRIDE)[None, None]
   b = (a < rho).astype(jnp.int32)
   count = jnp.minimum(
     _diagonals(P, last, rho, b),
     _existing(P, first, a - rho + P * b, i),
   )
   meets = (a < P) & (i < _query_tiles(static, P, a))
-  meets &= (rho < P) & open_residue
-  return jnp.sum(jnp.where(meets, count, 0))
+  meets &= (rho < P) & open_residue[None, None]
+  return jnp.sum(jnp.where(meets, count, 0), dtype=jnp.int32)
 
 
 def _over_heads(static):
@@ -126,11 +131,11 @@ def make_plan(mask, table_HS, first, static) -> Plan:
   table_HS = lax.stop_gradient(table_HS)
   open_HS = table_HS > -jnp.inf
   H, S = open_HS.shape
-  last_H = jnp.max(jnp.where(open_HS, jnp.arange(S), -1), axis=-1)
+  last_H = jnp.max(jnp.where(open_HS, _integers(S)[None], -1), axis=-1)
   # m falls with the distance: a residue is open if its least distance is.
   least_HR = open_HS[:, :MAX_STRIDE]
   least_HR = jnp.pad(least_HR, ((0, 0), (0, max(0, MAX_STRIDE - S))))
-  band_HR = jnp.broadcast_to(jnp.arange(MAX_STRIDE) == 0, least_HR.shape)
+  band_HR = jnp.broadcast_to(_integers(MAX_STRIDE) == 0, least_HR.shape)
   count = _over_heads(static)
   stride_H = jnp.ones(H, jnp.int32)
   if static.strided:
@@ -141,7 +146,7 @@ def make_plan(mask, table_HS, first, static) -> Plan:
     worth = _STRIDE_COST * strided_H < band_H
     stride_H = jnp.where(worth & (period_H == strides_H), strides_H, 1)
   open_HR = jnp.where(stride_H[:, None] == 1, band_HR, least_HR)
-  open_HR &= jnp.arange(MAX_STRIDE) < stride_H[:, None]
+  open_HR &= _integers(MAX_STRIDE)[None] < stride_H[:, None]
   open_HR &= last_H[:, None] >= 0
   # There m = 1 and without a slope; a token less, as m is rounded.
   even_H = jnp.ceil(lax.stop_gradient(mask.span)).astype(jnp.int32) - 2
@@ -152,18 +157,22 @@ def make_plan(mask, table_HS, first, static) -> Plan:
     last_H,
     jnp.argsort(~open_HR, axis=-1, stable=True).astype(jnp.int32),
     jnp.sum(open_HR, axis=-1, dtype=jnp.int32),
-    table_HS,
     first,
     even_H,
   )
 
 
 def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0, ring=False):
-  """(static, plan, table_HS) of one call; the table is differentiable."""
+  """(static, plan, table_HS) of one call.
+
+  The table holds log m + log w by distance. It is differentiable.
+  """
   strided = mask.wave is not None and mask.wave.integer
-  static = Static(T, S, memory, strided, dropout_rate, ring)
-  first = jnp.maximum(jnp.asarray(first_key, jnp.int32), 0) - static.origin
-  table_HS = masks.log_weight(mask, jnp.arange(S))
+  precision = jax.config.jax_default_matmul_precision
+  static = Static(T, S, memory, strided, dropout_rate, ring, precision)
+  first = jnp.clip(jnp.asarray(first_key), 0, S).astype(jnp.int32)
+  first = first - static.origin
+  table_HS = masks.log_weight(mask, _integers(S))
   return static, make_plan(mask, table_HS, first, static), table_HS
 
 
@@ -171,7 +180,7 @@ def prepare(mask, T, S, memory=0, first_key=0, dropout_rate=0.0, ring=False):
 def touched(mask: masks.Mask, T: int, S: int, first_key=0):
   """(H,) how many tiles are computed for T queries and S keys."""
   static, plan, _ = prepare(mask, T, S, first_key=first_key)
-  rank_R = jnp.arange(MAX_STRIDE)
+  rank_R = _integers(MAX_STRIDE)
   open_HR = jax.vmap(
     lambda order, n: jnp.zeros(MAX_STRIDE, bool).at[order].set(rank_R < n)
   )(plan.residues, plan.residue_count)
@@ -258,8 +267,8 @@ def layouts(static, stride=1):
 class Head:
   """One head's walk over its tiles, forward and backward alike."""
 
-  def __init__(self, plan, h, static):
-    self.h, self.static, self.plan = h, static, plan
+  def __init__(self, plan, table_HS, h, static):
+    self.h, self.static, self.plan, self.table = h, static, plan, table_HS
     self.stride = plan.stride[h]
     self.last = plan.last[h]
     self.queries, self.keys, self.new_keys = layouts(static, self.stride)
@@ -286,7 +295,7 @@ class Head:
 
   def query_x(self, a, i):
     """(TILE,) the positions of the queries of a tile."""
-    return a + self.stride * (i * TILE + jnp.arange(TILE))
+    return a + self.stride * (i * TILE + _integers(TILE))
 
   def for_each_key_tile(self, a, i, body, carry):
     """body(KeyTile, carry) over what query tile i of class a meets."""
@@ -338,15 +347,16 @@ class Head:
   def _key_tile(self, i, rho, b, c, n, even, older):
     plan, S = self.plan, self.static.S
     y = (i - n) * TILE
-    x = c + self.stride * (y + jnp.arange(TILE))
-    distance = n * TILE - b + jnp.arange(TILE - 1, -TILE, -1)
+    x = c + self.stride * (y + _integers(TILE))
+    distance = n * TILE - b + TILE - 1 - _integers(2 * TILE - 1)
     distance = self.stride * distance + rho
     if not even:
-      added = plan.table[self.h, jnp.clip(distance, 0, S - 1)]
+      added = self.table[self.h, jnp.clip(distance, 0, S - 1)]
       added = jnp.where((distance >= 0) & (distance < S), added, -jnp.inf)
-      bias = jnp.where(x >= plan.first, _toeplitz(added), -jnp.inf)
+      exists_1C = (x >= plan.first)[None]
+      bias = jnp.where(exists_1C, _toeplitz(added), -jnp.inf)
     elif self.static.strided:
-      bias = plan.table[self.h, rho]
+      bias = self.table[self.h, rho]
     else:
       bias = None
     rows = self.keys.row(c, y), self.new_keys.row(c, y)
