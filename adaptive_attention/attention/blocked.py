@@ -294,7 +294,7 @@ def _attend_forward(static, plan, table, relative, q, k, v, older, seed):
   with jax.default_matmul_precision(static.precision):
     out, lse, _ = lax.fori_loop(
       0,
-      H,
+      np.int32(H),
       one_head,
       (
         jnp.full(q.shape, zero, q.dtype),
@@ -325,7 +325,7 @@ def _attend_backward(static, residuals, d_out):
   with jax.default_matmul_precision(static.precision):
     dq, dk, dv, d_table, d_relative, _ = lax.fori_loop(
       0,
-      H,
+      np.int32(H),
       one_head,
       (
         jnp.full(q.shape, zero, q.dtype),
@@ -349,9 +349,9 @@ def _attend_backward(static, residuals, d_out):
 
 
 def _no_gradient(x):
-  if jnp.issubdtype(x.dtype, jnp.floating):
+  if jnp.issubdtype(jnp.result_type(x), jnp.floating):
     return jnp.zeros_like(x)
-  return np.zeros(x.shape, jax.dtypes.float0)
+  return np.zeros(np.shape(x), jax.dtypes.float0)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -406,6 +406,7 @@ def attend(
   older = ring
   if ring is None and memory:
     older = Ring(k_BSHK[:, :memory], v_BSHK[:, :memory])
+    older = Ring(*map(jnp.asarray, older))
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   arrays = _varying_alike(
     plan,

@@ -17,13 +17,18 @@ def ceil_div(x, y):
   return -(-x // y)
 
 
+def at(*index):
+  """The place where a slice begins, in integers of one type as JAX wants it."""
+  return tuple(jnp.asarray(i, jnp.int32) for i in index)
+
+
 def take(local_BRK, row, count):
   B, _, K = local_BRK.shape
-  return lax.dynamic_slice(local_BRK, (0, row, 0), (B, count, K))
+  return lax.dynamic_slice(local_BRK, at(0, row, 0), (B, count, K))
 
 
 def put(local_BRK, row, rows_BYK):
-  return lax.dynamic_update_slice(local_BRK, rows_BYK, (0, row, 0))
+  return lax.dynamic_update_slice(local_BRK, rows_BYK, at(0, row, 0))
 
 
 class Layout:
@@ -97,8 +102,8 @@ class Layout:
     X, block = array_NXHK.shape[1], self.block
 
     def slice_rows(row):
-      at, sizes = (batch, row[0], h, 0), (B, block, 1, K)
-      return lax.dynamic_slice(array_NXHK, at, sizes)[:, :, 0]
+      start, sizes = at(batch, row[0], h, 0), (B, block, 1, K)
+      return lax.dynamic_slice(array_NXHK, start, sizes)[:, :, 0]
 
     def gather_rows(row):
       if not self.ring:
@@ -155,7 +160,7 @@ class Layout:
       return lax.dynamic_update_slice(
         array_BXHK,
         block_BYK.astype(array_BXHK.dtype)[:, :, None],
-        (0, start + self.front, h, 0),
+        at(0, start + self.front, h, 0),
       )
 
     if self.whole:

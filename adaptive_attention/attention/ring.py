@@ -35,7 +35,7 @@ def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
 
   def written(old_NSHK, new_BTHK):
     new_BTHK = lax.stop_gradient(new_BTHK).astype(old_NSHK.dtype)
-    at = (ring.batch, ring.first_row, 0, 0)
+    at = [jnp.asarray(i, jnp.int32) for i in (ring.batch, ring.first_row, 0, 0)]
     return lax.dynamic_update_slice(old_NSHK, new_BTHK, at)
 
   return Ring(

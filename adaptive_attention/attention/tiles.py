@@ -143,7 +143,8 @@ def make_plan(mask, table_HS, first, static) -> Plan:
     band_H = count(stride_H, last_H, band_HR, first)
     strides_H = jnp.clip(period_H, 1, MAX_STRIDE)
     strided_H = count(strides_H, last_H, least_HR, first)
-    worth = _STRIDE_COST * strided_H < band_H
+    strided_cost_H = _STRIDE_COST * strided_H.astype(jnp.float32)
+    worth = strided_cost_H < band_H.astype(jnp.float32)
     stride_H = jnp.where(worth & (period_H == strides_H), strides_H, 1)
   open_HR = jnp.where(stride_H[:, None] == 1, band_HR, least_HR)
   open_HR &= _integers(MAX_STRIDE)[None] < stride_H[:, None]
@@ -205,15 +206,19 @@ def skew(x):
   laid end to end that is a slice.
   """
   lead = x.shape[:-2]
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]).reshape(*lead, -1)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+  x = x.reshape(*lead, TILE * 2 * TILE)
   x = x[..., TILE - 1 : TILE - 1 + TILE * (2 * TILE - 1)]
   return x.reshape(*lead, TILE, 2 * TILE - 1)[..., :TILE]
 
 
 def unskew(y):
-  """`skew` transposed."""
-  zeros = jnp.zeros((*y.shape[:-2], TILE, 2 * TILE - 1), y.dtype)
-  return jax.linear_transpose(skew, zeros)(y)[0]
+  """`skew` transposed: each pair's number goes to its distance."""
+  lead = y.shape[:-2]
+  y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, TILE - 1)])
+  y = y.reshape(*lead, TILE * (2 * TILE - 1))
+  y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(TILE - 1, 1)])
+  return y.reshape(*lead, TILE, 2 * TILE)[..., :-1]
 
 
 def at_distances(relative_RK, tile):
