@@ -55,9 +55,15 @@ def attend(
       to take the gradient; all that is older is memory, and `memory` stays 0.
     relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
 
+  Arrays may be NumPy's. What keys and values before `first_key` hold, nan
+  included, changes nothing.
+
   Returns:
     (B, T, H, K) in the dtype of q. Differentiable in q, k, v, the arrays of
-    `mask` and the relative vectors.
+    `mask` and the relative vectors. "reference" has derivatives of all orders
+    and kinds; "blocked" has gradients, and their forward derivatives (Hessian-
+    vector products by jax.jvp of jax.grad), but no jax.jvp by itself and no
+    gradient of a gradient, which JAX refuses.
 
   Raises:
     ValueError: an unknown implementation, or arguments that do not fit.
