@@ -191,6 +191,24 @@ def _dealt(config) -> int:
 
 
 def _workdir(given) -> pathlib.Path:
+  """The run's folder.
+
+  Raises:
+    SettingsError: nothing can be there.
+  """
+  from adaptive_attention.settings import SettingsError
+
+  workdir = _named_folder(given)
+  try:
+    workdir.resolve().exists()
+  except (OSError, RuntimeError) as error:  # too long, or a circle of links
+    raise SettingsError(
+      f"--workdir={workdir} cannot be reached ({error}); give another folder"
+    ) from error
+  return workdir
+
+
+def _named_folder(given):
   if given.flags["workdir"]:
     return pathlib.Path(given.flags["workdir"])
   if given.use.mode == "bench":
@@ -211,21 +229,16 @@ def _check_folder(workdir: pathlib.Path):
 
   sources = [p for p in _HERE.iterdir() if (p / "__init__.py").is_file()]
   sources += [p for p in _HERE.glob(".*") if p.is_dir()]
-  try:
-    place = workdir.resolve()
-    above = [p for p in (place, *place.parents) if p.exists()]
-    # Compared as places, however they are spelled.
-    inside = [s for s in sources if any(p.samefile(s) for p in above)]
-    inside += [_HERE] if place.exists() and place.samefile(_HERE) else []
-  except (OSError, RuntimeError) as error:  # too long, or a circle of links
-    raise SettingsError(
-      f"--workdir={workdir} cannot be reached ({error}); give another folder"
-    ) from error
+  place = workdir.resolve()
+  above = [p for p in (place, *place.parents) if p.exists()]
   if not above[0].is_dir():
     raise SettingsError(
       f"--workdir={workdir} is not possible, as {above[0]} is a file; give a "
       "folder"
     )
+  # Compared as places, however they are spelled.
+  inside = [s for s in sources if any(p.samefile(s) for p in above)]
+  inside += [_HERE] if place.exists() and place.samefile(_HERE) else []
   if inside:
     raise SettingsError(
       f"--workdir={workdir} is not possible, as the source is in {inside[0]}; "

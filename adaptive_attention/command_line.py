@@ -156,7 +156,7 @@ def parse(argv, folder: pathlib.Path, defaults: ConfigDict) -> Given | None:
     except config_file.ConfigFileError as error:
       raise UsageError(error) from error
   overrides = _override(config, rest, list(values))
-  given = [name for name in values if values[name].present]
+  given = [n for n in values if values[n].present and n not in (*_HELP, "h")]
   use = _use_of(values, given)
   _check(use, {name: values[name].value for name in values}, given, overrides)
   return Given(use, values.flag_values_dict(), config, file, overrides)

@@ -1,6 +1,7 @@
 """A file of settings: what its get_config returns, or why it cannot be had."""
 
 import inspect
+import os
 import pathlib
 import runpy
 
@@ -13,7 +14,7 @@ class ConfigFileError(Exception):
 
 def file_and_argument(given: str) -> tuple[str, list[str]]:
   """What --config names: a file, and what to hand its get_config, if any."""
-  if pathlib.Path(given).is_file():
+  if os.path.isfile(given):  # False too for a name that no file may have
     return given, []
   file, *argument = given.split(":", 1)
   return file, argument
@@ -31,8 +32,8 @@ def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
     ConfigFileError: no such file, one that fails, or settings of another kind.
   """
   file, argument = file_and_argument(given)
-  if not pathlib.Path(file).is_file() or not file.endswith(".py"):
-    kind = "file of Python" if pathlib.Path(file).exists() else "file"
+  if not os.path.isfile(file) or not file.endswith(".py"):
+    kind = "file of Python" if os.path.exists(file) else "file"
     raise ConfigFileError(
       f"--config={given} is no {kind}; give one of configs/: "
       + ", ".join(sorted(p.name for p in folder.glob("[!_]*.py")))
