@@ -304,7 +304,7 @@ def _check_data_flags(given, config):
     if name in given.overrides:
       raise SettingsError(
         f"--config.{name}={given.overrides[name]} means nothing where {why}; "
-        "leave one of the two out"
+        "leave it out, or change that too (--config.data.path= for no file)"
       )
 
 

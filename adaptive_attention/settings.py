@@ -250,6 +250,11 @@ def check_resumed(saved: Mapping, config, step: int) -> dict[str, tuple]:
     if old is not None  # of a version before there was this setting
   }
   for name, (old, new) in changed.items():
+    if name == "init_from" and new:
+      raise SettingsError(
+        f"config.init_from={new!r} means nothing to a run that goes on from "
+        f"step {step}; leave it out, or give another --workdir"
+      )
     # The optimizer's state is that of its kind.
     if fixes_the_model(name) or name == "optimizer.name":
       raise SettingsError(

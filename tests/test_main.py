@@ -161,6 +161,17 @@ def test_a_config_may_take_an_argument(main, refused, tmp_path):
   assert "takes no argument" in refused(2, f"{ENWIK8}:3")
 
 
+def test_data_that_would_not_be_read(refused):
+  path = "--config.data.path=a.txt"
+  for flag in ("data.corpus=python_source", "data.cache_dir=b"):
+    message = refused(2, ENWIK8, path, f"--config.{flag}")
+    assert f"{flag} means nothing where data.path=a.txt is read" in message
+  message = refused(
+    2, "--config=configs/quickstart.py", "--config.data.cache_dir=b"
+  )
+  assert "means nothing where data.corpus=python_source is read" in message
+
+
 def test_a_setting_is_no_section(refused):
   assert "config.model is a section" in refused(2, ENWIK8, "--config.model={}")
 

@@ -76,7 +76,12 @@ def test_settings_of_other_versions():
 
 @pytest.mark.parametrize(
   ("name", "value"),
-  [("model.n_layer", 3), ("model.max_span", 9), ("optimizer.name", "adagrad")],
+  [
+    ("model.n_layer", 3),
+    ("model.max_span", 9),
+    ("optimizer.name", "adagrad"),
+    ("init_from", "a.npz"),
+  ],
 )
 def test_what_does_not_fit_a_checkpoint_is_named(name, value):
   config = base.get_config()
