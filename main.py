@@ -1,159 +1,49 @@
-"""The command line: which verb, on which settings, into which folder."""
+"""The command line: which mode, on which settings, into which folder."""
 
-import ast
 import logging
 import pathlib
-import runpy
 import sys
+import urllib.parse
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from adaptive_attention import command_line, config_file
 from configs import base
 
-_HERE = pathlib.Path(__file__).parent
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  str(_HERE / "configs" / "base.py"),
-  "The experiment, a file of configs/; --config.FIELD=VALUE changes a setting.",
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "The run's folder; runs/NAME for --config configs/NAME.py."
-)
-_MODE = flags.DEFINE_enum(
-  "mode",
-  "train",
-  ["train", "eval", "sample", "export", "plan", "bench"],
-  "What to do.",
-)
-_STEP = flags.DEFINE_string(
-  "step", None, "The checkpoint to use: latest (if not given), best or N."
-)
-_SPLIT = flags.DEFINE_enum(
-  "split", "valid", ["valid", "test"], "Which split to evaluate."
-)
-_PROTOCOL = flags.DEFINE_string(
-  "protocol",
-  None,
-  "How to evaluate: window (disjoint), stride:N, or memory (read once, as "
-  "streams); memory for a model that has one, else window, if not given.",
-)
+_HERE = pathlib.Path(__file__).resolve().parent
 
 
-_PROMPT = flags.DEFINE_string("prompt", None, "What a sample goes on from.")
-_PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "The same out of a file, to the byte."
-)
-_TOKENS = flags.DEFINE_integer("tokens", 500, "How many bytes to write.", 1)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "Divides the logits; 0 for the likeliest byte.", 0.0
-)
-_TOP_K = flags.DEFINE_integer(
-  "top_k", 0, "Draw from so many of the likeliest bytes; 0 for all.", 0
-)
-_TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Draw from the likeliest bytes of so much probability.", 0.0
-)
-_NUM = flags.DEFINE_integer("num", 1, "How many texts to write.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed, the same texts.", 0)
-_HARDEN = flags.DEFINE_bool(
-  "harden", False, "Export spans and periods rounded, and say what that costs."
-)
-_FINETUNE_STEPS = flags.DEFINE_integer(
-  "finetune_steps", 0, "Train the hardened model on for so many steps.", 0
-)
-_EXPORTING = ("harden", "finetune_steps")
-_SAMPLING = (
-  "prompt",
-  "prompt_file",
-  "tokens",
-  "temperature",
-  "top_k",
-  "top_p",
-  "num",
-  "seed",
-)
-
-
-def main() -> int:
-  """Runs the verb; returns the exit code, an error said in one sentence."""
+def main(argv) -> int:
+  """Runs the mode; returns the exit code, an error said in one sentence."""
+  defaults = base.get_config()
+  try:
+    given = command_line.parse(argv, _HERE / "configs", defaults)
+  except command_line.UsageError as error:
+    return _fail(error, 2)
+  if given is None:
+    print(command_line.help_page(base.get_config()))
+    return 0
   # Imported after the flags were read, so that a wrong one is told at once.
   from adaptive_attention import (
     benchmark,
     checkpoint,
     evaluate,
-    export,
     generate,
     logbook,
-    parallel,
-    plan,
     settings,
     train,
     weights,
   )
   from data import CorpusError
 
-  mode, config = _MODE.value, _CONFIG.value
   try:
-    _check_flags(settings)
-    settings.check(config)
-    corpus = None
-    if mode == "train":
-      corpus = _corpus(config)
-      settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
-    if mode in ("bench", "sample"):  # one device is what is timed or used
-      config.cpu_devices = config.cpu_devices or 1
-    parallel.start(config)
-    step = None
-    if mode in ("eval", "sample", "export") or (
-      mode == "plan" and not _config_given()
-    ):
-      config, step = _saved_settings(checkpoint, settings)
-    settings.check_devices(config, parallel.device_count())
-    match mode:
-      case "train":
-        settings.check_data(config, corpus, parallel.device_count())
-        _say_header(logbook)
-        train.run(config, _workdir(), corpus, step=_STEP.value)
-      case "eval":
-        evaluate.run(
-          config,
-          _workdir(),
-          _corpus(config),
-          step=step,
-          split=_SPLIT.value,
-          protocol=_PROTOCOL.value,
-        )
-      case "sample":
-        generate.run(
-          config,
-          _workdir(),
-          step=step,
-          prompt=generate.read_prompt(_PROMPT.value, _PROMPT_FILE.value),
-          tokens=_TOKENS.value,
-          temperature=_TEMPERATURE.value,
-          top_k=_TOP_K.value,
-          top_p=_TOP_P.value,
-          num=_NUM.value,
-          seed=_SEED.value,
-        )
-      case "export":
-        export.run(
-          config,
-          _workdir(),
-          _corpus(config) if _HARDEN.value else None,
-          step=step,
-          harden=_HARDEN.value,
-          finetune_steps=_FINETUNE_STEPS.value,
-        )
-      case "plan":
-        plan.run(config, _WORKDIR.value, step)
-      case "bench":
-        benchmark.run(config, _workdir())
+    _run(given)
   except settings.SettingsError as error:
     return _fail(error, 2)
   except train.Stopped as stopped:
     return _fail(stopped, stopped.exit_code)
+  except KeyboardInterrupt:
+    return _fail("stopped by SIGINT", 130)
   except (
     CorpusError,
     benchmark.BenchmarkError,
@@ -173,81 +63,224 @@ def _fail(error, code) -> int:
   return code
 
 
-def _config_given() -> bool:
-  return any(a.lstrip("-").split("=")[0] == "config" for a in sys.argv[1:])
+def _run(given: command_line.Given):
+  match given.use.mode:
+    case "train":
+      _train(given)
+    case "eval":
+      _eval(given)
+    case "sample":
+      _sample(given)
+    case "export":
+      _export(given)
+    case "plan":
+      _plan(given)
+    case "bench":
+      _bench(given)
 
 
-def _workdir() -> pathlib.Path:
-  if _WORKDIR.value:
-    return pathlib.Path(_WORKDIR.value)
-  if _MODE.value == "bench":
-    return pathlib.Path("runs/bench")
-  return pathlib.Path("runs") / pathlib.Path(_config_path()).stem
+def _train(given):
+  from adaptive_attention import parallel, settings, train
 
-
-def _config_path() -> str:
-  return flags.FLAGS["config"].config_filename
-
-
-def _check_flags(settings):
-  """Each verb has what it needs, and nothing that it would pass over."""
-  mode = _MODE.value
-  if not _config_given() and (
-    mode == "train"
-    or (mode in ("eval", "sample", "export", "plan") and not _WORKDIR.value)
-  ):
-    needed = {
-      "train": "--config=FILE, the experiment, a file of configs/",
-      "eval": "--workdir=DIR, the folder of a run",
-      "sample": "--workdir=DIR, the folder of a run",
-      "export": "--workdir=DIR, the folder of a run",
-      "plan": "--config=FILE or --workdir=DIR",
-    }[mode]
-    raise settings.SettingsError(f"--mode={mode} needs {needed}")
-  used = {
-    "train": {"step"},
-    "eval": {"step", "split", "protocol"},
-    "sample": {"step", *_SAMPLING},
-    "export": {"step", *_EXPORTING},
-    "plan": {"step"},
-    "bench": set(),
-  }
-  for name in ("step", "split", "protocol", *_SAMPLING, *_EXPORTING):
-    if flags.FLAGS[name].present and name not in used[mode]:
-      raise settings.SettingsError(
-        f"--{name}={flags.FLAGS[name].value} means nothing to --mode={mode}; "
-        "leave it out"
-      )
-
-
-def _saved_settings(checkpoint, settings):
-  """The checkpoint's settings under the flags that were given, and its step.
-
-  The model is the checkpoint's: flags may not change what it computes.
-  """
-  overrides = flags.FLAGS["config"].override_values
-  for name, value in overrides.items():
-    if settings.fixes_the_model(name):
-      raise settings.SettingsError(
-        f"--config.{name}={value} has no place in --mode={_MODE.value}, which "
-        "takes the model from the checkpoint; leave it out"
-      )
-  with checkpoint.Checkpoints(_workdir()) as checkpoints:
-    step = checkpoints.resolve(_STEP.value or "latest")
-    saved = checkpoints.read_meta(step)["config"]
-  config = base.get_config()
-  with config.unlocked():
-    for name, (_, value) in settings.changes(config, saved).items():
-      config.update_from_flattened_dict({name: value})
-  config.update_from_flattened_dict(overrides)
+  config, workdir = given.config, _workdir(given)
   settings.check(config)
-  return config, step
+  _check_folder(workdir)
+  settings.check_devices(config, max(config.cpu_devices, 1))
+  corpus = _corpus(given, config)
+  settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
+  parallel.start(config, _dealt(config))
+  settings.check_devices(config, parallel.device_count())
+  settings.check_data(config, corpus, parallel.device_count())
+  _say_header(given)
+  train.run(config, workdir, corpus, step=given.flags["step"])
 
 
-def _corpus(config):
+def _eval(given):
+  from adaptive_attention import evaluate, parallel
+
+  config, step, said = _saved_settings(given)
+  corpus = _corpus(given, config)
+  parallel.start(config, config.eval_batch_size)
+  _say(said)
+  evaluate.run(
+    config,
+    _workdir(given),
+    corpus,
+    step=step,
+    split=given.flags["split"],
+    protocol=given.flags["protocol"],
+  )
+
+
+def _sample(given):
+  from adaptive_attention import generate, parallel
+
+  config, step, said = _saved_settings(given)
+  names = ("tokens", "temperature", "top_k", "top_p", "num", "seed")
+  prompt = generate.read_prompt(
+    given.flags["prompt"], given.flags["prompt_file"]
+  )
+  parallel.start(config, 1)
+  _say(said)
+  generate.run(
+    config,
+    _workdir(given),
+    step=step,
+    prompt=prompt,
+    **{name: given.flags[name] for name in names},
+  )
+
+
+def _export(given):
+  from adaptive_attention import export, parallel
+
+  config, step, said = _saved_settings(given)
+  harden, finetune_steps = (
+    given.flags[name] for name in ("harden", "finetune_steps")
+  )
+  corpus = _corpus(given, config) if harden else None
+  parallel.start(
+    config, _dealt(config) if finetune_steps else config.eval_batch_size
+  )
+  _say(said)
+  export.run(
+    config,
+    _workdir(given),
+    corpus,
+    step=step,
+    harden=harden,
+    finetune_steps=finetune_steps,
+  )
+
+
+def _plan(given):
+  from adaptive_attention import parallel, plan, settings
+
+  config, step, said = given.config, None, []
+  if given.file is None:
+    config, step, said = _saved_settings(given)
+  else:
+    settings.check(config)
+    _check_data_flags(given, config)
+    if given.flags["workdir"]:
+      _check_folder(_workdir(given))
+  settings.check_devices(config, max(config.cpu_devices, 1))
+  parallel.start(config, _dealt(config))
+  settings.check_devices(config, parallel.device_count())
+  _say(said)
+  if given.file is not None:
+    _say_header(given)
+    _say([f"{'workdir':<10} {_workdir(given)}"])
+  plan.run(config, None if step is None else _workdir(given), step)
+
+
+def _bench(given):
+  from adaptive_attention import benchmark, parallel, settings
+
+  config, workdir = given.config, _workdir(given)
+  settings.check(config)
+  _check_folder(workdir)
+  config.cpu_devices = config.cpu_devices or 1  # what is timed
+  parallel.start(config, 1)
+  benchmark.run(config, workdir)
+
+
+def _dealt(config) -> int:
+  """The sequences that the devices share at a time in training."""
+  return config.batch_size // config.accumulation_steps
+
+
+def _workdir(given) -> pathlib.Path:
+  """The run's folder.
+
+  Raises:
+    SettingsError: nothing can be there.
+  """
+  from adaptive_attention.settings import SettingsError
+
+  workdir = _named_folder(given)
+  try:
+    workdir.resolve().exists()
+  except (OSError, RuntimeError) as error:  # too long, or a circle of links
+    raise SettingsError(
+      f"--workdir={workdir} cannot be reached ({error}); give another folder"
+    ) from error
+  return workdir
+
+
+def _named_folder(given):
+  if given.flags["workdir"]:
+    return pathlib.Path(given.flags["workdir"])
+  if given.use.mode == "bench":
+    return pathlib.Path("runs/bench")
+  file, argument = config_file.file_and_argument(given.file)
+  # As part of a name an argument is quoted: it may hold a slash.
+  quoted = [urllib.parse.quote(text, safe="") for text in argument]
+  return pathlib.Path("runs") / "_".join([pathlib.Path(file).stem, *quoted])
+
+
+def _check_folder(workdir: pathlib.Path):
+  """That a run may be written there: no file, and no part of the source.
+
+  Raises:
+    SettingsError: naming the folder.
+  """
+  from adaptive_attention.settings import SettingsError
+
+  sources = [p for p in _HERE.iterdir() if (p / "__init__.py").is_file()]
+  sources += [p for p in _HERE.glob(".*") if p.is_dir()]
+  place = workdir.resolve()
+  above = [p for p in (place, *place.parents) if p.exists()]
+  if not above[0].is_dir():
+    raise SettingsError(
+      f"--workdir={workdir} is not possible, as {above[0]} is a file; give a "
+      "folder"
+    )
+  # Compared as places, however they are spelled.
+  inside = [s for s in sources if any(p.samefile(s) for p in above)]
+  inside += [_HERE] if place.exists() and place.samefile(_HERE) else []
+  if inside:
+    raise SettingsError(
+      f"--workdir={workdir} is not possible, as the source is in {inside[0]}; "
+      f"give another folder, as runs/{place.name}"
+    )
+
+
+def _saved_settings(given):
+  """(settings, step, what to say): the checkpoint's, under the flags given.
+
+  Every one of them, whatever the defaults are today, but for those of the
+  machine. Evaluation is of the whole split unless a flag says less.
+  """
+  from adaptive_attention import checkpoint, settings
+
+  workdir, step, said = _workdir(given), given.flags["step"], []
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    step = checkpoints.resolve("latest" if step is None else step)
+    saved = checkpoints.read_meta(step)["config"]
+  config, defaults = base.get_config(), base.get_config()
+  unknown = settings.restore(config, saved)
+  if unknown:
+    listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+    said.append(
+      f"passed over: {listed} of the checkpoint, unknown to this version"
+    )
+  if given.file and given.flags["workdir"]:
+    said.append(f"settings   of step {step} in {workdir}, not of {given.file}")
+  if given.use.mode != "plan":
+    config.eval_tokens = 0
+  for name in settings.MACHINE:
+    config[name] = defaults[name]
+  config.update_from_flattened_dict(given.overrides)
+  settings.check(config, given.overrides)
+  return config, step, said
+
+
+def _corpus(given, config):
   """The bytes that the settings name, split."""
   from data import enwik8, python_source, text_file
 
+  _check_data_flags(given, config)
   if config.data.path:
     return text_file.load(config.data.path)
   match config.data.corpus:
@@ -257,21 +290,51 @@ def _corpus(config):
       return python_source.load()
 
 
-def _say_header(logbook):
+def _check_data_flags(given, config):
+  """That those which name the data are all used."""
+  from adaptive_attention.settings import SettingsError
+
+  unused = {}
+  if config.data.corpus != "enwik8":
+    unused["data.cache_dir"] = f"data.corpus={config.data.corpus} is read"
+  if config.data.path:
+    read = f"data.path={config.data.path} is read"
+    unused |= {"data.corpus": read, "data.cache_dir": read}
+  for name, why in unused.items():
+    if name in given.overrides:
+      raise SettingsError(
+        f"--config.{name}={given.overrides[name]} means nothing where {why}; "
+        "leave it out, or change that too (--config.data.path= for no file)"
+      )
+
+
+def _say(lines):
+  from adaptive_attention import logbook
+
+  for line in lines:
+    logbook.say(line)
+
+
+def _say_header(given):
   """What runs here: versions, and the settings that flags have changed."""
+  from adaptive_attention import logbook, settings
+
   versions = logbook.environment()
-  logbook.say(
-    f"adaptive_attention {versions['adaptive_attention']} "
-    f"({versions['commit']}), python {versions['python']}, "
-    f"jax {versions['packages']['jax']}"
-  )
-  before = runpy.run_path(_config_path())["get_config"]()
-  overrides = flags.FLAGS["config"].override_values
+  before = config_file.read(given.file, _HERE / "configs", base.get_config())
   changed = [
     f"{name}={value!r} (was {_get(before, name)!r})"
-    for name, value in overrides.items()
+    for name, value in given.overrides.items()
   ]
-  logbook.say(f"{'settings':<10} {', '.join([_config_path(), *changed])}")
+  note = settings.warmup_note(given.config)
+  _say(
+    [
+      f"adaptive_attention {versions['adaptive_attention']} "
+      f"({versions['commit']}), python {versions['python']}, "
+      f"jax {versions['packages']['jax']}",
+      f"{'settings':<10} {', '.join([given.file, *changed])}",
+      *([f"{'warmup':<10} {note}"] if note else []),
+    ]
+  )
 
 
 def _get(config: ConfigDict, name: str):
@@ -280,34 +343,6 @@ def _get(config: ConfigDict, name: str):
   return config
 
 
-def _parse_flags() -> None:
-  """Reads the command line; a wrong flag is one sentence and exit code 2."""
-  try:
-    positional = flags.FLAGS(sys.argv)[1:]
-  except (AttributeError, KeyError) as error:  # of the locked config
-    reason = str(error.args[0])
-    if reason[:1] in ("'", '"'):  # one KeyError in another is quoted by it
-      reason = ast.literal_eval(reason)
-    reason = reason.replace("\n", "; ")
-    sys.exit(_fail(f"unknown setting: {reason}; see configs/base.py", 2))
-  except (flags.Error, TypeError, ValueError) as error:
-    reason = " ".join(str(error).split()).rstrip(".")
-    sys.exit(_fail(f"{reason}; see --help", 2))
-  if not pathlib.Path(_config_path()).is_file():
-    sys.exit(
-      _fail(f"--config={_config_path()} is no file; give one of configs/", 2)
-    )
-  if positional:
-    sys.exit(
-      _fail(
-        f"{positional[0]!r} is no flag; settings are changed as "
-        "--config.FIELD=VALUE",
-        2,
-      )
-    )
-
-
 if __name__ == "__main__":
   logging.basicConfig(level=logging.WARNING)
-  _parse_flags()
-  sys.exit(main())
+  sys.exit(main(sys.argv))

@@ -25,6 +25,7 @@ from adaptive_attention import (
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import ModelConfig, Transformer, mask_params
+from adaptive_attention.settings import model_config
 
 _HEADS, _HEAD_WIDTH = 8, 64
 _LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
@@ -345,13 +346,12 @@ def _step_runner(config, shape, name):
       "dropout": 0.2,
     }
     config.model.update(defaults | settings)
+  model = model_config(config.model)
   state = jax.device_get(steps.init_state(config))
   # Within (0, seen), as a sigmoid is.
   share_H = np.clip(np.array(shape.spans) / seen, 1e-6, 1 - 1e-6)
   params = _with_span_logits(state.params, np.log(share_H / (1 - share_H)))
-  memory = steps.start_memory(
-    ModelConfig(**config.model), steps.streams_per_device(config)
-  )
+  memory = steps.start_memory(model, steps.streams_per_device(config))
   if memory is not None:
     memory = memory.replace(
       tokens_read=memory.tokens_read + np.uint32(memory.k[0].shape[2])
@@ -469,7 +469,7 @@ def _learned_shapes(folder):
   with checkpoint.Checkpoints(folder) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
-  config = ModelConfig(**meta["config"]["model"])
+  config = model_config(meta["config"]["model"])
   return [
     Shape(
       f"layer {i} of step {step}",

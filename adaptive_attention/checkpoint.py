@@ -104,7 +104,7 @@ class Checkpoints:
     if not self._folder.is_dir():
       return []
     names = (path.name for path in self._folder.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
   def resolve(self, which: str) -> int:
     """The step that "latest", "best" (by validation) or a number names.
@@ -122,7 +122,7 @@ class Checkpoints:
       return steps[-1]
     if which == "best":
       return self._best(steps)
-    if which.isdigit() and int(which) in steps:
+    if which.isdecimal() and int(which) in steps:
       return int(which)
     raise CheckpointError(
       f"--step={which} names no checkpoint of {self._workdir}; choose latest, "

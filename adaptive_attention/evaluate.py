@@ -192,7 +192,8 @@ def run(config, workdir, corpus, *, step, split, protocol):
   """Evaluates a checkpoint and writes eval_SPLIT.json.
 
   Args:
-    config: the checkpoint's settings.
+    config: the checkpoint's settings; `eval_tokens` says how much of the
+      split is evaluated, 0 for all of it.
     workdir: the run's folder.
     corpus: the data, with splits `valid` and `test`.
     step: the checkpoint.
@@ -206,7 +207,13 @@ def run(config, workdir, corpus, *, step, split, protocol):
     params, _ = checkpoints.restore_params(step)
   params = parallel.replicate(params)
   evaluator = Evaluator(model_config, config.eval_batch_size)
-  result = evaluator(params, getattr(corpus, split), protocol, warm=True)
+  data = getattr(corpus, split)[: config.eval_tokens or None]
+  if len(data) < 2:
+    raise EvaluationError(
+      f"{split} of {corpus.name} has {len(data)} bytes, of which none is "
+      "predicted; give a longer text"
+    )
+  result = evaluator(params, data, protocol, warm=True)
   layers = mask_params(params, model_config)
   macs = accounting.attention_macs_per_token(
     layers,
@@ -226,8 +233,9 @@ def run(config, workdir, corpus, *, step, split, protocol):
   )
   if parallel.is_primary():
     logbook.write_json(pathlib.Path(workdir) / f"eval_{split}.json", record)
+  part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
   logbook.say(
-    f"step {step}  {split} of {corpus.name}, {protocol}: "
+    f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
     f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
     f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
   )

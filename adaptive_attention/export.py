@@ -6,7 +6,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from adaptive_attention import (
   checkpoint,
@@ -14,11 +13,11 @@ from adaptive_attention import (
   logbook,
   masks,
   parallel,
+  settings,
   train,
   weights,
 )
 from adaptive_attention.model import ModelConfig
-from adaptive_attention.settings import SettingsError
 
 
 def hardened(params, config: ModelConfig):
@@ -50,7 +49,7 @@ def run(config, workdir, corpus, *, step, harden, finetune_steps):
   """Writes model.safetensors beside the checkpoints it is made of.
 
   Args:
-    config: the checkpoint's settings.
+    config: the checkpoint's settings, under those that flags change.
     workdir, step: the run's folder and the checkpoint.
     corpus: the data, to measure what hardening costs and to train on.
     harden: makes WORKDIR/hardened, a run whose first checkpoint is the
@@ -58,61 +57,84 @@ def run(config, workdir, corpus, *, step, harden, finetune_steps):
     finetune_steps: trains it on for so many steps, masks as they are.
 
   Raises:
-    SettingsError: steps without hardening, or a model without masks.
+    SettingsError: a model without masks, or settings that it cannot be trained
+      on with.
+    CheckpointError: a hardened model is there already.
   """
   workdir = pathlib.Path(workdir)
-  if finetune_steps and not harden:
-    raise SettingsError(
-      f"--finetune_steps={finetune_steps} trains a hardened model; add --harden"
-    )
   if harden:
-    if config.model.attention == "dense":
-      raise SettingsError(
-        "--harden rounds spans and periods, of which a model with "
-        "model.attention='dense' has none; leave it out"
-      )
+    tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
-      step = _finetune(workdir, corpus, step, finetune_steps)
+      train.run(tuned, workdir, corpus, step=str(step))
+      step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:
     params, meta = saved.restore_params(step)
   path = workdir / "model.safetensors"
-  weights.save(path, params, ModelConfig(**meta["config"]["model"]), step)
+  model_config = settings.model_config(meta["config"]["model"])
+  weights.save(path, params, model_config, step)
   logbook.say(f"step {step} written to {path}")
+
+
+def _tuned(config, workdir, corpus, step, finetune_steps):
+  """The settings of the hardened run, which can be made and trained on."""
+  if config.model.attention == "dense":
+    raise settings.SettingsError(
+      "--harden rounds spans and periods, of which a model with "
+      "model.attention='dense' has none; leave it out"
+    )
+  folder = workdir / "hardened"
+  with checkpoint.Checkpoints(folder) as saved:
+    if saved.steps():
+      raise checkpoint.CheckpointError(
+        f"the hardened model was not written, as {folder} holds one already; "
+        "move that folder away, or remove it"
+      )
+  config = config.copy_and_resolve_references()
+  if config.model.attention == "span_wave":
+    config.model.period = "integer"
+  if finetune_steps:
+    config.steps = step + finetune_steps
+    config.optimizer.mask_lr_multiplier = 0.0
+    devices = parallel.device_count()
+    settings.check(config)
+    settings.check_devices(config, devices)
+    settings.check_data(config, corpus, devices)
+    with checkpoint.Checkpoints(workdir) as saved:
+      train.check_same_data(corpus, saved.read_meta(step), step)
+  return config
 
 
 def _harden(config, workdir, corpus, step):
   """The folder of the hardened run, with one checkpoint, measured."""
-  before = ModelConfig(**config.model)
-  with checkpoint.Checkpoints(workdir) as saved:
-    params, opt_state, meta = saved.restore_items(step)
-  whole, after = hardened(params, before)
-  figures = [
-    evaluate.Evaluator(model_config, config.eval_batch_size)(
-      parallel.replicate(tree),
-      corpus.valid,
-      evaluate.default_protocol(model_config),
-    ).bits_per_char
-    for tree, model_config in ((params, before), (whole, after))
-  ]
-  logbook.say(
-    f"step {step}, validation bits per character: as trained {figures[0]:.4f}, "
-    f"hardened {figures[1]:.4f} ({figures[1] - figures[0]:+.4f})"
-  )
   folder = workdir / "hardened"
-  folder.mkdir(exist_ok=True)
-  meta["config"]["model"]["period"] = after.period
-  with checkpoint.lock(folder), checkpoint.Checkpoints(folder) as saved:
+  try:
+    folder.mkdir(exist_ok=True)
+  except OSError as error:
+    raise checkpoint.CheckpointError(
+      f"{folder} cannot be made ({error.strerror}); export to a folder that "
+      "may be written"
+    ) from error
+  with checkpoint.lock(folder):
+    before = ModelConfig(**config.model)
+    with checkpoint.Checkpoints(workdir) as saved:
+      params, opt_state, meta = saved.restore_items(step)
+    whole, after = hardened(params, before)
+    data = corpus.valid[: config.eval_tokens or None]
+    figures = [
+      evaluate.Evaluator(model_config, config.eval_batch_size)(
+        parallel.replicate(tree), data, evaluate.default_protocol(model_config)
+      ).bits_per_char
+      for tree, model_config in ((params, before), (whole, after))
+    ]
+    part = f" of {len(data):,} bytes" if config.eval_tokens else ""
+    logbook.say(
+      f"step {step}, validation bits per character{part}: as trained "
+      f"{figures[0]:.4f}, hardened {figures[1]:.4f} "
+      f"({figures[1] - figures[0]:+.4f})"
+    )
     kept = {name: meta[name] for name in ("config", "data")}
-    saved.save(step, whole, opt_state, kept, figures[1])
+    kept["config"]["model"]["period"] = after.period
+    with checkpoint.Checkpoints(folder) as saved:
+      saved.save(step, whole, opt_state, kept, figures[1])
   return folder
-
-
-def _finetune(workdir, corpus, step, steps):
-  """Trains on, masks as they are; the step it ends with."""
-  with checkpoint.Checkpoints(workdir) as saved:
-    config = ConfigDict(saved.read_meta(step)["config"])
-  config.steps = step + steps
-  config.optimizer.mask_lr_multiplier = 0.0
-  train.run(config, workdir, corpus, step=str(step))
-  return config.steps

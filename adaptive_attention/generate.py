@@ -9,6 +9,7 @@ import codecs
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import re
 import time
@@ -301,7 +302,8 @@ def read_prompt(prompt, prompt_file) -> np.ndarray:
       "--mode=sample needs one of --prompt=TEXT and --prompt_file=FILE"
     )
   if prompt is not None:
-    data, source = prompt.encode(), "--prompt"
+    # The bytes that were typed, whether or not they are UTF-8.
+    data, source = os.fsencode(prompt), "--prompt"
   else:
     source = f"--prompt_file={prompt_file}"
     try:
@@ -313,6 +315,17 @@ def read_prompt(prompt, prompt_file) -> np.ndarray:
   if not data:
     raise GenerationError(f"{source} is empty; give at least one byte")
   return np.frombuffer(data, np.uint8)
+
+
+def _check_prompt(length, config):
+  """That positions were learned for so many tokens in one pass."""
+  N = config.context_tokens
+  dense = config.position == "relative" and config.attention == "dense"
+  if dense and length > N:
+    raise GenerationError(
+      f"the prompt has {length} bytes, but the model has vectors of "
+      f"model.position='relative' for {N} tokens; give at most so many"
+    )
 
 
 def run(
@@ -339,6 +352,7 @@ def run(
     seed: text b of the same seed is the same for any number of them.
   """
   model_config = ModelConfig(**config.model)
+  _check_prompt(len(prompt), model_config)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, _ = checkpoints.restore_params(step)
   params = jax.device_put(params)

@@ -169,16 +169,23 @@ class LogbookError(Exception):
 def _drop_after(path, step):
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text().splitlines():
+  kept, unreadable = [], []
+  for line in path.read_bytes().splitlines(keepends=True):
     try:
-      entry = json.loads(line)
-    except json.JSONDecodeError:
-      continue  # the last line of a process that was killed in writing it
-    if entry["step"] <= step:
-      kept.append(line + "\n")
+      before = json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+      unreadable.append(line)
+      continue
+    if before:
+      kept.append(line.rstrip(b"\r\n") + b"\n")
+  # Of a process that was killed in writing it the last line is no loss.
+  if unreadable and unreadable != [line]:
+    aside = path.with_name(path.name + ".unreadable")
+    with aside.open("ab") as file:
+      file.writelines(unreadable)
+    say(f"{path} has {len(unreadable)} lines that are none; now in {aside}")
   part = path.with_name(path.name + ".part")
-  part.write_text("".join(kept))
+  part.write_bytes(b"".join(kept))
   part.replace(path)
 
 

@@ -13,17 +13,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from adaptive_attention.settings import SettingsError
+
 _AXIS = "data"
 
 
-def start(config):
+def start(config, sequences: int):
   """Makes the devices; to be called before anything else asks for one.
 
   On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
-  many as the batch can be dealt to evenly.
+  many as so many sequences can be dealt to evenly.
+
+  Raises:
+    SettingsError: several processes that cannot find each other.
   """
   cores = len(os.sched_getaffinity(0))
-  sequences = config.batch_size // config.accumulation_steps
   jax.config.update(
     "jax_num_cpu_devices",
     config.cpu_devices
@@ -31,11 +35,18 @@ def start(config):
   )
   if config.distributed:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-      coordinator_address=config.coordinator_address or None,
-      num_processes=config.process_count or None,
-      process_id=None if config.process_index < 0 else config.process_index,
-    )
+    try:
+      jax.distributed.initialize(
+        coordinator_address=config.coordinator_address or None,
+        num_processes=config.process_count or None,
+        process_id=None if config.process_index < 0 else config.process_index,
+      )
+    except (ValueError, RuntimeError) as error:
+      reason = str(error).strip().splitlines()[0].rstrip(".")
+      raise SettingsError(
+        f"config.distributed=True finds no other processes ({reason}); give "
+        "coordinator_address, process_count and process_index too"
+      ) from error
 
 
 def device_count() -> int:

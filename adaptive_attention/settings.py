@@ -4,7 +4,11 @@ Each error is one sentence that names the field. Types and unknown names are
 held by the locked ConfigDict itself.
 """
 
+import dataclasses
 import math
+from collections.abc import Collection, Mapping
+
+from ml_collections import ConfigDict
 
 from adaptive_attention.model import ModelConfig
 
@@ -41,6 +45,15 @@ _LEAST = {
 }
 
 
+# Of some the most: what jax.random.key tells apart, and what int32 counts.
+_MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
+
+# What several processes need to know of each other.
+_PROCESSES = ("coordinator_address", "process_count", "process_index")
+# Of the machine that a command runs on, not of the run.
+MACHINE = ("cpu_devices", "distributed", *_PROCESSES)
+
+
 def _require(condition, name, value, expected):
   if not condition:
     raise SettingsError(
@@ -48,66 +61,113 @@ def _require(condition, name, value, expected):
     )
 
 
-def check(config):
+def check(config, names: Collection[str] | None = None):
   """Everything that can be said of the settings alone.
+
+  Args:
+    config: all of them.
+    names: those to look at, if not all: what flags change of a checkpoint's
+      settings, which were right for the version that made it.
 
   Raises:
     SettingsError: naming the field, its value and what was expected.
   """
   flat = _flatten(config)
+  for name, condition, expected in _conditions(config, flat):
+    if names is None or name in names:
+      _require(condition, name, flat[name], expected)
+  model_config(config.model)
+
+
+def _conditions(config, flat):
+  """(name, whether its value is possible, what is) of each requirement."""
   for name, value in flat.items():
     if isinstance(value, float):
-      _require(math.isfinite(value), name, value, "a finite number")
+      yield name, math.isfinite(value), "a finite number"
   for name, least in _LEAST.items():
-    _require(flat[name] >= least, name, flat[name], f"at least {least}")
+    yield name, flat[name] >= least, f"at least {least}"
+  for name, most in _MOST.items():
+    yield name, flat[name] <= most, f"at most {most}"
+  yield (
+    "eval_tokens",
+    flat["eval_tokens"] != 1,
+    ("at least 2, as the first byte is not predicted, or 0 for all"),
+  )
   for name in ("optimizer.beta1", "optimizer.beta2"):
-    _require(flat[name] < 1, name, flat[name], "less than 1")
-  _require(
-    flat["optimizer.min_learning_rate"] <= flat["optimizer.learning_rate"],
+    yield name, flat[name] < 1, "less than 1"
+  most = flat["optimizer.learning_rate"]
+  yield (
     "optimizer.min_learning_rate",
-    flat["optimizer.min_learning_rate"],
-    f"at most optimizer.learning_rate={flat['optimizer.learning_rate']}",
+    (flat["optimizer.min_learning_rate"] <= most),
+    f"at most optimizer.learning_rate={most}",
   )
-  _require(
-    flat["optimizer.clip_norm"] > 0,
-    "optimizer.clip_norm",
-    flat["optimizer.clip_norm"],
-    "more than 0",
+  yield "optimizer.clip_norm", flat["optimizer.clip_norm"] > 0, "more than 0"
+  for name, none in zip(_PROCESSES, ("", 0, -1)):
+    yield (
+      name,
+      config.distributed or flat[name] == none,
+      (f"{none!r} without distributed=True"),
+    )
+  yield (
+    "coordinator_address",
+    (
+      not config.coordinator_address
+      or config.coordinator_address.rpartition(":")[2].isdecimal()
+    ),
+    "HOST:PORT",
   )
-  check_devices(config, max(config.cpu_devices, 1))
-  _require(
-    not config.process_count or config.process_index < config.process_count,
+  yield (
     "process_index",
-    config.process_index,
+    (not config.process_count or config.process_index < config.process_count),
     f"less than process_count={config.process_count}",
   )
-  try:
-    ModelConfig(**config.model)
-  except ValueError as error:
-    raise SettingsError(f"config.{error}") from error
-  _require(
-    config.model.vocab_size >= 256,
+  yield (
     "model.vocab_size",
-    config.model.vocab_size,
+    (config.model.vocab_size >= 256),
     "at least 256, as the data are bytes",
   )
-  _require(
-    config.bench.compare in ("", "torch"),
-    "bench.compare",
-    config.bench.compare,
-    "torch, or nothing",
-  )
-  for name, allowed in (
-    ("optimizer.name", ("adamw", "adagrad")),
-    ("optimizer.clip", ("global", "tensor")),
-  ):
-    _require(flat[name] in allowed, name, flat[name], f"one of {allowed}")
-  corpora = ("enwik8", "python_source")
-  _require(
-    config.data.corpus in corpora,
-    "data.corpus",
-    config.data.corpus,
-    f"one of {corpora}, or data.path=FILE",
+  choices = {
+    "bench.compare": ("", "torch"),
+    "optimizer.name": ("adamw", "adagrad"),
+    "optimizer.clip": ("global", "tensor"),
+    "data.corpus": ("enwik8", "python_source"),
+  }
+  for name, allowed in choices.items():
+    yield name, flat[name] in allowed, f"one of {allowed}"
+
+
+def model_config(model: Mapping) -> ModelConfig:
+  """The model that settings tell of, those of another version too.
+
+  What they lack is at its default, and the largest span at the context.
+
+  Raises:
+    SettingsError: a setting that is not possible, or unknown.
+  """
+  known = {field.name for field in dataclasses.fields(ModelConfig)}
+  for name, value in model.items():
+    if name not in known:
+      raise SettingsError(
+        f"config.model.{name}={value!r} is unknown to this version; use the "
+        "one that the model was trained with"
+      )
+  follows = {}
+  if "context_tokens" in model:
+    follows = {"max_span": model["context_tokens"]}
+  try:
+    return ModelConfig(**(follows | dict(model)))
+  except (TypeError, ValueError) as error:
+    raise SettingsError(f"config.{error}") from error
+
+
+def warmup_note(config) -> str | None:
+  """What a warmup does to a run that it outlasts; None if it does not."""
+  steps, warmup = config.steps, config.optimizer.warmup_steps
+  if warmup < steps:
+    return None
+  return (
+    f"optimizer.warmup_steps={warmup} lasts to the end of steps={steps}: the "
+    f"last step is made at {(steps - 1) / warmup:.2g} of the learning rate"
   )
 
 
@@ -172,6 +232,66 @@ _FREE = (
 def fixes_the_model(name: str) -> bool:
   """Whether a setting must stay what a checkpoint was trained with."""
   return name.startswith("model.") and name.split(".")[1] not in _FREE
+
+
+def check_resumed(saved: Mapping, config, step: int) -> dict[str, tuple]:
+  """That a run may go on with `config`; what it changes, as of `changes`.
+
+  Args:
+    saved: the settings of the checkpoint of `step`.
+
+  Raises:
+    SettingsError: naming the setting that does not fit.
+  """
+  saved = dict(saved, model=dataclasses.asdict(model_config(saved["model"])))
+  changed = {
+    name: (old, new)
+    for name, (old, new) in changes(saved, config).items()
+    if old is not None  # of a version before there was this setting
+  }
+  for name, (old, new) in changed.items():
+    if name == "init_from" and new:
+      raise SettingsError(
+        f"config.init_from={new!r} means nothing to a run that goes on from "
+        f"step {step}; leave it out, or give another --workdir"
+      )
+    # The optimizer's state is that of its kind.
+    if fixes_the_model(name) or name == "optimizer.name":
+      raise SettingsError(
+        f"config.{name}={new!r} does not fit the checkpoint of step {step}, "
+        f"which was trained with {old!r}; leave it so, or give another "
+        "--workdir"
+      )
+  return changed
+
+
+def restore(config: ConfigDict, saved: Mapping) -> dict:
+  """Sets every setting in `config` to a checkpoint's, whatever it was.
+
+  What the checkpoint lacks, as its version did not have it, stays; what this
+  version does not know is returned, unless it is the model's.
+
+  Args:
+    config: the defaults, with their references.
+    saved: the settings of a checkpoint, read from JSON.
+
+  Raises:
+    SettingsError: a value of another type, or an unknown setting of the model.
+  """
+  known, values = _flatten(config), _flatten(saved)
+  model_config(saved["model"])
+  for name in known.keys() & values.keys():
+    value = values[name]
+    if isinstance(known[name], tuple):  # JSON has only lists
+      value = tuple(value)
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+      raise SettingsError(
+        f"the checkpoint's config.{name}={value!r} is not possible; expected "
+        f"{type(known[name]).__name__}; use the version that it was made with"
+      ) from error
+  return {name: values[name] for name in values.keys() - known.keys()}
 
 
 def changes(old, new) -> dict[str, tuple]:

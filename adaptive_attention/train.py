@@ -122,10 +122,11 @@ def _start_state(config, corpus, saved, which):
       state = state.replace(params=params)
     return state, 0
   first_step = saved.resolve("latest" if which is None else which)
-  params, opt_state, meta = saved.restore(
+  # Its settings first: what does not fit is then told by its name.
+  _check_resumed(config, corpus, saved.read_meta(first_step), first_step)
+  params, opt_state, _ = saved.restore(
     first_step, state.params, state.opt_state
   )
-  _check_resumed(config, corpus, meta, first_step)
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(first_step)
     if moved:
@@ -162,21 +163,23 @@ def _start_memory(config, saved, first_step):
   )
 
 
-def _check_resumed(config, corpus, meta, step):
+def check_same_data(corpus, meta, step):
+  """That a checkpoint was trained on these bytes.
+
+  Raises:
+    TrainingError: naming both.
+  """
   if meta["data"]["sha256"] != corpus.sha256:
     raise TrainingError(
       f"the checkpoint of step {step} was trained on {meta['data']['name']} "
       f"(sha256 {meta['data']['sha256'][:12]}...), not on {corpus.name} "
       f"({corpus.sha256[:12]}...); give that data, or another --workdir"
     )
-  changed = settings.changes(meta["config"], config)
-  for name, (old, new) in changed.items():
-    if settings.fixes_the_model(name):
-      raise settings.SettingsError(
-        f"config.{name}={new!r} does not fit the checkpoint of step {step}, "
-        f"which was trained with {old!r}; leave it so, or give another "
-        "--workdir"
-      )
+
+
+def _check_resumed(config, corpus, meta, step):
+  check_same_data(corpus, meta, step)
+  changed = settings.check_resumed(meta["config"], config, step)
   if changed:
     logbook.say(
       "changed since the checkpoint: "

@@ -261,7 +261,8 @@ def _read_safetensors(path, config):
       "--mode=export wrote"
     ) from error
   changed = settings.changes(
-    {"model": saved}, {"model": dataclasses.asdict(config)}
+    {"model": dataclasses.asdict(settings.model_config(saved))},
+    {"model": dataclasses.asdict(config)},
   )
   for name, (old, new) in changed.items():
     if settings.fixes_the_model(name):

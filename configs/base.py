@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = ConfigDict()
 
-  # One number from which the parameters, batches and dropout all follow.
+  # One number, under 2^32, from which the parameters, batches and dropout all
+  # follow.
   config.seed = 0
   # Optimizer updates. The learning rate reaches its minimum with the last one.
   config.steps = 150_000

@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
-  {"masks", "positions"},
-  {"attention"},
+  {"config_file", "masks", "positions", "uses"},
+  {"attention", "command_line"},
   {"memory"},
   {"model"},
   {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
@@ -22,6 +22,7 @@ LAYERS = (
 # Within a layer only these: what they build on.
 SIDEWAYS = {
   ("accounting", "logbook"),
+  ("parallel", "settings"),
   ("weights", "settings"),
   ("steps", "losses"),
   ("steps", "optimizer"),

@@ -174,6 +174,40 @@ def test_the_verb(main, trained, tmp_path):
   np.testing.assert_allclose(found["bits_per_char"], hard_bpc, atol=1e-4)
   assert found["cache_reads"]["comb"] <= found["cache_reads"]["span"]
 
+  # What cannot be done is told before any work.
+  for flags in (["--harden"], ["--harden", "--finetune_steps=3"]):
+    code, out, err = main("--mode=export", f"--workdir={workdir}", *flags)
+    assert code == 1
+    assert f"{hard} holds one already; move that folder away" in err
+    assert "as trained" not in out
+  hard.rename(workdir / "away")
+  other = tmp_path / "other.txt"
+  other.write_bytes(b"another text " * 1000)
+  code, out, err = main(
+    "--mode=export",
+    f"--workdir={workdir}",
+    "--harden",
+    "--finetune_steps=3",
+    f"--config.data.path={other}",
+  )
+  assert code == 1
+  assert "not on other.txt" in err
+  assert not hard.exists()
+  # Settings act when it is trained on, and say of how much is measured.
+  code, out, err = main(
+    "--mode=export",
+    f"--workdir={workdir}",
+    "--harden",
+    "--finetune_steps=1",
+    "--config.optimizer.learning_rate=0.003",
+    "--config.eval_tokens=300",
+    "--config.cpu_devices=1",
+  )
+  assert code == 0, err
+  assert "of 300 bytes: as trained" in out
+  assert "optimizer.learning_rate=0.003 (was 0.001)" in out
+  assert "over 299 bytes" in out
+
   for flags, told in (
     (["--finetune_steps=3"], "add --harden"),
     (["--harden"], "was not written"),

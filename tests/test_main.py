@@ -1,9 +1,15 @@
 """The command line: wrong settings end in one sentence, before any device."""
 
+import json
 import pathlib
 import runpy
+import shutil
 
+import numpy as np
 import pytest
+import safetensors
+
+from tests.conftest import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -12,12 +18,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 def refused(main):
   """refused(code, *flags) -> the one sentence with which main.py ended."""
 
-  def run(code, *flags):
+  def run(code, *flags, started=False):
     found, _, err = main(*flags)
     assert found == code, err
     assert err.startswith("main.py: ")
     assert err.count("\n") == 1
-    assert code != 2 or not main.backend_was_started
+    assert code != 2 or main.backend_was_started == started
     return err
 
   return run
@@ -44,6 +50,8 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.batch_size=-8", "config.batch_size=-8"),
     ("--config.seed=-1", "config.seed=-1"),
     ("--config.eval_tokens=-1", "config.eval_tokens=-1"),
+    ("--config.eval_tokens=1", "config.eval_tokens=1"),
+    ("--config.seed=4294967296", "at most 4294967295"),
     ("--config.cpu_devices=-1", "config.cpu_devices=-1"),
     ("--config.optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
     ("--config.optimizer.learning_rate=-1", "optimizer.learning_rate=-1.0"),
@@ -69,6 +77,8 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.model.attention=sparse", "config.model.attention='sparse'"),
     ("--config.model.implementation=fast", "model.implementation='fast'"),
     ("--config.data.corpus=books", "config.data.corpus='books'"),
+    # Several processes that are not told of each other.
+    ("--config.process_count=2", "0 without distributed=True"),
     # Flags that the verb would pass over.
     ("--protocol=window", "--protocol=window means nothing to --mode=train"),
   ],
@@ -92,6 +102,123 @@ def test_what_is_needed(refused):
   assert "needs --workdir=DIR" in refused(2, "--mode=eval")
   assert "needs --config=FILE or" in refused(2, "--mode=plan")
   assert "is no file" in refused(2, "--config=configs/none.py")
+
+
+@pytest.mark.parametrize(
+  ("content", "told"),
+  [
+    ("def get_config(:", "fails (SyntaxError"),
+    ("x = 1", "has no get_config"),
+    ("get_config = 1", "has no get_config"),
+    ("def get_config(): return {}", "returns dict; expected a ConfigDict"),
+    ("def get_config(): return 1 / 0", "fails (ZeroDivisionError"),
+    ("raise SystemExit(3)", "fails (SystemExit: 3)"),
+    ("def get_config(size): return size", "takes an argument; give --config="),
+    ("\0", "fails (SyntaxError"),
+    (
+      "from ml_collections import ConfigDict\n"
+      "def get_config(): return ConfigDict({'seed': 3})",
+      "has nothing at config.accumulation_steps; expected int",
+    ),
+    (
+      "from configs import base\n"
+      "def get_config():\n"
+      "  config = base.get_config()\n"
+      "  config.seed = None\n"
+      "  return config",
+      "has NoneType at config.seed; expected int",
+    ),
+  ],
+)
+def test_configs_that_are_none(refused, tmp_path, content, told):
+  (tmp_path / "broken.py").write_text(content)
+  message = refused(2, f"--config={tmp_path / 'broken.py'}")
+  assert told in message
+  assert "broken.py" in message
+
+
+@pytest.mark.parametrize(
+  "config", ["quickstart", "configs", "README.md", "a" * 300]
+)
+def test_no_config_names_those_that_there_are(refused, config):
+  assert "enwik8_8k.py, enwik8_dense.py" in refused(2, f"--config={config}")
+
+
+def test_a_config_may_take_an_argument(main, refused, tmp_path):
+  (tmp_path / "deep.py").write_text(
+    "from configs import quickstart\n"
+    "def get_config(layers):\n"
+    "  config = quickstart.get_config()\n"
+    "  config.model.n_layer, config.model.width = int(layers), 16\n"
+    "  return config\n"
+  )
+  given = f"--config={tmp_path / 'deep.py'}"
+  code, out, err = main("--mode=plan", f"{given}:1", "--config.batch_size=4")
+  assert code == 0, err
+  assert f"{tmp_path / 'deep.py'}:1, batch_size=4 (was 16)" in out
+  assert "workdir    runs/deep_1" in out
+  assert "fails (ValueError" in refused(2, f"{given}:many")
+  assert "takes no argument" in refused(2, f"{ENWIK8}:3")
+
+
+def test_data_that_would_not_be_read(refused):
+  path = "--config.data.path=a.txt"
+  for flag in ("data.corpus=python_source", "data.cache_dir=b"):
+    message = refused(2, ENWIK8, path, f"--config.{flag}")
+    assert f"{flag} means nothing where data.path=a.txt is read" in message
+  message = refused(
+    2, "--config=configs/quickstart.py", "--config.data.cache_dir=b"
+  )
+  assert "means nothing where data.corpus=python_source is read" in message
+
+
+def test_a_setting_is_no_section(refused):
+  assert "config.model is a section" in refused(2, ENWIK8, "--config.model={}")
+
+
+def test_processes_that_cannot_find_each_other(refused, text):
+  message = refused(
+    2,
+    ENWIK8,
+    f"--config.data.path={text}",
+    "--config.distributed=True",
+    "--config.cpu_devices=1",
+  )
+  assert "config.distributed=True finds no other processes" in message
+  assert "give coordinator_address" in message
+
+
+@pytest.mark.parametrize(
+  "workdir",
+  [
+    "data",
+    "./data/",
+    "data/../data/x",
+    "tests/golden",
+    ".",
+    ".ci",
+    str(ROOT / "configs"),
+    "LINK",
+    "main.py",
+    "main.py/x",
+    "a" * 300,
+  ],
+)
+def test_no_run_is_written_into_the_source(refused, tmp_path, workdir):
+  if workdir == "LINK":
+    workdir = tmp_path / "link"
+    workdir.symlink_to(ROOT / "adaptive_attention")
+  before = sorted(ROOT.iterdir())
+  message = refused(2, ENWIK8, f"--workdir={workdir}")
+  assert f"--workdir={pathlib.Path(workdir)}" in message
+  assert sorted(ROOT.iterdir()) == before
+
+
+def test_a_folder_of_that_name_elsewhere_will_do(tmp_path):
+  import main as program
+
+  for workdir in (tmp_path / "data", ROOT / "runs" / "data", ROOT / "runs"):
+    program._check_folder(workdir)
 
 
 def test_what_is_not_there(refused, tmp_path):
@@ -119,7 +246,88 @@ def test_plan_counts_without_training(main, tmp_path):
   # All pairs of 128 x 128: two layers, four heads, two products of width 48.
   assert f"dense {8 * 96 * 129 / 2:,.0f}, open" in out
   assert "of step 0" in out
+  assert "batch_size=4 (was 16)" in out
+  assert f"workdir    {tmp_path / 'w'}" in out
   assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture(scope="module")
+def odd(main, text, tmp_path_factory):
+  """A run whose batch no two devices share, of spans beyond the context."""
+  workdir = tmp_path_factory.mktemp("runs") / "odd"
+  changes = TINY | {
+    "steps": 2,
+    "batch_size": 3,
+    "eval_tokens": 0,
+    "model.n_layer": 1,
+    # The default, so that it differs from the context alone.
+    "model.max_span": 512,
+    "cpu_devices": 1,
+    "data.path": text,
+  }
+  flags = [f"--config.{name}={value}" for name, value in changes.items()]
+  flags = ["--config=configs/base.py", *flags, f"--workdir={workdir}"]
+  code, out, err = main(*flags)
+  assert code == 0, err
+  assert "warmup_steps=4 lasts to the end of steps=2" in out
+  return workdir, flags
+
+
+def test_the_model_that_was_trained_is_evaluated(main, odd):
+  workdir = odd[0]
+  line = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+  trained = json.loads(line)
+  assert trained["split"] == "valid"
+
+  def figure(*flags):
+    code, out, err = main("--mode=eval", f"--workdir={workdir}", *flags)
+    assert code == 0, err
+    return json.loads((workdir / "eval_valid.json").read_text()), out
+
+  # On two devices, which the batch of training could not be dealt to.
+  found, _ = figure("--config.cpu_devices=2")
+  np.testing.assert_allclose(
+    found["bits_per_char"], trained["bits_per_char"], rtol=1e-6
+  )
+  found, out = figure("--config.eval_tokens=500")
+  assert found["bytes"] == 499
+  assert "first 500 bytes of valid" in out
+
+
+def test_a_model_of_an_odd_batch_is_used(main, odd):
+  workdir = f"--workdir={odd[0]}"
+  code, _, err = main("--mode=export", workdir, "--step=2")
+  assert code == 0, err
+  with safetensors.safe_open(odd[0] / "model.safetensors", "np") as file:
+    assert json.loads(file.metadata()["config"])["max_span"] == 512
+  # A prompt is taken to the byte, UTF-8 or not.
+  code, out, err = main(
+    "--mode=sample", workdir, "--prompt=caf\udce9", "--tokens=2"
+  )
+  assert code == 0, err
+  assert out.startswith("caf\\xe9")
+
+
+def test_going_on_names_the_setting_that_differs(refused, odd):
+  _, flags = odd
+  for changed in ("model.n_layer=3", "model.max_span=24"):
+    message = refused(2, *flags, f"--config.{changed}", started=True)
+    assert f"config.{changed}" in message
+  message = refused(2, *flags, "--config.optimizer.name=adagrad", started=True)
+  assert "config.optimizer.name='adagrad' does not fit" in message
+
+
+def test_a_record_with_bad_bytes_goes_on(main, odd, tmp_path):
+  workdir = shutil.copytree(odd[0], tmp_path / "w")
+  path = workdir / "metrics.jsonl"
+  before = path.read_bytes()
+  path.write_bytes(b"\xff\xfe\n[1]\n" + before + b'{"step": 2, "spl')
+  code, out, err = main(*odd[1], f"--workdir={workdir}", "--config.steps=3")
+  assert code == 0, err
+  assert path.read_bytes().startswith(before)
+  aside = path.with_name("metrics.jsonl.unreadable")
+  assert aside.read_bytes() == b'\xff\xfe\n[1]\n{"step": 2, "spl'
+  assert str(aside) in out
 
 
 @pytest.mark.parametrize(
