@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import lzma
 import math
-import pathlib
 import re
 import time
 
@@ -189,7 +188,7 @@ def lzma_bits_per_char(data) -> float:
 
 
 def run(config, workdir, corpus, *, step, split, protocol):
-  """Evaluates a checkpoint and writes eval_SPLIT.json.
+  """Evaluates a checkpoint; writes eval_SPLIT.json and adds to evals.jsonl.
 
   Args:
     config: the checkpoint's settings.
@@ -225,7 +224,7 @@ def run(config, workdir, corpus, *, step, split, protocol):
     data={"name": corpus.name, "sha256": corpus.sha256},
   )
   if parallel.is_primary():
-    logbook.write_json(pathlib.Path(workdir) / f"eval_{split}.json", record)
+    logbook.write_evaluation(workdir, record)
   logbook.say(
     f"step {step}  {split} of {corpus.name}, {protocol}: "
     f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
