@@ -10,7 +10,6 @@ devices, a checkpoint does not know how many devices made it.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -59,22 +58,47 @@ def lock(workdir):
   The lock dies with the process, however it ends.
 
   Raises:
-    CheckpointError: another process holds it.
+    CheckpointError: another process holds it, or this one does already.
   """
-  path = pathlib.Path(workdir) / "lock"
+  path = pathlib.Path(workdir).resolve() / "lock"
+  if path in _LOCKED:  # to open it again, and to close that, would free it
+    raise _is_written(workdir, os.getpid())
   with path.open("a+") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+      _hold(file.fileno())
+    except (BlockingIOError, PermissionError):
       file.seek(0)
-      raise CheckpointError(
-        f"workdir {workdir} is being written by process {file.read().strip()};"
-        " wait for its end or give another --workdir"
-      ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    yield
+      raise _is_written(workdir, file.read().strip()) from None
+    _LOCKED.add(path)
+    try:
+      file.truncate(0)
+      file.write(f"{os.getpid()}\n")
+      file.flush()
+      yield
+    finally:
+      _LOCKED.remove(path)
+
+
+_LOCKED = set()  # by this process
+
+
+def _hold(descriptor):
+  """Locks a file against other processes; an OSError if one of them has it."""
+  if hasattr(os, "lockf"):
+    os.lockf(descriptor, os.F_TLOCK, 0)
+  else:  # on Windows
+    import msvcrt
+
+    # What is locked cannot be read there: a byte far behind the process' id.
+    os.lseek(descriptor, 1 << 30, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
+def _is_written(workdir, process):
+  return CheckpointError(
+    f"workdir {workdir} is being written by process {process}; wait for its "
+    "end or give another --workdir"
+  )
 
 
 class Checkpoints:

@@ -22,7 +22,7 @@ def start(config):
   On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
   many as the batch can be dealt to evenly.
   """
-  cores = len(os.sched_getaffinity(0))
+  cores = _usable_cores()
   sequences = config.batch_size // config.accumulation_steps
   jax.config.update(
     "jax_num_cpu_devices",
@@ -36,6 +36,13 @@ def start(config):
       num_processes=config.process_count or None,
       process_id=None if config.process_index < 0 else config.process_index,
     )
+
+
+def _usable_cores() -> int:
+  """Those this process may run on; all of them where that cannot be asked."""
+  if hasattr(os, "sched_getaffinity"):  # of Linux alone
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def device_count() -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +269,45 @@ def test_one_writer(tmp_path):
   holder.wait()
   with checkpoint.lock(tmp_path):
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_one_writer_in_this_process_too(tmp_path):
+  with checkpoint.lock(tmp_path):
+    for _ in range(2):
+      with (
+        pytest.raises(CheckpointError, match=f"by process {os.getpid()}"),
+        checkpoint.lock(tmp_path / "." / "../" / tmp_path.name),
+      ):
+        pass
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  with checkpoint.lock(tmp_path):
+    pass
+
+
+def test_the_lock_of_windows(tmp_path, monkeypatch):
+  """By a double of msvcrt, which locks a byte where the file stands."""
+  held = []
+
+  def locking(descriptor, mode, count):
+    place = os.lseek(descriptor, 0, os.SEEK_CUR), count
+    if mode != msvcrt.LK_NBLCK or place in held:
+      raise PermissionError(13, "Permission denied")
+    held.append(place)
+
+  msvcrt = types.ModuleType("msvcrt")
+  msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
+  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+  monkeypatch.delattr(os, "lockf")
+  with checkpoint.lock(tmp_path):
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  # As if another process had it: what it wrote can be read, the byte is far off.
+  assert held[0][0] > 1 << 20
+  (tmp_path / "lock").write_text("123\n")
+  with (
+    pytest.raises(CheckpointError, match="by process 123;"),
+    checkpoint.lock(tmp_path),
+  ):
+    pass
 
 
 def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
