@@ -97,6 +97,8 @@ def main() -> int:
   try:
     _check_flags(settings)
     settings.check(config)
+    if config.data.path:  # so that the run finds it from any folder
+      config.data.path = str(pathlib.Path(config.data.path).absolute())
     corpus = None
     if mode == "train":
       corpus = _corpus(config)

@@ -187,6 +187,17 @@ def lzma_bits_per_char(data) -> float:
   return 8 * len(compressed) / len(data)
 
 
+def say_other_data(corpus, meta):
+  """A line where `corpus` is not what the checkpoint was trained on."""
+  trained = meta["data"]
+  if corpus.sha256 != trained["sha256"]:
+    logbook.say(
+      f"other data: {corpus.name} (sha256 {corpus.sha256[:12]}...); step "
+      f"{meta['step']} was trained on {trained['name']} (sha256 "
+      f"{trained['sha256'][:12]}...)"
+    )
+
+
 def run(config, workdir, corpus, *, step, split, protocol):
   """Evaluates a checkpoint; writes eval_SPLIT.json and adds to evals.jsonl.
 
@@ -202,7 +213,8 @@ def run(config, workdir, corpus, *, step, split, protocol):
   protocol = protocol or default_protocol(model_config)
   check_protocol(protocol, model_config)
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    params, _ = checkpoints.restore_params(step)
+    params, meta = checkpoints.restore_params(step)
+  say_other_data(corpus, meta)
   params = parallel.replicate(params)
   evaluator = Evaluator(model_config, config.eval_batch_size)
   result = evaluator(params, getattr(corpus, split), protocol, warm=True)

@@ -86,6 +86,7 @@ def _harden(config, workdir, corpus, step):
   before = ModelConfig(**config.model)
   with checkpoint.Checkpoints(workdir) as saved:
     params, opt_state, meta = saved.restore_items(step)
+  evaluate.say_other_data(corpus, meta)
   whole, after = hardened(params, before)
   figures = [
     evaluate.Evaluator(model_config, config.eval_batch_size)(

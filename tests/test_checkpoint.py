@@ -300,7 +300,7 @@ def test_the_lock_of_windows(tmp_path, monkeypatch):
   monkeypatch.delattr(os, "lockf")
   with checkpoint.lock(tmp_path):
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-  # As if another process had it: what it wrote can be read, the byte is far off.
+  # As if another process had it: what it wrote can be read.
   assert held[0][0] > 1 << 20
   (tmp_path / "lock").write_text("123\n")
   with (

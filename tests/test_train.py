@@ -1,6 +1,7 @@
 """Runs that end well, are stopped, killed, damaged, and go on."""
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -50,7 +51,7 @@ def whole_run(main, text, tmp_path_factory):
   flags = [f"--config.{name}={value}" for name, value in TINY.items()]
   code, out, err = main(
     "--config=configs/base.py",
-    f"--config.data.path={text}",
+    f"--config.data.path={os.path.relpath(text, ROOT)}",
     *flags,
     f"--workdir={workdir}",
   )
@@ -91,7 +92,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
   }
   config = json.loads((workdir / "config.json").read_text())
   assert config["model"]["n_layer"] == 2
-  assert config["data"]["path"] == str(text)
+  assert config["data"]["path"] == str(text)  # though a relative one was given
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["packages"]["jax"]
   lines = metrics(workdir)
