@@ -92,7 +92,9 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
   }
   config = json.loads((workdir / "config.json").read_text())
   assert config["model"]["n_layer"] == 2
-  assert config["data"]["path"] == str(text)  # though a relative one was given
+  data = pathlib.Path(config["data"]["path"])
+  assert data.is_absolute()  # though a relative one was given
+  assert data.samefile(text)
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["packages"]["jax"]
   lines = metrics(workdir)
