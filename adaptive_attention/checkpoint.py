@@ -204,7 +204,7 @@ class Checkpoints:
       )
     self._remove_leftovers()
     self._write(step, items, meta)
-    self._guarded(step, lambda: self._read(step, items))
+    self._guarded(step, lambda: self._verify(step))
     self._remove_older()
 
   def _write(self, step, items, meta):
@@ -327,10 +327,15 @@ class Checkpoints:
 
   def _is_whole(self, step):
     try:
-      self._read(step, self._meta(step)["leaves"])
+      self._verify(step)
     except _DamageError:
       return False
     return True
+
+  def _verify(self, step):
+    """Reads all items, each by itself, as they may fill the memory."""
+    for name in self._meta(step)["leaves"]:
+      self._read(step, [name])
 
   def _meta(self, step):
     path = self._folder / str(step) / "meta" / "metadata"

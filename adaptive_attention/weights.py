@@ -150,14 +150,15 @@ def from_nanogpt(params: Mapping, config: ModelConfig):
   """
   names = _names(config)
   found = {
-    str(name): _array(name, value)
+    str(name): value
     for name, value in params.items()
-    if name in names or not _is_buffer(str(name), np.shape(value))
+    if name in names or not _is_buffer(str(name), getattr(value, "shape", ()))
   }
   output = found.pop("lm_head.weight", None)
   tree = _tree(found, names, config)
   if output is not None and not np.array_equal(
-    output.astype(np.float32), tree["embed"]["embedding"]
+    _array("lm_head.weight", output).astype(np.float32),
+    tree["embed"]["embedding"],
   ):
     raise WeightsError(
       "lm_head.weight differs from transformer.wte.weight; expected an "
@@ -200,7 +201,7 @@ def _tree(found, names, config):
   """The model's parameter tree, float32, each leaf of its name and shape.
 
   Args:
-    found: name -> floating-point array.
+    found: name -> array, as `_array` takes it.
     names: of each parameter, its name -> our path and whether it is transposed.
     config: the model's.
 
@@ -224,7 +225,7 @@ def _tree(found, names, config):
         f"parameter {name!r} is missing, which {model} has; give a whole file, "
         "or choose the settings it was trained with"
       )
-    value = found[name]
+    value = _array(name, found[name])
     expected = shapes[path][::-1] if transpose else shapes[path]
     if value.shape != expected:
       transposed = " (transposed)" if value.shape == expected[::-1] else ""

@@ -153,6 +153,8 @@ def test_buffers_and_the_tied_output_layer_are_passed_over():
   [
     ("transformer.h.2.ln_1.weight", np.ones(8), "h.2.ln_1.weight' is unknown"),
     ("transformer.h.0.attn.extra", np.ones(2), "attn.extra' is unknown"),
+    ("config", np.array("{}"), "'config' is unknown"),
+    (3, np.ones(2), "'3' is unknown"),
     ("transformer.h.0.ln_1.bias", np.ones(8), "ln_1.bias' is unknown"),
     (
       "transformer.h.0.attn.triangle_wave.period_weight",
