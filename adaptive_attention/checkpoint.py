@@ -235,13 +235,13 @@ class Checkpoints:
     for step in figures.keys() - {_best_of(figures), *steps[-self._keep :]}:
       # Under this name a part of it is not taken for the whole.
       path = self._folder / str(step)
-      path.rename(path.with_name(f"{step}{_REMOVED}"))
+      path.rename(path.with_name(f"{step}.removed"))
     self._remove_leftovers()
 
   def _remove_leftovers(self):
     """What a killed process left half written or half removed."""
     for path in self._folder.glob("*.*"):
-      if re.fullmatch(rf"\d+({_REMOVED}|{_UNFINISHED}.*)", path.name):
+      if _LEFTOVER.fullmatch(path.name):
         shutil.rmtree(path)
 
   def read_meta(self, step: int) -> dict:
@@ -379,7 +379,7 @@ class Checkpoints:
 
 
 _META = ("step", "bits_per_char", "leaves", "sha256")  # what `save` adds
-_UNFINISHED, _REMOVED = r"\.orbax-checkpoint-tmp", ".removed"
+_LEFTOVER = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
 
 
 def _alone():

@@ -4,16 +4,20 @@ import bz2
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import http.server
 import io
 import lzma
+import os
 import pickle
 import sqlite3
+import sys
 import sysconfig
 import tarfile
 import threading
+import types
 import urllib.request
 import zipfile
 
@@ -287,6 +291,29 @@ def test_two_runs_at_once_fetch_and_unpack_once(tmp_path, monkeypatch):
       corpora = list(pool.map(lambda _: load(tmp_path, wanted), range(4)))
     assert len(server.ranges) == len(unpacked) == 1
   assert {corpus.sha256 for corpus in corpora} == {sha256(CONTENT)}
+
+
+def test_the_lock_of_windows_is_waited_for(tmp_path, monkeypatch):
+  """By a double of msvcrt, which gives up after ten seconds."""
+  answers = [OSError(errno.EDEADLK, "deadlock"), None]
+  msvcrt = types.ModuleType("msvcrt")
+  msvcrt.LK_LOCK = 1
+
+  def locking(descriptor, mode, count):
+    assert (mode, count) == (msvcrt.LK_LOCK, 1)
+    if answer := answers.pop(0):
+      raise answer
+
+  msvcrt.locking = locking
+  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+  monkeypatch.delattr(os, "lockf")
+  (tmp_path / "tiny.zip").write_bytes(ZIP)
+  wanted = source("https://127.0.0.1:1/")
+  load(tmp_path, wanted)
+  assert not answers
+  (tmp_path / "tiny").unlink()
+  answers.append(PermissionError(errno.EACCES, "Permission denied"))
+  refused(tmp_path, wanted, "Permission denied")
 
 
 def test_progress_is_told_in_lines(tmp_path):
