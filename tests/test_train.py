@@ -47,7 +47,7 @@ def whole_run(main, text, tmp_path_factory):
   """A run from the first step to the last, dropout on: (workdir, stdout)."""
   from tests.conftest import TINY
 
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  workdir = tmp_path_factory.mktemp("runs") / "whole[1]*"
   flags = [f"--config.{name}={value}" for name, value in TINY.items()]
   code, out, err = main(
     "--config=configs/base.py",
