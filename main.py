@@ -281,7 +281,8 @@ def _corpus(given, config):
   from data import enwik8, python_source, text_file
 
   _check_data_flags(given, config)
-  if config.data.path:
+  if config.data.path:  # whole, so that the run finds it from any folder
+    config.data.path = str(pathlib.Path(config.data.path).absolute())
     return text_file.load(config.data.path)
   match config.data.corpus:
     case "enwik8":

@@ -10,21 +10,21 @@ devices, a checkpoint does not know how many devices made it.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 
 class CheckpointError(Exception):
@@ -58,22 +58,47 @@ def lock(workdir):
   The lock dies with the process, however it ends.
 
   Raises:
-    CheckpointError: another process holds it.
+    CheckpointError: another process holds it, or this one does already.
   """
-  path = pathlib.Path(workdir) / "lock"
+  path = pathlib.Path(workdir).resolve() / "lock"
+  if path in _LOCKED:  # to open it again, and to close that, would free it
+    raise _is_written(workdir, os.getpid())
   with path.open("a+") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+      _hold(file.fileno())
+    except (BlockingIOError, PermissionError):
       file.seek(0)
-      raise CheckpointError(
-        f"workdir {workdir} is being written by process {file.read().strip()};"
-        " wait for its end or give another --workdir"
-      ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    yield
+      raise _is_written(workdir, file.read().strip()) from None
+    _LOCKED.add(path)
+    try:
+      file.truncate(0)
+      file.write(f"{os.getpid()}\n")
+      file.flush()
+      yield
+    finally:
+      _LOCKED.remove(path)
+
+
+_LOCKED = set()  # by this process
+
+
+def _hold(descriptor):
+  """Locks a file against other processes; an OSError if one of them has it."""
+  if hasattr(os, "lockf"):
+    os.lockf(descriptor, os.F_TLOCK, 0)
+  else:  # on Windows
+    import msvcrt
+
+    # What is locked cannot be read there: a byte far behind the process' id.
+    os.lseek(descriptor, 1 << 30, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
+def _is_written(workdir, process):
+  return CheckpointError(
+    f"workdir {workdir} is being written by process {process}; wait for its "
+    "end or give another --workdir"
+  )
 
 
 class Checkpoints:
@@ -90,14 +115,13 @@ class Checkpoints:
     self._workdir = pathlib.Path(workdir).absolute()
     self._folder = self._workdir / "checkpoints"
     self._keep = keep
-    self._manager = None  # of orbax, opened by the first save
 
   def __enter__(self):
-    return self
+    with _plain(self._workdir):  # lest the first save finds that there is none
+      return self
 
   def __exit__(self, *_):
-    if self._manager is not None:
-      self._manager.close()
+    pass
 
   def steps(self) -> list[int]:
     """The steps that have a folder, ascending."""
@@ -130,14 +154,15 @@ class Checkpoints:
     )
 
   def _best(self, steps):
-    figures = {step: self.read_meta(step)["bits_per_char"] for step in steps}
-    evaluated = [step for step in steps if figures[step] is not None]
-    if not evaluated:
+    best = _best_of(
+      {step: self.read_meta(step)["bits_per_char"] for step in steps}
+    )
+    if best is None:
       raise CheckpointError(
         "--step=best finds no checkpoint that was evaluated; choose latest or "
         f"one of {_listed(steps)}"
       )
-    return min(evaluated, key=figures.__getitem__)
+    return best
 
   def save(
     self,
@@ -148,7 +173,7 @@ class Checkpoints:
     bits_per_char=None,
     memory=None,
   ):
-    """Writes a checkpoint; on return it is on the disk.
+    """Writes a checkpoint and reads it back; only then older ones go.
 
     Args:
       step: its number, which must be new.
@@ -156,6 +181,10 @@ class Checkpoints:
       meta: what else to keep; JSON.
       bits_per_char: of the validation split, if it was evaluated.
       memory: that of the streams of all devices, a tree of arrays.
+
+    Raises:
+      CheckpointError: there is one of this step, or what was read back is not
+        what was to be saved.
     """
     params, opt_state, memory = jax.device_get((params, opt_state, memory))
     items = {"params": params, "opt_state": _flat(opt_state)}
@@ -168,48 +197,52 @@ class Checkpoints:
       "leaves": {name: _leaves(tree) for name, tree in items.items()},
       "sha256": {name: _digest(tree) for name, tree in items.items()},
     }
-    if self._manager is None:
-      self._manager = self._open_manager()
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta),
-        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-      ),
-      metrics=None
-      if bits_per_char is None
-      else {"bits_per_char": float(bits_per_char)},
-    )
-    if not saved:
+    if step in self.steps():
       raise CheckpointError(
         f"the checkpoint of step {step} was not written, as {self._folder} has "
         f"one; remove {self._folder / str(step)} or give another --workdir"
       )
-    self._manager.wait_until_finished()
+    self._remove_leftovers()
+    self._write(step, items, meta)
+    self._guarded(step, lambda: self._verify(step))
+    self._remove_older()
 
-  def _open_manager(self):
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: -metrics["bits_per_char"],
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
-    return ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(
-          [policies.LatestN(self._keep), best]
+  def _write(self, step, items, meta):
+    """Has orbax write the folder of a step, which appears whole or not."""
+    options = ocp.CompositeOptions(multiprocessing_options=_alone())
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    with (
+      _plain(self._workdir) as workdir,
+      ocp.Checkpointer(
+        handler, multiprocessing_options=_alone()
+      ) as checkpointer,
+    ):
+      checkpointer.save(
+        workdir / "checkpoints" / str(step),
+        args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta),
+          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
         ),
-        best_fn=best.get_metric_fn,
-        # What a killed process left half written.
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=False,
-        # Without barriers: the other processes do not take part in saving.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-          primary_host=0, active_processes={0}, barrier_sync_key_prefix="save"
-        ),
-        create=False,
-      ),
-    )
+      )
+
+  def _remove_older(self):
+    """Leaves the newest, the best and those of which nothing can be told."""
+    steps = self.steps()
+    figures = {}
+    for step in steps:
+      with contextlib.suppress(_DamageError):
+        figures[step] = self._meta(step)["bits_per_char"]
+    for step in figures.keys() - {_best_of(figures), *steps[-self._keep :]}:
+      # Under this name a part of it is not taken for the whole.
+      path = self._folder / str(step)
+      path.rename(path.with_name(f"{step}.removed"))
+    self._remove_leftovers()
+
+  def _remove_leftovers(self):
+    """What a killed process left half written or half removed."""
+    for path in self._folder.glob("*.*"):
+      if _LEFTOVER.fullmatch(path.name):
+        shutil.rmtree(path)
 
   def read_meta(self, step: int) -> dict:
     """What `save` was told, and the leaf table.
@@ -294,16 +327,21 @@ class Checkpoints:
 
   def _is_whole(self, step):
     try:
-      self._read(step, self._meta(step)["leaves"])
+      self._verify(step)
     except _DamageError:
       return False
     return True
+
+  def _verify(self, step):
+    """Reads all items, each by itself, as they may fill the memory."""
+    for name in self._meta(step)["leaves"]:
+      self._read(step, [name])
 
   def _meta(self, step):
     path = self._folder / str(step) / "meta" / "metadata"
     try:
       meta = json.loads(path.read_text())
-      found = meta["step"]
+      found, *_ = (meta[name] for name in _META)
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise _DamageError(f"meta: {_first_line(error)}") from error
     if found != step:
@@ -316,8 +354,7 @@ class Checkpoints:
     trees = []
     for name in names:
       try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-          tree = checkpointer.restore(self._folder / str(step) / name)
+        tree = self._restored(step, name)
       except Exception as error:  # of any of the libraries below orbax
         raise _DamageError(f"{name}: {_first_line(error)}") from error
       tree = jax.tree.map(np.asarray, tree)
@@ -329,9 +366,74 @@ class Checkpoints:
       trees.append(tree)
     return (*trees, meta)
 
+  def _restored(self, step, name):
+    """An item, as orbax reads it."""
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with (
+      _plain(self._workdir) as workdir,
+      ocp.Checkpointer(
+        handler, multiprocessing_options=_alone()
+      ) as checkpointer,
+    ):
+      return checkpointer.restore(workdir / "checkpoints" / str(step) / name)
+
+
+_META = ("step", "bits_per_char", "leaves", "sha256")  # what `save` adds
+_LEFTOVER = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
+
+
+def _alone():
+  """Options for orbax: this process waits for no other one."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
+  )
+
+
+@contextlib.contextmanager
+def _plain(folder):
+  """A path of `folder` that the libraries below orbax take as it is written.
+
+  They look for files by the whole path as a pattern, so that [1], * and ? stand
+  for other names; a backslash parts folders, gs: is a service, and bytes that
+  are no UTF-8 cannot be told. Then it is a link in the folder for temporary
+  files, made for each use, as those may be cleaned up while a run lasts.
+
+  Raises:
+    CheckpointError: no such link can be made.
+  """
+  name = folder.relative_to(folder.anchor).as_posix()
+  if _is_plain(name):
+    yield folder
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      made = stack.enter_context(tempfile.TemporaryDirectory())
+      link = pathlib.Path(made, "workdir")
+      link.symlink_to(folder, target_is_directory=True)
+      if not _is_plain(link.relative_to(link.anchor).as_posix()):
+        raise OSError(f"{tempfile.gettempdir()} is not plain either")
+    except OSError as error:
+      raise CheckpointError(
+        f"checkpoints cannot be kept in {folder}, as its path has characters "
+        f"that need a link, which cannot be made ({_first_line(error)}); give "
+        "a --workdir of letters, digits, points and dashes"
+      ) from error
+    yield link
+
+
+def _is_plain(path: str) -> bool:
+  return bool(re.fullmatch(r"[\w ./=,+@#%~-]*", path))
+
 
 class _DamageError(Exception):
   """What is wrong with one checkpoint."""
+
+
+def _best_of(figures):
+  """The step with the least figure, the newest of several; None without any."""
+  evaluated = [step for step in figures if figures[step] is not None]
+  return min(evaluated, key=lambda step: (figures[step], -step), default=None)
 
 
 def _listed(steps):

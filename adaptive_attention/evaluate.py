@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import lzma
 import math
-import pathlib
 import re
 import time
 
@@ -188,8 +187,19 @@ def lzma_bits_per_char(data) -> float:
   return 8 * len(compressed) / len(data)
 
 
+def say_other_data(corpus, meta):
+  """A line where `corpus` is not what the checkpoint was trained on."""
+  trained = meta["data"]
+  if corpus.sha256 != trained["sha256"]:
+    logbook.say(
+      f"other data: {corpus.name} (sha256 {corpus.sha256[:12]}...); step "
+      f"{meta['step']} was trained on {trained['name']} (sha256 "
+      f"{trained['sha256'][:12]}...)"
+    )
+
+
 def run(config, workdir, corpus, *, step, split, protocol):
-  """Evaluates a checkpoint and writes eval_SPLIT.json.
+  """Evaluates a checkpoint; writes eval_SPLIT.json and adds to evals.jsonl.
 
   Args:
     config: the checkpoint's settings; `eval_tokens` says how much of the
@@ -204,7 +214,8 @@ def run(config, workdir, corpus, *, step, split, protocol):
   protocol = protocol or default_protocol(model_config)
   check_protocol(protocol, model_config)
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    params, _ = checkpoints.restore_params(step)
+    params, meta = checkpoints.restore_params(step)
+  say_other_data(corpus, meta)
   params = parallel.replicate(params)
   evaluator = Evaluator(model_config, config.eval_batch_size)
   data = getattr(corpus, split)[: config.eval_tokens or None]
@@ -232,7 +243,7 @@ def run(config, workdir, corpus, *, step, split, protocol):
     data={"name": corpus.name, "sha256": corpus.sha256},
   )
   if parallel.is_primary():
-    logbook.write_json(pathlib.Path(workdir) / f"eval_{split}.json", record)
+    logbook.write_evaluation(workdir, record)
   part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
   logbook.say(
     f"step {step}  {part}{split} of {corpus.name}, {protocol}: "

@@ -119,6 +119,7 @@ def _harden(config, workdir, corpus, step):
     before = ModelConfig(**config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
+    evaluate.say_other_data(corpus, meta)
     whole, after = hardened(params, before)
     data = corpus.valid[: config.eval_tokens or None]
     figures = [

@@ -6,8 +6,10 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import subprocess
 import sys
+import time
 
 import jax
 
@@ -49,6 +51,33 @@ def write_json(path, content):
   part = path.with_name(path.name + ".part")
   part.write_text(json.dumps(content, indent=2) + "\n")
   part.replace(path)
+
+
+def write_evaluation(workdir, record):
+  """Adds to evals.jsonl, which keeps all, and replaces eval_SPLIT.json."""
+  workdir = pathlib.Path(workdir)
+  _append_line(workdir / "evals.jsonl", record)
+  write_json(workdir / f"eval_{record['split']}.json", record)
+
+
+def _append_line(path, content):
+  """Adds a line of JSON; what a killed writer left of one makes way for it."""
+  with path.open("a+b") as file:
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if last and _is_json(last):
+      file.write(b"\n")
+    else:
+      file.truncate(file.tell() - len(last))
+    file.write(json.dumps(content).encode() + b"\n")
+
+
+def _is_json(line: bytes) -> bool:
+  try:
+    json.loads(line)
+  except ValueError:
+    return False
+  return True
 
 
 def environment() -> dict:
@@ -119,11 +148,7 @@ class Logbook:
     _drop_after(path, self._resumed_step)
     self._metrics = path.open("a")
     if config.tensorboard:
-      # Two writers opened within a second would share a file name.
-      import tensorboardX
-
-      folder = self._workdir / "tensorboard" / f"from_{self._resumed_step}"
-      self._tensorboard = tensorboardX.SummaryWriter(str(folder))
+      self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
     if config.wandb:
       self._wandb = _start_wandb(self._workdir, config)
     return self
@@ -189,6 +214,19 @@ def _drop_after(path, step):
   part.replace(path)
 
 
+def _start_tensorboard(workdir, resumed_step):
+  """A writer into the run's one folder, where steps that are made again go."""
+  import tensorboardX
+
+  return tensorboardX.SummaryWriter(
+    str(workdir / "tensorboard"),
+    purge_step=resumed_step + 1,
+    # Else two files of one second would have one name; they are read in its
+    # order.
+    filename_suffix=f".{time.time_ns()}",
+  )
+
+
 def _start_wandb(workdir, config):
   try:
     import wandb
@@ -197,11 +235,47 @@ def _start_wandb(workdir, config):
       "config.wandb=True needs the package wandb; pip install wandb, or leave "
       "it False"
     ) from error
-  return wandb.init(
-    project="adaptive_attention",
-    name=workdir.name,
-    dir=str(workdir),
-    config=config.to_dict(),
-    id=workdir.name,
-    resume="allow",
-  )
+  # Entity, mode and more are read by wandb itself from its environment; what is
+  # given here would go before that.
+  environment = os.environ.get
+  try:
+    return wandb.init(
+      project=environment("WANDB_PROJECT") or "adaptive_attention",
+      name=environment("WANDB_NAME") or workdir.absolute().name,
+      dir=str(workdir),
+      config=config.to_dict(),
+      id=environment("WANDB_RUN_ID") or _wandb_id(workdir.absolute()),
+      resume="allow",
+    )
+  except Exception as error:  # of any of the libraries below wandb
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    raise LogbookError(
+      f"wandb cannot be started ({reason}); run wandb login, set "
+      "WANDB_MODE=offline, or leave config.wandb False"
+    ) from error
+
+
+def _wandb_id(workdir) -> str:
+  """The run's id there: random, kept in the workdir, moved along with it.
+
+  A copy of a workdir, of which the first is still there, is another run.
+  """
+  path = workdir / "wandb.json"
+  kept = _read_object(path)
+  known, home = kept.get("id"), kept.get("workdir", str(workdir))
+  if known and home == str(workdir):
+    return known
+  if (
+    not known or _read_object(pathlib.Path(home, path.name)).get("id") == known
+  ):
+    known = secrets.token_hex(8)
+  write_json(path, {"id": known, "workdir": str(workdir)})
+  return known
+
+
+def _read_object(path) -> dict:
+  """What `write_json` wrote; empty where there is nothing that can be read."""
+  try:
+    return dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return {}

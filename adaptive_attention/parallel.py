@@ -27,7 +27,7 @@ def start(config, sequences: int):
   Raises:
     SettingsError: several processes that cannot find each other.
   """
-  cores = len(os.sched_getaffinity(0))
+  cores = _usable_cores()
   jax.config.update(
     "jax_num_cpu_devices",
     config.cpu_devices
@@ -47,6 +47,13 @@ def start(config, sequences: int):
         f"config.distributed=True finds no other processes ({reason}); give "
         "coordinator_address, process_count and process_index too"
       ) from error
+
+
+def _usable_cores() -> int:
+  """Those this process may run on; all of them where that cannot be asked."""
+  if hasattr(os, "sched_getaffinity"):  # of Linux alone
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def device_count() -> int:

@@ -7,20 +7,22 @@ block I >= 1.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Mapping
 
 import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from adaptive_attention import settings
-from adaptive_attention.model import ModelConfig
+from adaptive_attention.model import ModelConfig, Transformer
 
 
 class WeightsError(ValueError):
@@ -123,82 +125,138 @@ def _names(config: ModelConfig):
   return names
 
 
-def _is_buffer(name, value):
+def _is_buffer(name, shape):
   """Tables over pairs of positions, which we compute from the distance."""
   return bool(
     re.fullmatch(r"transformer\.h\.\d+\.attn\.\w+", name)
-    and value.ndim >= 2
-    and value.shape[-1] == value.shape[-2]
+    and len(shape) >= 2
+    and shape[-1] == shape[-2]
   )
 
 
-def from_nanogpt(params: Mapping[str, np.ndarray], config: ModelConfig):
-  """The parameter tree of `Transformer(config)` out of PyTorch's names.
+def from_nanogpt(params: Mapping, config: ModelConfig):
+  """The parameter tree of `Transformer(config)`, float32, by PyTorch's names.
 
   Buffers are passed over, and so is `lm_head.weight`, which is
   `transformer.wte.weight` again.
 
+  Args:
+    params: name -> array, of numpy, jax or PyTorch and any floating-point kind.
+    config: the model's.
+
   Raises:
-    WeightsError: an unknown or missing name, a shape that does not fit, or an
-      output layer of its own.
+    WeightsError: an unknown or missing name, a shape that does not fit, what is
+      no floating-point number or not finite, or an output layer of its own.
   """
   names = _names(config)
-  flat = {}
-  for name, value in params.items():
+  found = {
+    str(name): value
+    for name, value in params.items()
+    if name in names or not _is_buffer(str(name), getattr(value, "shape", ()))
+  }
+  output = found.pop("lm_head.weight", None)
+  tree = _tree(found, names, config)
+  if output is not None and not np.array_equal(
+    _array("lm_head.weight", output).astype(np.float32),
+    tree["embed"]["embedding"],
+  ):
+    raise WeightsError(
+      "lm_head.weight differs from transformer.wte.weight; expected an "
+      "output layer tied to the embedding, as in the published program"
+    )
+  return tree
+
+
+def _array(name, value) -> np.ndarray:
+  """A floating-point array of what numpy, jax or PyTorch hold.
+
+  Raises:
+    WeightsError: it holds something else.
+  """
+  try:
+    if hasattr(value, "detach"):  # numpy cannot read all kinds of PyTorch
+      value = value.detach().cpu()
+      if value.is_floating_point():
+        value = value.float()
+      value = value.numpy()
     value = np.asarray(value)
-    if name == "lm_head.weight":
-      if not np.array_equal(value, params.get("transformer.wte.weight")):
-        raise WeightsError(
-          "lm_head.weight differs from transformer.wte.weight; expected an "
-          "output layer tied to the embedding, as in the published program"
-        )
-    elif name in names:
-      path, transpose = names[name]
-      value = value.T if transpose else value
-      flat[path] = np.array(value, np.float32, order="C")
-    elif not _is_buffer(name, value):
+  except (TypeError, ValueError, RuntimeError) as error:
+    raise WeightsError(
+      f"parameter {name!r} cannot be read ({_first_line(error)}); expected an "
+      "array of floating-point numbers"
+    ) from error
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    raise _wrong_kind(name, value.dtype)
+  return value
+
+
+def _wrong_kind(name, dtype):
+  return WeightsError(
+    f"parameter {name!r} holds {dtype}; expected floating-point numbers; save "
+    "it as float32"
+  )
+
+
+def _tree(found, names, config):
+  """The model's parameter tree, float32, each leaf of its name and shape.
+
+  Args:
+    found: name -> array, as `_array` takes it.
+    names: of each parameter, its name -> our path and whether it is transposed.
+    config: the model's.
+
+  Raises:
+    WeightsError: naming the parameter that does not fit.
+  """
+  model = (
+    f"a model with n_layer={config.n_layer}, attention={config.attention!r} "
+    f"and bias={config.bias}"
+  )
+  for name in found:
+    if name not in names:
       raise WeightsError(
-        f"parameter {name!r} is unknown to a model with "
-        f"n_layer={config.n_layer}, attention={config.attention!r} and "
-        f"bias={config.bias}; choose the settings it was trained with"
+        f"parameter {name!r} is unknown to {model}; choose the settings it was "
+        "trained with"
       )
-  for name, (path, _) in names.items():
-    if path not in flat:
+  shapes, flat = _shapes(config), {}
+  for name, (path, transpose) in names.items():
+    if name not in found:
       raise WeightsError(
-        f"parameter {name!r} is missing, which a model with "
-        f"n_layer={config.n_layer}, attention={config.attention!r} and "
-        f"bias={config.bias} has; choose the settings it was trained with"
+        f"parameter {name!r} is missing, which {model} has; give a whole file, "
+        "or choose the settings it was trained with"
       )
-  _check_shapes(flat, config, {path: name for name, (path, _) in names.items()})
+    value = _array(name, found[name])
+    expected = shapes[path][::-1] if transpose else shapes[path]
+    if value.shape != expected:
+      transposed = " (transposed)" if value.shape == expected[::-1] else ""
+      raise WeightsError(
+        f"parameter {name!r} is {value.shape}{transposed} where the model's "
+        f"settings ask for {expected}; choose the settings it was trained with"
+      )
+    with np.errstate(over="ignore"):  # of float64, told below
+      value = np.array(value.T if transpose else value, np.float32, order="C")
+    if not np.isfinite(value).all():
+      raise WeightsError(
+        f"parameter {name!r} has {np.sum(~np.isfinite(value)):,} numbers that "
+        "are not finite in float32; give the parameters of an earlier step"
+      )
+    flat[path] = value
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_shapes(flat, config, names):
-  D = config.width
-  ends = {
-    "embed/embedding": (config.vocab_size, D),
-    "qkv/kernel": (D, 3 * D),
-    "out/kernel": (D, D),
-    "up/kernel": (D, 4 * D),
-    "down/kernel": (4 * D, D),
-    "qkv/bias": (3 * D,),
-    "up/bias": (4 * D,),
-    "_logit": (config.n_head,),
-  }
-  for path, value in flat.items():
-    expected = next((s for end, s in ends.items() if path.endswith(end)), (D,))
-    if path.startswith("position_"):
-      expected = (config.context_tokens, D)
-    if value.shape != expected:
-      raise WeightsError(
-        f"parameter {names[path]!r} came out as {value.shape} where "
-        f"the model's settings ask for {expected}; choose the settings it was "
-        "trained with"
-      )
+@functools.cache
+def _shapes(config: ModelConfig) -> dict[str, tuple]:
+  """Path -> shape of every parameter of the model."""
+  model = Transformer(config)
+  variables = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )
+  flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def load(path, config: ModelConfig):
-  """The parameter tree out of a file.
+  """The parameter tree out of a file, float32 whatever the file has.
 
   Args:
     path: a .safetensors that `save` wrote; or the published program's
@@ -215,18 +273,19 @@ def load(path, config: ModelConfig):
     raise WeightsError(
       f"init_from={path} is no file; give a .safetensors, an .npz or a .pt"
     )
-  match path.suffix:
-    case ".safetensors":
-      return _read_safetensors(path, config)
-    case ".npz":
-      params = _read_npz(path)
-    case ".pt":
-      params = _read_torch(path)
-    case _:
-      raise WeightsError(
-        f"init_from={path} is of no known kind; give .safetensors, .npz, .pt"
-      )
-  return from_nanogpt(params, config)
+  try:
+    match path.suffix:
+      case ".safetensors":
+        return _of_safetensors(path, config)
+      case ".npz":
+        return from_nanogpt(_read_npz(path), config)
+      case ".pt":
+        return from_nanogpt(_read_torch(path), config)
+  except WeightsError as error:
+    raise WeightsError(f"init_from={path}: {error}") from error
+  raise WeightsError(
+    f"init_from={path} is of no known kind; give .safetensors, .npz, .pt"
+  )
 
 
 def save(path, params, config: ModelConfig, step: int):
@@ -249,44 +308,87 @@ def save(path, params, config: ModelConfig, step: int):
   os.replace(part, path)
 
 
-def _read_safetensors(path, config):
+_KINDS = {  # of safetensors -> of numpy, those that hold parameters
+  "F64": "float64",
+  "F32": "float32",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+  "F8_E4M3FNUZ": "float8_e4m3fnuz",
+  "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+def _of_safetensors(path, config):
   try:
     with safetensors.safe_open(path, "np") as file:
-      saved = json.loads((file.metadata() or {})["config"])
-      flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-    reason = str(error) or type(error).__name__
-    raise WeightsError(
-      f"init_from={path} cannot be read ({reason}); give a file that "
-      "--mode=export wrote"
-    ) from error
-  changed = settings.changes(
-    {"model": dataclasses.asdict(settings.model_config(saved))},
-    {"model": dataclasses.asdict(config)},
-  )
-  for name, (old, new) in changed.items():
-    if settings.fixes_the_model(name):
+      saved = dict(json.loads((file.metadata() or {})["config"]))
+    tensors = safetensors.deserialize(path.read_bytes())
+  except Exception as error:  # of json, safetensors and what it is made of
+    raise _unreadable(error, "that --mode=export wrote") from error
+  _check_settings(saved, config)
+  found = {}
+  for name, tensor in tensors:
+    if tensor["dtype"] not in _KINDS:
+      raise _wrong_kind(name, tensor["dtype"])
+    kind = np.dtype(_KINDS[tensor["dtype"]])
+    found[name] = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"])
+  return _tree(found, {path: (path, False) for path in _shapes(config)}, config)
+
+
+def _check_settings(saved, config):
+  """That the file's model computes what the settings ask for.
+
+  What its metadata lack is at the default, as in `settings.model_config`.
+  """
+  try:
+    theirs = dataclasses.asdict(settings.model_config(saved))
+  except settings.SettingsError as error:
+    raise WeightsError(f"its metadata are of no model here: {error}") from error
+  for field, ours in dataclasses.asdict(config).items():
+    name, value = f"model.{field}", theirs[field]
+    if settings.fixes_the_model(name) and value != ours:
+      holds = "it holds a model with" if field in saved else "its metadata lack"
+      default = "" if field in saved else ", which is the default"
       raise WeightsError(
-        f"init_from={path} holds a model with {name}={old!r}, not {new!r}; set "
-        f"--config.{name}={old}"
+        f"{holds} {name}={value!r}{default}, not {ours!r}; set "
+        f"--config.{name}={value}"
       )
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _read_npz(path):
   try:
     with np.load(path, allow_pickle=False) as file:
       named = any(name.startswith("param/") for name in file.files)
+      names = [n for n in file.files if n.startswith("param/") or not named]
+      _check_once(names)
       return {
-        name.removeprefix("param/"): file[name]
-        for name in file.files
-        if name.startswith("param/") or not named
+        name.removeprefix("param/"): _member(file, name) for name in names
       }
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except WeightsError:
+    raise
+  except Exception as error:  # of numpy, zipfile, zlib and others
+    raise _unreadable(error, "that numpy.savez wrote") from error
+
+
+def _member(file, name):
+  try:
+    return file[name]
+  except Exception as error:
     raise WeightsError(
-      f"init_from={path} cannot be read ({error}); give a file that "
-      "numpy.savez wrote"
+      f"parameter {name!r} cannot be read ({_first_line(error)}); give a whole "
+      "file of plain arrays"
     ) from error
+
+
+def _check_once(names):
+  for name in names:
+    if names.count(name) > 1:
+      raise WeightsError(
+        f"parameter {name!r} is there {names.count(name)} times; give a file "
+        "that has each once"
+      )
 
 
 def _read_torch(path):
@@ -294,23 +396,31 @@ def _read_torch(path):
     import torch
   except ImportError as error:
     raise WeightsError(
-      f"init_from={path} needs PyTorch to be read; pip install torch, or save "
-      "the parameters as .npz"
+      "PyTorch is needed to read it; pip install torch, or save the parameters "
+      "as .npz"
     ) from error
   try:
     state = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises its own kinds, of many modules
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise WeightsError(
-      f"init_from={path} cannot be read ({reason}); give a checkpoint that "
-      "holds only tensors and plain values"
-    ) from error
+    raise _unreadable(error, "of only tensors and plain values") from error
   state = state.get("model", state) if isinstance(state, Mapping) else {}
-  params = {
-    name.removeprefix("_orig_mod."): value.float().numpy()
-    for name, value in state.items()
+  tensors = [
+    (str(name).removeprefix("_orig_mod."), value)
+    for name, value in (state.items() if isinstance(state, Mapping) else ())
     if isinstance(value, torch.Tensor)
-  }
-  if not params:
-    raise WeightsError(f"init_from={path} holds no tensors; give a state dict")
-  return params
+  ]
+  if not tensors:
+    raise WeightsError("it holds no tensors; give a state dict")
+  _check_once([name for name, _ in tensors])
+  return dict(tensors)
+
+
+def _unreadable(error, expected):
+  return WeightsError(
+    f"it cannot be read ({_first_line(error)}); give a file {expected}"
+  )
+
+
+def _first_line(error):
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200].rstrip(".")

@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   # "enwik8", or "python_source", the text that every Python carries.
   config.data.corpus = "enwik8"
-  # Any local file instead (raw, .gz, .xz, .zip with one member), split 90/5/5.
+  # Any local file instead (raw, .gz, .bz2, .xz, .zip with one member), split
+  # 90/5/5.
   config.data.path = ""
   # Where a downloaded corpus is kept.
   config.data.cache_dir = "data/cache"

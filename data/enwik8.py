@@ -2,10 +2,11 @@
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import http.client
+import os
 import pathlib
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -70,8 +71,11 @@ def load(
     if not raw.exists():
       folder.mkdir(parents=True, exist_ok=True)
       # Two runs that start together fetch once.
-      with (folder / f"{source.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+      with (
+        _ONE_THREAD,
+        (folder / f"{source.name}.lock").open("w") as file,
+      ):
+        _hold(file.fileno())
         if not raw.exists():
           _make(source, raw, log or (lambda line: None), pauses_seconds)
     content = np.memmap(raw, np.uint8, mode="r") if raw.stat().st_size else b""
@@ -87,6 +91,24 @@ def load(
       "have it made again"
     )
   return split(source.name, content, source.sizes, digest)
+
+
+_ONE_THREAD = threading.Lock()  # as files are locked by processes
+
+
+def _hold(descriptor):
+  """Waits for the lock of a file, which dies with the process that has it."""
+  if hasattr(os, "lockf"):
+    os.lockf(descriptor, os.F_LOCK, 0)
+    return
+  import msvcrt  # on Windows
+
+  while True:
+    try:
+      return msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+    except OSError as error:
+      if error.errno != errno.EDEADLK:  # it was not free for ten seconds
+        raise
 
 
 def _make(source, raw, log, pauses_seconds):

@@ -1,8 +1,10 @@
-"""Any local file as a corpus: raw, .gz, .xz, or a .zip with one member."""
+"""Any local file as a corpus: raw, .gz, .bz2, .xz, or a .zip of one member."""
 
+import bz2
 import gzip
 import lzma
 import pathlib
+import tarfile
 import zipfile
 import zlib
 
@@ -12,6 +14,49 @@ from data import Corpus, CorpusError, split
 
 CAP_BYTES = 4 << 30  # of unpacked text, which is held in memory
 _READ_AT_ONCE = 1 << 20
+_GZIP = b"\x1f\x8b"
+_XZ = (b"\xfd7zXZ\x00", b"]\x00\x00")  # the latter without its container
+_BZIP2 = tuple(  # with a first block, or without any
+  b"BZh%d" % level + block
+  for level in range(1, 10)
+  for block in (b"1AY&SY", b"\x17rE8P\x90")
+)
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+# First bytes of files that hold a text, or numbers, in a form of their own. No
+# more than these: a model of bytes may be meant to learn any others.
+_CONTAINERS = {
+  "a gzip file": _GZIP,
+  "an xz file": _XZ,
+  "a bzip2 file": _BZIP2,
+  "a zip file": _ZIP,
+  "a Zstandard file": b"\x28\xb5\x2f\xfd",
+  "an LZ4 file": (b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18"),
+  # Frames that LZ4 and Zstandard pass over.
+  "a compressed file": tuple(bytes([i, 42, 77, 24]) for i in range(80, 96)),
+  "an lzip file": b"LZIP\x01",
+  "an lzop file": b"\x89LZO\x00\r\n\x1a\n",
+  "a file of compress": (b"\x1f\x9d", b"\x1f\xa0"),
+  "a Snappy file": b"\xff\x06\x00\x00sNaPpY",
+  "a 7z archive": b"7z\xbc\xaf\x27\x1c",
+  "a RAR archive": b"Rar!\x1a\x07",
+  "an ar archive": b"!<arch>\n",
+  "a cabinet": b"MSCF\x00\x00\x00\x00",
+  "an RPM package": b"\xed\xab\xee\xdb",
+  "a Parquet file": b"PAR1",
+  "an Arrow file": b"ARROW1\x00\x00",
+  "an Avro file": b"Obj\x01",
+  "an SQLite database": b"SQLite format 3\x00",
+  "an HDF5 file": b"\x89HDF\r\n\x1a\n",
+  "an array of numpy": b"\x93NUMPY",
+  "a PDF": b"%PDF-",
+  "a document of Office": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+}
+# Those that a text could begin with are told by their last bytes too.
+_CONTAINERS_WITH_ENDS = {
+  "a Feather file": (b"FEA1", b"FEA1"),
+  "an ORC file": (b"ORC", tuple(b"ORC%c" % length for length in range(256))),
+  "a pickle": (tuple(bytes([0x80, i]) for i in range(2, 6)), b"."),
+}
 
 
 def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
@@ -21,12 +66,13 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
   disk and is read as it is needed.
 
   Raises:
-    CorpusError: no such file, a damaged archive, several members, too few
-      bytes, or more than `cap_bytes` unpacked.
+    CorpusError: no such file, a damaged archive, several members, a container
+      of another kind, too few bytes, or more than `cap_bytes` unpacked.
   """
   path = pathlib.Path(path)
   try:
     content = _content(path, cap_bytes)
+    kind = _container(content)
   except (
     OSError,
     EOFError,
@@ -43,21 +89,44 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
       f"data.path={path} cannot be read ({reason}); give a whole file that may "
       "be read"
     ) from error
+  if kind:
+    raise CorpusError(
+      f"data.path={path} holds {kind}, of which the bytes are no text; unpack "
+      "it and give the file of text that is meant"
+    )
   return split(path.name, content)
+
+
+def _container(content):
+  """What the bytes are, if they hold a text in another form; None else."""
+  start, end = content[:512].tobytes(), content[-4:].tobytes()
+  for kind, first in _CONTAINERS.items():
+    if start.startswith(first):
+      return kind
+  for kind, (first, last) in _CONTAINERS_WITH_ENDS.items():
+    if start.startswith(first) and end.endswith(last):
+      return kind
+  try:  # the first header has a checksum
+    tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+  except tarfile.HeaderError:
+    return None
+  return "a tar archive"
 
 
 def _content(path, cap_bytes):
   if not path.is_file():
     raise CorpusError(f"data.path={path} is no file; give a file of text")
   with path.open("rb") as file:
-    start = file.read(6)
-  if start.startswith(b"\x1f\x8b"):
-    with gzip.open(path) as stream:
-      return _read(stream, path, cap_bytes)
-  if start == b"\xfd7zXZ\x00":
-    with lzma.open(path) as stream:
-      return _read(stream, path, cap_bytes)
-  if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+    start = file.read(10)
+  for first, opener in (
+    (_GZIP, gzip.open),
+    (_BZIP2, bz2.open),
+    (_XZ, lzma.open),
+  ):
+    if start.startswith(first):
+      with opener(path) as stream:
+        return _read(stream, path, cap_bytes)
+  if start.startswith(_ZIP):
     return _read_zip(path, cap_bytes)
   if not start:
     raise CorpusError(f"data.path={path} is empty; give a file of text")

@@ -1,5 +1,6 @@
 """Two CPU devices for all tests, and main.py as a function."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -22,14 +23,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_num_cpu_devices", 2)
 
 
-@pytest.fixture(scope="session")
-def main():
-  """main(*flags) -> (exit code, stdout, stderr) of main.py.
+@contextlib.contextmanager
+def serving(*options):
+  """main(*flags) -> (exit code, stdout, stderr) of main.py, run by a server.
 
   `main.backend_was_started` tells whether the last call touched a device.
+
+  Args:
+    options: of Python, how to start the server.
   """
   with subprocess.Popen(
-    [sys.executable, "-m", "tests.main_server"],
+    [sys.executable, *options],
     cwd=ROOT,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -44,6 +48,12 @@ def main():
 
     yield run
     server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def main():
+  with serving("-m", "tests.main_server") as run:
+    yield run
 
 
 @pytest.fixture(scope="session")

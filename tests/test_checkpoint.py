@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,13 @@ def spoil_meta(folder):
   (folder / "meta" / "metadata").write_text('{"step": 3')
 
 
+def forget_digests(folder):
+  path = folder / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  del meta["sha256"]
+  path.write_text(json.dumps(meta))
+
+
 def copy_older(folder):
   shutil.rmtree(folder)
   shutil.copytree(folder.parent / "1", folder)
@@ -181,6 +190,7 @@ def copy_older(folder):
     (forget_item, "opt_state"),
     (other_item, "params"),
     (spoil_meta, "meta"),
+    (forget_digests, "meta: 'sha256'"),
     (copy_older, "it is of step 1"),
   ],
 )
@@ -261,6 +271,45 @@ def test_one_writer(tmp_path):
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
+def test_one_writer_in_this_process_too(tmp_path):
+  with checkpoint.lock(tmp_path):
+    for _ in range(2):
+      with (
+        pytest.raises(CheckpointError, match=f"by process {os.getpid()}"),
+        checkpoint.lock(tmp_path / "." / "../" / tmp_path.name),
+      ):
+        pass
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  with checkpoint.lock(tmp_path):
+    pass
+
+
+def test_the_lock_of_windows(tmp_path, monkeypatch):
+  """By a double of msvcrt, which locks a byte where the file stands."""
+  held = []
+
+  def locking(descriptor, mode, count):
+    place = os.lseek(descriptor, 0, os.SEEK_CUR), count
+    if mode != msvcrt.LK_NBLCK or place in held:
+      raise PermissionError(13, "Permission denied")
+    held.append(place)
+
+  msvcrt = types.ModuleType("msvcrt")
+  msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
+  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+  monkeypatch.delattr(os, "lockf")
+  with checkpoint.lock(tmp_path):
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  # As if another process had it: what it wrote can be read.
+  assert held[0][0] > 1 << 20
+  (tmp_path / "lock").write_text("123\n")
+  with (
+    pytest.raises(CheckpointError, match="by process 123;"),
+    checkpoint.lock(tmp_path),
+  ):
+    pass
+
+
 def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
   save(tmp_path, [1])
   half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
@@ -270,6 +319,96 @@ def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
   save(tmp_path, [2])
   assert not half.exists()
   assert read(tmp_path, 2)[2]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["2.removed", "2.orbax-checkpoint-tmp-17"])
+def test_nor_do_half_removed_ones(tmp_path, name):
+  save(tmp_path, [1])
+  (tmp_path / "checkpoints" / "2.mine").mkdir()
+  shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
+  save(tmp_path, [2])
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+    "1",
+    "2",
+    "2.mine",
+  }
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "lr[1]",
+    "a*",
+    "a?",
+    "a**b",
+    "back\\slash",
+    "gs:",
+    "{a,b}",
+    "\udce9",
+    "a\nb",
+    "~",
+    "$HOME",
+    "%41",
+    "caf\xe9",
+    "-a",
+    "a.",
+    "x" * 255,
+  ],
+)
+def test_folders_of_any_name(tmp_path, name):
+  """Those that are patterns too, next to a folder that they would match."""
+  save(tmp_path / "plain", [1], [1.0])
+  (tmp_path / "plain").rename(tmp_path / name)
+  shutil.copytree(tmp_path / name, tmp_path / "ab")
+  before = sorted(tmp_path.iterdir())
+  save(tmp_path / name, [2, 3], [3.0, 2.0], keep=1)
+  for step in (1, 3):
+    assert read(tmp_path / name, step)[0]["span_logit"][0] == step
+  assert sorted(tmp_path.iterdir()) == before
+  with Checkpoints(tmp_path / "ab") as saved:
+    assert saved.steps() == [1]
+
+
+def test_a_name_that_cannot_be_had_is_told_before_anything_is_done(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  (tmp_path / "[1]").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[1]"))
+  with Checkpoints(tmp_path / "plain"):
+    pass
+  with (
+    pytest.raises(CheckpointError, match="give a --workdir of letters"),
+    Checkpoints(tmp_path / "lr[2]"),
+  ):
+    pass
+  assert not list((tmp_path / "[1]").iterdir())
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, spoil_meta, empty])
+def test_what_cannot_be_read_back_drives_no_older_one_out(
+  tmp_path, monkeypatch, damage
+):
+  save(tmp_path, [1, 2], [1.0, 2.0])
+  write = Checkpoints._write
+
+  def write_badly(self, step, *args):
+    write(self, step, *args)
+    damage(tmp_path / "checkpoints" / str(step))
+
+  monkeypatch.setattr(Checkpoints, "_write", write_badly)
+  with pytest.raises(CheckpointError, match=r"whole: 1, 2; .*--step=2"):
+    save(tmp_path, [3], [0.5], keep=1)
+  for step in (1, 2):
+    read(tmp_path, step)
+
+
+def test_one_that_cannot_be_told_is_left_alone(tmp_path):
+  save(tmp_path, [1, 2])
+  spoil_meta(tmp_path / "checkpoints" / "1")
+  save(tmp_path, [3, 4], keep=1)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1, 4]
 
 
 def test_outside_tools_read_the_parameters_alone(tmp_path):

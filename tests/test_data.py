@@ -1,15 +1,23 @@
 """Where the bytes come from, and what happens when they do not."""
 
+import bz2
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import http.server
 import io
 import lzma
+import os
+import pickle
+import sqlite3
+import sys
 import sysconfig
+import tarfile
 import threading
+import types
 import urllib.request
 import zipfile
 
@@ -285,6 +293,29 @@ def test_two_runs_at_once_fetch_and_unpack_once(tmp_path, monkeypatch):
   assert {corpus.sha256 for corpus in corpora} == {sha256(CONTENT)}
 
 
+def test_the_lock_of_windows_is_waited_for(tmp_path, monkeypatch):
+  """By a double of msvcrt, which gives up after ten seconds."""
+  answers = [OSError(errno.EDEADLK, "deadlock"), None]
+  msvcrt = types.ModuleType("msvcrt")
+  msvcrt.LK_LOCK = 1
+
+  def locking(descriptor, mode, count):
+    assert (mode, count) == (msvcrt.LK_LOCK, 1)
+    if answer := answers.pop(0):
+      raise answer
+
+  msvcrt.locking = locking
+  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+  monkeypatch.delattr(os, "lockf")
+  (tmp_path / "tiny.zip").write_bytes(ZIP)
+  wanted = source("https://127.0.0.1:1/")
+  load(tmp_path, wanted)
+  assert not answers
+  (tmp_path / "tiny").unlink()
+  answers.append(PermissionError(errno.EACCES, "Permission denied"))
+  refused(tmp_path, wanted, "Permission denied")
+
+
 def test_progress_is_told_in_lines(tmp_path):
   lines = []
   with serve(ZIP) as server:
@@ -367,7 +398,10 @@ def test_python_source_takes_the_library_and_no_more(tmp_path, monkeypatch):
   [
     ("raw.txt", CONTENT),
     ("a.gz", gzip.compress(CONTENT)),
+    ("a.bz2", bz2.compress(CONTENT)),
+    ("a.bz2", bz2.compress(CONTENT[:9]) + bz2.compress(CONTENT[9:], 1)),
     ("a.xz", lzma.compress(CONTENT)),
+    ("a.lzma", lzma.compress(CONTENT, lzma.FORMAT_ALONE)),
     ("a.zip", zipped(inside=CONTENT)),
     ("misnamed.txt", gzip.compress(CONTENT)),
   ],
@@ -415,6 +449,9 @@ NAMELESS = damaged({46: bytes(1)})
     (gzip.compress(CONTENT)[:-8] + bytes(8), "cannot be read .*CRC"),
     (gzip.compress(CONTENT)[:10] + b"\xff" * 99, "cannot be read .*block type"),
     (lzma.compress(CONTENT)[:-9], "cannot be read"),
+    (bz2.compress(CONTENT)[:-9], "cannot be read"),
+    (bz2.compress(CONTENT)[:99] + b"?" * 99, "cannot be read"),
+    (bz2.compress(CONTENT * 3), "more than 100,000 bytes"),
     (lzma.compress(CONTENT)[:9] + b"\xff" * 99, "cannot be read .*orrupt"),
     (ZIP[:-30], "cannot be read"),
     (zipped(a=CONTENT, b=b"x"), "holds 2 members"),
@@ -435,6 +472,101 @@ def test_text_files_that_cannot_serve(tmp_path, content, match):
     text_file.load(path, cap_bytes=100_000)
   assert "\n" not in str(error.value)
   assert "text" in str(error.value)
+
+
+def tarred(form):
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w", format=form) as archive:
+    info = tarfile.TarInfo("caf\xe9/book.txt")
+    info.size = len(CONTENT)
+    archive.addfile(info, io.BytesIO(CONTENT))
+  return file.getvalue()
+
+
+def oldest_tar():
+  """Without the magic number that later forms have."""
+  head = bytearray(tarred(tarfile.USTAR_FORMAT)[:512])
+  head[257:] = bytes(512 - 257)
+  head[148:156] = b" " * 8
+  head[148:156] = b"%06o\x00 " % sum(head)
+  return bytes(head) + CONTENT
+
+
+def numpy_file(save, *arrays):
+  file = io.BytesIO()
+  save(file, *arrays)
+  return file.getvalue()
+
+
+def database():
+  with contextlib.closing(sqlite3.connect(":memory:")) as base:
+    base.execute("create table texts (text)")
+    return base.serialize()
+
+
+TAR = tarred(tarfile.PAX_FORMAT)
+ARRAY = np.arange(100)
+ENCLOSED = [
+  ("a Zstandard file", b"\x28\xb5\x2f\xfd" + CONTENT),
+  ("an LZ4 file", b"\x04\x22\x4d\x18" + CONTENT),
+  ("a compressed file", b"\x50\x2a\x4d\x18" + CONTENT),
+  ("a 7z archive", b"7z\xbc\xaf\x27\x1c" + CONTENT),
+  ("a RAR archive", b"Rar!\x1a\x07\x01\x00" + CONTENT),
+  ("a file of compress", b"\x1f\x9d" + CONTENT),
+  ("a Parquet file", b"PAR1" + CONTENT + b"PAR1"),
+  ("an ORC file", b"ORC" + CONTENT + b"ORC\x19"),
+  ("an Arrow file", b"ARROW1\x00\x00" + CONTENT + b"ARROW1"),
+  ("a Feather file", b"FEA1" + CONTENT + b"FEA1"),
+  ("an HDF5 file", b"\x89HDF\r\n\x1a\n" + CONTENT),
+  ("a PDF", b"%PDF-1.7\n" + CONTENT),
+  ("an SQLite database", database()),
+  ("an array of numpy", numpy_file(np.save, ARRAY)),
+  ("an array of numpy", numpy_file(np.savez, ARRAY)),
+  ("a pickle", pickle.dumps(CONTENT)),
+  ("a tar archive", TAR),
+  ("a tar archive", tarred(tarfile.GNU_FORMAT)),
+  ("a tar archive", oldest_tar()),
+  ("a tar archive", gzip.compress(TAR)),
+  ("a tar archive", bz2.compress(TAR)),
+  ("a tar archive", lzma.compress(TAR)),
+  ("a tar archive", zipped(a=TAR)),
+  ("a gzip file", bz2.compress(gzip.compress(CONTENT))),
+  ("a bzip2 file", zipped(a=bz2.compress(CONTENT))),
+  ("an xz file", gzip.compress(lzma.compress(CONTENT))),
+  ("a zip file", gzip.compress(ZIP)),
+]
+
+
+@pytest.mark.parametrize(("kind", "content"), ENCLOSED)
+def test_what_encloses_a_text_is_not_taken_for_it(tmp_path, kind, content):
+  path = tmp_path / "book.txt"
+  path.write_bytes(content)
+  with pytest.raises(CorpusError, match=f"book.txt holds {kind}, ") as error:
+    text_file.load(path)
+  assert "unpack it" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "start",
+  [
+    b"BZh9 is how",
+    b"ORCs",
+    b"FEA1",
+    b"LZIP",
+    b"PDF-",
+    b"Rar!",
+    b"7z",
+    b"MSCF",
+    b"SQLite 3",
+    b"\xff\xfeU",
+    b"\x7fELF",
+  ],
+)
+def test_other_bytes_are_learned_as_they_are(tmp_path, start):
+  content = start + b" a text begins." * 99
+  (tmp_path / "text").write_bytes(content)
+  assert text_file.load(tmp_path / "text").sha256 == sha256(content)
 
 
 def test_a_folder_is_no_text(tmp_path):

@@ -148,7 +148,7 @@ def test_entropy_and_lzma():
   assert evaluate.lzma_bits_per_char(np.zeros(100_000, np.uint8)) < 0.1
 
 
-def test_the_verb(main, tiny_flags, tmp_path):
+def test_the_verb(main, tiny_flags, text, tmp_path):
   """All of it by the command line: one run, evaluated in many ways."""
   code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
   assert code == 0, err
@@ -158,7 +158,11 @@ def test_the_verb(main, tiny_flags, tmp_path):
     assert code == 0, err
     record = json.loads((tmp_path / f"eval_{split}.json").read_text())
     assert f"{record['bits_per_char']:.4f}" in out
+    assert ("other data: " in out) == (record["data"]["name"] != "text.txt")
+    records.append(record)
     return record
+
+  records = []
 
   first = figure()
   assert first["step"] == 12
@@ -190,6 +194,12 @@ def test_the_verb(main, tiny_flags, tmp_path):
   assert figure("--step=best", "--split=test", split="test")["split"] == "test"
   # A config names the folder; the model is still the checkpoint's.
   assert figure("--config=configs/enwik8.py")["bytes"] == 999
+  other = tmp_path / "other.txt"
+  other.write_bytes(text.read_bytes()[::-1])
+  other = figure(f"--config.data.path={other}")
+  assert other["data"]["sha256"] != first["data"]["sha256"]
+  lines = (tmp_path / "evals.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == records
   for flags, told in (
     (["--step=5"], "one of"),
     (["--config.model.n_layer=3"], "takes the model from the checkpoint"),

@@ -217,3 +217,22 @@ def test_the_verb(main, trained, tmp_path):
     assert code in (1, 2)
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_hardening_says_that_it_is_measured_on_other_data(
+  main, trained, text, tmp_path
+):
+  import shutil
+
+  workdir = shutil.copytree(trained[0], tmp_path / "w")
+  other = tmp_path / "other.txt"
+  other.write_bytes(text.read_bytes()[::-1])
+  code, out, err = main(
+    "--mode=export",
+    f"--workdir={workdir}",
+    "--harden",
+    f"--config.data.path={other}",
+  )
+  assert code == 0, err
+  assert "other data: other.txt" in out
+  assert "step 12 was trained on text.txt" in out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from tests.conftest import TINY
+from tests.conftest import TINY, serving
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -403,3 +403,41 @@ def test_the_largest_span_follows_the_context_unless_set():
   config.model.max_span = 100
   config.model.context_tokens = 32
   assert (config.model.max_span, config.model.context_tokens) == (100, 32)
+
+
+# What other systems lack: macOS the first, Windows the second too.
+_AS_ELSEWHERE = """
+import os, runpy, sys
+del os.sched_getaffinity
+sys.modules["fcntl"] = None
+runpy.run_module("tests.main_server", run_name="__main__")
+"""
+
+
+def test_every_mode_runs_where_it_is_not_linux(tiny_flags, tmp_path):
+  workdir = f"--workdir={tmp_path / 'w'}"
+  saved = {
+    "eval": ["--config.eval_batch_size=8"],
+    "sample": ["--prompt=a", "--tokens=5"],
+    "export": [],
+    "plan": [],
+  }
+  bench = [
+    "--config.bench.repeats=1",
+    "--config.bench.shapes=layer 0 of step 1",
+    f"--config.bench.checkpoint={tmp_path / 'w'}",
+  ]
+  once = [
+    "--config.steps=1",
+    "--config.optimizer.warmup_steps=0",
+    "--config.model.n_layer=1",
+    "--config.model.attention=dense",
+  ]
+  with serving("-c", _AS_ELSEWHERE) as main:
+    for flags in (
+      [*tiny_flags, *once, workdir],
+      *([f"--mode={mode}", *more, workdir] for mode, more in saved.items()),
+      ["--mode=bench", *bench, f"--workdir={tmp_path / 'bench'}"],
+    ):
+      code, _, err = main(*flags)
+      assert code == 0, (flags, err)

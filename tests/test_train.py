@@ -1,6 +1,7 @@
 """Runs that end well, are stopped, killed, damaged, and go on."""
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -46,11 +47,11 @@ def whole_run(main, text, tmp_path_factory):
   """A run from the first step to the last, dropout on: (workdir, stdout)."""
   from tests.conftest import TINY
 
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  workdir = tmp_path_factory.mktemp("runs") / "whole[1]*"
   flags = [f"--config.{name}={value}" for name, value in TINY.items()]
   code, out, err = main(
     "--config=configs/base.py",
-    f"--config.data.path={text}",
+    f"--config.data.path={os.path.relpath(text, ROOT)}",
     *flags,
     f"--workdir={workdir}",
   )
@@ -91,7 +92,9 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
   }
   config = json.loads((workdir / "config.json").read_text())
   assert config["model"]["n_layer"] == 2
-  assert config["data"]["path"] == str(text)
+  data = pathlib.Path(config["data"]["path"])
+  assert data.is_absolute()  # though a relative one was given
+  assert data.samefile(text)
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["packages"]["jax"]
   lines = metrics(workdir)
