@@ -88,7 +88,7 @@ def _train(given):
   settings.check_devices(config, max(config.cpu_devices, 1))
   corpus = _corpus(given, config)
   settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
-  parallel.start(config, _dealt(config))
+  parallel.start(config)
   settings.check_devices(config, parallel.device_count())
   settings.check_data(config, corpus, parallel.device_count())
   _say_header(given)
@@ -139,9 +139,7 @@ def _export(given):
     given.flags[name] for name in ("harden", "finetune_steps")
   )
   corpus = _corpus(given, config) if harden else None
-  parallel.start(
-    config, _dealt(config) if finetune_steps else config.eval_batch_size
-  )
+  parallel.start(config, None if finetune_steps else config.eval_batch_size)
   _say(said)
   export.run(
     config,
@@ -165,7 +163,7 @@ def _plan(given):
     if given.flags["workdir"]:
       _check_folder(_workdir(given))
   settings.check_devices(config, max(config.cpu_devices, 1))
-  parallel.start(config, _dealt(config))
+  parallel.start(config)
   settings.check_devices(config, parallel.device_count())
   _say(said)
   if given.file is not None:
@@ -183,11 +181,6 @@ def _bench(given):
   config.cpu_devices = config.cpu_devices or 1  # what is timed
   parallel.start(config, 1)
   benchmark.run(config, workdir)
-
-
-def _dealt(config) -> int:
-  """The sequences that the devices share at a time in training."""
-  return config.batch_size // config.accumulation_steps
 
 
 def _workdir(given) -> pathlib.Path:

@@ -18,16 +18,19 @@ from adaptive_attention.settings import SettingsError
 _AXIS = "data"
 
 
-def start(config, sequences: int):
+def start(config, sequences: int | None = None):
   """Makes the devices; to be called before anything else asks for one.
 
   On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
-  many as so many sequences can be dealt to evenly.
+  many as so many sequences can be dealt to evenly; those of a training batch
+  if not given.
 
   Raises:
     SettingsError: several processes that cannot find each other.
   """
   cores = _usable_cores()
+  if sequences is None:
+    sequences = config.batch_size // config.accumulation_steps
   jax.config.update(
     "jax_num_cpu_devices",
     config.cpu_devices

@@ -66,13 +66,14 @@ USES = (
     "",
     "Writes texts on from a prompt.",
     f"{_RUN} prompt prompt_file tokens temperature top_k top_p num seed",
-    _COMPUTING,
+    f"cpu_devices {_COMPUTING}",
   ),
   Use(
     "export",
     "",
     "Writes a checkpoint's parameters to model.safetensors.",
     f"{_RUN} harden",
+    "cpu_devices",
   ),
   Use(
     "export",

@@ -414,7 +414,7 @@ def test_arrays_of_jax_serve_too():
 @pytest.mark.parametrize(
   ("spoil", "told"),
   [
-    (lambda c: c.pop("ramp"), "lack model.ramp"),
+    (lambda c: c.pop("width"), "lack model.width=512"),
     (lambda c: c.update(depth=3), "model.depth=3 is unknown"),
     (lambda c: c.update(ramp=3.0), "--config.model.ramp=3.0"),
     (lambda c: c.clear(), "lack model.vocab_size"),
