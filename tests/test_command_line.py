@@ -217,7 +217,7 @@ def acting(text, tmp_path_factory):
   read = {use.name: set() for use in USES}
   restored = program._saved_settings
 
-  def start(config, sequences):
+  def start(config, sequences=None):
     """Of `parallel.start` what it reads: the devices of tests are made."""
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax.config, "update", lambda *_: None)
