@@ -1,6 +1,7 @@
 """The command line: which verb, on which settings, into which folder."""
 
 import ast
+import contextlib
 import logging
 import pathlib
 import runpy
@@ -9,6 +10,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from adaptive_attention import console, signals
 from configs import base
 
 _HERE = pathlib.Path(__file__).parent
@@ -165,12 +167,27 @@ def main() -> int:
     weights.WeightsError,
   ) as error:
     return _fail(error, 1)
+  except OSError as error:
+    return _fail_by_system(error)
   return 0
 
 
 def _fail(error, code) -> int:
-  print(f"main.py: {error}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # the code tells, if nobody reads it
+    console.write(f"main.py: {error}\n", sys.stderr)
   return code
+
+
+def _fail_by_system(error) -> int:
+  """What the system refused: of files, and of a console that nobody reads."""
+  if isinstance(error, BrokenPipeError):
+    return _fail("stopped by a closed pipe", 128 + 13)  # SIGPIPE
+  return _fail(
+    f"{error.filename or 'a file'} cannot be read or written "
+    f"({error.strerror or error}); see that it is there, may be used and has "
+    "room",
+    1,
+  )
 
 
 def _config_given() -> bool:
@@ -246,13 +263,14 @@ def _saved_settings(checkpoint, settings):
 
 def _corpus(config):
   """The bytes that the settings name, split."""
+  from adaptive_attention import logbook
   from data import enwik8, python_source, text_file
 
   if config.data.path:
     return text_file.load(config.data.path)
   match config.data.corpus:
     case "enwik8":
-      return enwik8.load(config.data.cache_dir, log=print)
+      return enwik8.load(config.data.cache_dir, log=logbook.say)
     case "python_source":
       return python_source.load()
 
@@ -309,5 +327,6 @@ def _parse_flags() -> None:
 
 if __name__ == "__main__":
   logging.basicConfig(level=logging.WARNING)
+  signals.Signals(saving=False).__enter__()  # until the program's very end
   _parse_flags()
   sys.exit(main())

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,10 +33,13 @@ class CheckpointError(Exception):
 
 
 class _Quiet(logging.Filter):
-  """Drops what orbax tells of each save, some sixty lines, but no errors."""
+  """Drops what orbax tells of each save, some sixty lines.
+
+  Its errors, too: they come as exceptions, and are told once.
+  """
 
   def filter(self, record):
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    return "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_Quiet())
@@ -170,36 +174,56 @@ class Checkpoints:
     }
     if self._manager is None:
       self._manager = self._open_manager()
-    saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta),
-        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-      ),
-      metrics=None
-      if bits_per_char is None
-      else {"bits_per_char": float(bits_per_char)},
-    )
+    with self._writing(step):
+      saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta),
+          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        ),
+      )
+      self._manager.wait_until_finished()
     if not saved:
       raise CheckpointError(
         f"the checkpoint of step {step} was not written, as {self._folder} has "
         f"one; remove {self._folder / str(step)} or give another --workdir"
       )
-    self._manager.wait_until_finished()
+
+  def record_evaluation(self, step: int, bits_per_char: float):
+    """Adds to a checkpoint what its evaluation, which came later, has found."""
+    path = self._folder / str(step) / "meta" / "metadata"
+    meta = {**self.read_meta(step), "bits_per_char": bits_per_char}
+    part = path.with_name(path.name + ".part")
+    with self._writing(step):
+      part.write_text(json.dumps(meta), encoding="utf-8")
+      part.replace(path)
+
+  @contextlib.contextmanager
+  def _writing(self, step):
+    """Tells what the system refuses, also by way of the libraries below."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      # tensorstore has a ValueError of many lines, with the number at the end.
+      reason = getattr(error, "strerror", None) or _system_error(str(error))
+      if reason is None:
+        raise
+      for part in self._folder.glob(f"{step}.*"):  # what was half written
+        shutil.rmtree(part, ignore_errors=True)
+      good = [s for s in self.steps() if s != step and self._is_whole(s)]
+      kept = f"{_listed(good)} is kept" if good else "there is no older one"
+      raise CheckpointError(
+        f"the checkpoint of step {step} cannot be written to {self._folder} "
+        f"({reason}); make room there and give the same command again ({kept})"
+      ) from error
 
   def _open_manager(self):
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: -metrics["bits_per_char"],
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
     return ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
-          [policies.LatestN(self._keep), best]
+          [policies.LatestN(self._keep), _BestByMeta(self)]
         ),
-        best_fn=best.get_metric_fn,
         # What a killed process left half written.
         cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
@@ -302,7 +326,7 @@ class Checkpoints:
   def _meta(self, step):
     path = self._folder / str(step) / "meta" / "metadata"
     try:
-      meta = json.loads(path.read_text())
+      meta = json.loads(path.read_text(encoding="utf-8"))
       found = meta["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise _DamageError(f"meta: {_first_line(error)}") from error
@@ -332,6 +356,29 @@ class Checkpoints:
 
 class _DamageError(Exception):
   """What is wrong with one checkpoint."""
+
+
+class _BestByMeta:
+  """A policy of orbax: the best by what `record_evaluation` has found."""
+
+  def __init__(self, checkpoints):
+    self._checkpoints = checkpoints
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    figures = {}
+    for info in checkpoints:
+      with contextlib.suppress(_DamageError):  # one that is being written
+        figures[info.step] = self._checkpoints._meta(info.step)["bits_per_char"]
+    evaluated = [step for step in figures if figures[step] is not None]
+    best = min(evaluated, key=figures.__getitem__, default=None)
+    return [info.step == best for info in checkpoints]
+
+
+def _system_error(text):
+  """What a number that tensorstore quotes from the system says; or None."""
+  found = re.search(r"os_error_code='(\d+)'", text)
+  return found and os.strerror(int(found[1]))
 
 
 def _listed(steps):

@@ -100,7 +100,8 @@ def _harden(config, workdir, corpus, step):
     f"hardened {figures[1]:.4f} ({figures[1] - figures[0]:+.4f})"
   )
   folder = workdir / "hardened"
-  folder.mkdir(exist_ok=True)
+  with logbook.writing(folder):
+    folder.mkdir(exist_ok=True)
   meta["config"]["model"]["period"] = after.period
   with checkpoint.lock(folder), checkpoint.Checkpoints(folder) as saved:
     kept = {name: meta[name] for name in ("config", "data")}

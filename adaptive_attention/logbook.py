@@ -1,5 +1,6 @@
 """What a run writes down: the console, metrics.jsonl and its copies."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -12,18 +13,19 @@ import sys
 import jax
 
 import adaptive_attention
+from adaptive_attention import console
 
 
 def say(text: str):
   """One line on the console, good in a file too; of the primary process."""
   if jax.process_index() == 0:
-    print(text, flush=True)
+    console.write(text + "\n", sys.stdout)
 
 
 def write_out(text: str):
   """Some of a line, at once; of the primary process."""
   if jax.process_index() == 0:
-    print(text, end="", flush=True)
+    console.write(text, sys.stdout)
 
 
 def bytes_text(count: float) -> str:
@@ -43,12 +45,52 @@ def duration_text(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s"
 
 
-def write_json(path, content):
-  """Replaces the file whole: a reader sees the old or the new content."""
+class LogbookError(Exception):
+  """A record that cannot be kept as asked for."""
+
+
+@contextlib.contextmanager
+def writing(path):
+  """Around what writes a file or folder: a failure is told in one sentence.
+
+  Raises:
+    LogbookError: naming the path and what the system says.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise LogbookError(
+      f"{path} cannot be written ({error.strerror or error}); make room, or "
+      "name a folder that may be written to"
+    ) from error
+
+
+def write_bytes(path, content: bytes):
+  """Replaces the file whole: a reader sees the old or the new content.
+
+  Raises:
+    LogbookError: it cannot be written; the old content stays.
+  """
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(content, indent=2) + "\n")
-  part.replace(path)
+  with writing(path):
+    try:
+      part.write_bytes(content)
+      part.replace(path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+      raise
+
+
+def write_text(path, text: str):
+  """The same of text, as UTF-8."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path, content):
+  """The same of JSON."""
+  write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def environment() -> dict:
@@ -76,7 +118,8 @@ def _commit() -> str:
     return subprocess.run(
       ["git", "-C", str(pathlib.Path(__file__).parent), *args],
       capture_output=True,
-      text=True,
+      encoding="utf-8",
+      errors="replace",
       timeout=10,
       check=True,
     ).stdout.strip()
@@ -99,12 +142,18 @@ class Logbook:
     workdir: the run's folder.
     config: every setting, for config.json.
     resumed_step: the step that the run goes on from; 0 for a new one.
+    made_again: the splits whose line of that step is dropped too.
+
+  Attributes:
+    seconds: how long the run had taken by the last line that is kept.
   """
 
-  def __init__(self, workdir, config, resumed_step: int):
+  def __init__(self, workdir, config, resumed_step: int, made_again=()):
+    self.seconds = 0.0
     self._workdir = pathlib.Path(workdir)
     self._config = config
     self._resumed_step = resumed_step
+    self._made_again = made_again
     self._metrics = None
     self._tensorboard = None
     self._wandb = None
@@ -116,8 +165,10 @@ class Logbook:
     write_json(self._workdir / "config.json", config.to_dict())
     write_json(self._workdir / "environment.json", environment())
     path = self._workdir / "metrics.jsonl"
-    _drop_after(path, self._resumed_step)
-    self._metrics = path.open("a")
+    kept = _drop_after(path, self._resumed_step, self._made_again)
+    self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+    with writing(path):
+      self._metrics = path.open("a", encoding="utf-8")
     if config.tensorboard:
       # Two writers opened within a second would share a file name.
       import tensorboardX
@@ -130,7 +181,8 @@ class Logbook:
 
   def __exit__(self, *_):
     if self._metrics:
-      self._metrics.close()
+      with contextlib.suppress(OSError):  # what `write` has told
+        self._metrics.close()
     if self._tensorboard:
       self._tensorboard.close()
     if self._wandb:
@@ -141,8 +193,9 @@ class Logbook:
     if not self._metrics:
       return
     line = {"step": step, "split": split, **values}
-    self._metrics.write(json.dumps(line) + "\n")
-    self._metrics.flush()
+    with writing(self._workdir / "metrics.jsonl"):
+      self._metrics.write(json.dumps(line) + "\n")
+      self._metrics.flush()
     named = dict(_named(split, values))
     if self._tensorboard:
       for name, value in named.items():
@@ -162,24 +215,21 @@ def _named(prefix, values):
       yield f"{prefix}/{name}", value
 
 
-class LogbookError(Exception):
-  """A record that cannot be kept as asked for."""
-
-
-def _drop_after(path, step):
+def _drop_after(path, step, made_again) -> list[dict]:
+  """Drops the lines that are made again; returns those that are kept."""
   if not path.exists():
-    return
+    return []
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(encoding="utf-8").splitlines():
     try:
       entry = json.loads(line)
     except json.JSONDecodeError:
       continue  # the last line of a process that was killed in writing it
-    if entry["step"] <= step:
-      kept.append(line + "\n")
-  part = path.with_name(path.name + ".part")
-  part.write_text("".join(kept))
-  part.replace(path)
+    again = entry["step"] == step and entry["split"] in made_again
+    if entry["step"] <= step and not again:
+      kept.append(entry)
+  write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+  return kept
 
 
 def _start_wandb(workdir, config):

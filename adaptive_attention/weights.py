@@ -8,7 +8,6 @@ block I >= 1.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import zipfile
@@ -19,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adaptive_attention import settings
+from adaptive_attention import logbook, settings
 from adaptive_attention.model import ModelConfig
 
 
@@ -235,18 +234,15 @@ def save(path, params, config: ModelConfig, step: int):
   Names are paths, as block_0/attention/qkv/kernel; the metadata has `config`, a
   JSON of `ModelConfig`, and `step`. A file that was there is replaced whole.
   """
-  path = pathlib.Path(path)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
-  part = path.with_name(path.name + ".part")
-  safetensors.numpy.save_file(
+  content = safetensors.numpy.save(
     {name: np.ascontiguousarray(value) for name, value in flat.items()},
-    part,
     metadata={
       "config": json.dumps(dataclasses.asdict(config)),
       "step": str(step),
     },
   )
-  os.replace(part, path)
+  logbook.write_bytes(path, content)
 
 
 def _read_safetensors(path, config):

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
-  {"masks", "positions"},
+  {"masks", "positions", "console", "signals"},
   {"attention"},
   {"memory"},
   {"model"},
@@ -23,6 +23,7 @@ LAYERS = (
 SIDEWAYS = {
   ("accounting", "logbook"),
   ("weights", "settings"),
+  ("weights", "logbook"),
   ("steps", "losses"),
   ("steps", "optimizer"),
   ("steps", "parallel"),
