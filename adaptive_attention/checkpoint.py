@@ -208,8 +208,6 @@ class Checkpoints:
       reason = getattr(error, "strerror", None) or _system_error(str(error))
       if reason is None:
         raise
-      for part in self._folder.glob(f"{step}.*"):  # what was half written
-        shutil.rmtree(part, ignore_errors=True)
       good = [s for s in self.steps() if s != step and self._is_whole(s)]
       kept = f"{_listed(good)} is kept" if good else "there is no older one"
       raise CheckpointError(

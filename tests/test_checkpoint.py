@@ -286,10 +286,13 @@ def test_a_disk_that_is_full_costs_no_older_one(tmp_path):
       save(tmp_path, [2], [1.0])
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1]
   assert read(tmp_path, 1)[2]["step"] == 1
   save(tmp_path, [2], [1.0])
   assert read(tmp_path, 2)[2]["step"] == 2
+  names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+  assert names == ["1", "2"]
 
 
 def test_an_evaluation_may_come_after_the_save(tmp_path):
