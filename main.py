@@ -1,5 +1,6 @@
 """The command line: which mode, on which settings, into which folder."""
 
+import contextlib
 import logging
 import pathlib
 import sys
@@ -7,7 +8,7 @@ import urllib.parse
 
 from ml_collections import ConfigDict
 
-from adaptive_attention import command_line, config_file
+from adaptive_attention import command_line, config_file, console, signals
 from configs import base
 
 _HERE = pathlib.Path(__file__).resolve().parent
@@ -21,7 +22,9 @@ def main(argv) -> int:
   except command_line.UsageError as error:
     return _fail(error, 2)
   if given is None:
-    print(command_line.help_page(base.get_config()))
+    page = command_line.help_page(base.get_config())
+    with contextlib.suppress(OSError):  # nobody reads on
+      console.write(f"{page}\n", sys.stdout)
     return 0
   # Imported after the flags were read, so that a wrong one is told at once.
   from adaptive_attention import (
@@ -42,8 +45,6 @@ def main(argv) -> int:
     return _fail(error, 2)
   except train.Stopped as stopped:
     return _fail(stopped, stopped.exit_code)
-  except KeyboardInterrupt:
-    return _fail("stopped by SIGINT", 130)
   except (
     CorpusError,
     benchmark.BenchmarkError,
@@ -55,12 +56,27 @@ def main(argv) -> int:
     weights.WeightsError,
   ) as error:
     return _fail(error, 1)
+  except OSError as error:
+    return _fail_by_system(error)
   return 0
 
 
 def _fail(error, code) -> int:
-  print(f"main.py: {error}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # the code tells, if nobody reads it
+    console.write(f"main.py: {error}\n", sys.stderr)
   return code
+
+
+def _fail_by_system(error) -> int:
+  """What the system refused: of files, and of a console that nobody reads."""
+  if isinstance(error, BrokenPipeError):
+    return _fail("stopped by a closed pipe", 128 + 13)  # SIGPIPE
+  return _fail(
+    f"{error.filename or 'a file'} cannot be read or written "
+    f"({error.strerror or error}); see that it is there, may be used and has "
+    "room",
+    1,
+  )
 
 
 def _run(given: command_line.Given):
@@ -271,6 +287,7 @@ def _saved_settings(given):
 
 def _corpus(given, config):
   """The bytes that the settings name, split."""
+  from adaptive_attention import logbook
   from data import enwik8, python_source, text_file
 
   _check_data_flags(given, config)
@@ -279,7 +296,7 @@ def _corpus(given, config):
     return text_file.load(config.data.path)
   match config.data.corpus:
     case "enwik8":
-      return enwik8.load(config.data.cache_dir, log=print)
+      return enwik8.load(config.data.cache_dir, log=logbook.say)
     case "python_source":
       return python_source.load()
 
@@ -339,4 +356,5 @@ def _get(config: ConfigDict, name: str):
 
 if __name__ == "__main__":
   logging.basicConfig(level=logging.WARNING)
+  signals.Signals(saving=False).__enter__()  # until the program's very end
   sys.exit(main(sys.argv))

@@ -30,6 +30,14 @@ from adaptive_attention.settings import model_config
 _HEADS, _HEAD_WIDTH = 8, 64
 _LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
 _MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
+# What the others of a case are measured by: the first of these that ran.
+_MEASURES = (
+  "reference",
+  "torch dense causal",
+  "dense, memory 8192",
+  "dense",
+  "window anew",
+)
 
 
 class BenchmarkError(Exception):
@@ -159,12 +167,18 @@ _DECODE_TOKENS = 32  # a call
 
 @dataclasses.dataclass
 class _Runner:
-  """Something to time: call it, then see when it is done."""
+  """Something to time: call it, then see when it is done.
+
+  Attributes:
+    name, kind: what runs, and which work of it is timed, as "forward".
+    compile_seconds: None for what is not compiled.
+  """
 
   case: str
   name: str
+  kind: str
   call: object
-  compile_seconds: float = 0.0
+  compile_seconds: float | None = None
   temporary_bytes: int | None = None
   counts: dict | None = None
   times: int = 1  # how often a call does what is timed
@@ -173,7 +187,7 @@ class _Runner:
   def row(self):
     return {
       "case": self.case,
-      "run": self.name,
+      "run": f"{self.name} {self.kind}",
       "median_ms": 1e3 * float(np.median(self.seconds)) / self.times,
       "fastest_ms": 1e3 * min(self.seconds) / self.times,
       "compile_seconds": self.compile_seconds,
@@ -182,12 +196,13 @@ class _Runner:
     }
 
 
-def _compiled(case, name, function, *args, pairs=None):
+def _compiled(case, name, kind, function, *args, pairs=None):
   start = time.perf_counter()
   compiled = jax.jit(function).lower(*args).compile()
   return _Runner(
     case,
     name,
+    kind,
     lambda: jax.block_until_ready(compiled(*args)),
     time.perf_counter() - start,
     compiled.memory_analysis().temp_size_in_bytes,
@@ -222,9 +237,9 @@ def _attention_runners(shape, implementation):
   }
   name = implementation
   runners = [
-    _compiled(shape.name, f"{name} forward", run, q, k, v, mask, pairs=pairs),
+    _compiled(shape.name, name, "forward", run, q, k, v, mask, pairs=pairs),
     _compiled(
-      shape.name, f"{name} both", backward, q, k, v, mask, d_out, pairs=pairs
+      shape.name, name, "both", backward, q, k, v, mask, d_out, pairs=pairs
     ),
   ]
   N = parallel.local_device_count()
@@ -243,7 +258,8 @@ def _over_devices(shape, name, backward, mask, dealt, pairs):
   jax.block_until_ready(step(mask, None, dealt))
   return _Runner(
     shape.name,
-    f"{name} on {parallel.local_device_count()} devices both",
+    name,
+    f"on {parallel.local_device_count()} devices both",
     lambda: jax.block_until_ready(step(mask, None, dealt)),
     time.perf_counter() - start,
     None,
@@ -277,8 +293,8 @@ def _torch_runners(shape):
     torch.autograd.grad(dense(*leaves), leaves, d_out)
 
   runners = [
-    _Runner(shape.name, "torch dense causal forward", forward),
-    _Runner(shape.name, "torch dense causal both", both),
+    _Runner(shape.name, "torch dense causal", "forward", forward),
+    _Runner(shape.name, "torch dense causal", "both", both),
   ]
   if shape.spans is not None and shape.period is None:
     runners += _flex_runner(torch, flex_attention, shape, q, k, v)
@@ -323,7 +339,8 @@ def _flex_runner(torch, flex_attention, shape, q, k, v):
   return [
     _Runner(
       shape.name,
-      "torch FlexAttention forward",
+      "torch FlexAttention",
+      "forward",
       forward,
       time.perf_counter() - start,
     )
@@ -370,7 +387,8 @@ def _step_runner(config, shape, name):
 
   return _Runner(
     shape.name,
-    f"{name} step",
+    name,
+    "step",
     call,
     time.perf_counter() - start,
     sizes["temporary"],
@@ -404,9 +422,7 @@ def _decode_runner(shape, name):
       jax.block_until_ready(read(params, tokens_BT))
 
     call()
-    return _Runner(
-      shape.name, f"{name} token", call, time.perf_counter() - start
-    )
+    return _Runner(shape.name, name, "token", call, time.perf_counter() - start)
   logits_BV, kept = generate.Cache.prefill(params, config, tokens_BT, cache)
   carried = [logits_BV, kept.replace(tokens_read=jnp.uint32(position))]
 
@@ -426,7 +442,8 @@ def _decode_runner(shape, name):
   reads = accounting.cache_reads(layers, config)
   return _Runner(
     shape.name,
-    f"{name} token",
+    name,
+    "token",
     call,
     time.perf_counter() - start,
     None,
@@ -497,20 +514,22 @@ def _time(runners, repeats):
 def run(config, workdir):
   """Times every shape by every implementation; a table, and bench.json.
 
+  bench.json is whole after each case, so that a bench that is stopped keeps
+  what it has timed.
+
   Args:
     config: `bench` says what to compare with, how often, and on which shapes.
     workdir: the folder for bench.json, made if absent.
 
   Raises:
     BenchmarkError: a shape that there is not, or PyTorch is missing.
+    LogbookError: bench.json cannot be written; its rows are told first.
   """
   settings = config.bench
-  shapes = list(SHAPES)
+  cases = (*SHAPES, *STEPS, *DECODES)
   if settings.checkpoint:
-    shapes = _learned_shapes(settings.checkpoint)
-  names = [shape.name for shape in shapes] + [
-    case.name for case in (*STEPS, *DECODES)
-  ]
+    cases = _learned_shapes(settings.checkpoint)
+  names = [case.name for case in cases]
   wanted = settings.shapes.split(";") if settings.shapes else names
   for name in wanted:
     if name not in names:
@@ -518,35 +537,42 @@ def run(config, workdir):
         f"config.bench.shapes has {name!r}; expected some of {names}, "
         "parted by ;"
       )
-  rows = []
-  for shape in shapes:
-    if shape.name in wanted:
-      rows += _bench_shape(shape, settings)
-  for shape in STEPS:
-    if shape.name in wanted and shape.B % parallel.device_count():
+  path = pathlib.Path(workdir) / "bench.json"
+  with logbook.writing(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  content = {"environment": logbook.environment(), "rows": []}
+  for case in cases:
+    runners = _runners(config, case) if case.name in wanted else []
+    if not runners:
+      continue
+    _time(runners, settings.repeats)
+    content["rows"] += [runner.row() for runner in runners]
+    try:  # told first, and kept even if nobody reads it
+      _say(runners)
+    finally:
+      logbook.write_json(path, content)
+  if content["rows"]:
+    logbook.say(f"written to {path}")
+
+
+def _runners(config, case):
+  """What is timed of a case, in turns; nothing if it cannot be here."""
+  match case:
+    case Shape():
+      return _shape_runners(case, config.bench)
+    case Step() if case.B % parallel.device_count():
       logbook.say(
-        f"{shape.name}: left out, as {shape.B} sequences cannot be dealt to "
+        f"{case.name}: left out, as {case.B} sequences cannot be dealt to "
         f"{parallel.device_count()} devices"
       )
-    elif shape.name in wanted and not settings.checkpoint:
-      runners = [_step_runner(config, shape, name) for name in shape.runs]
-      _time(runners, settings.repeats)
-      rows += _say_rows([runner.row() for runner in runners])
-  for shape in DECODES:
-    if shape.name in wanted and not settings.checkpoint:
-      runners = [_decode_runner(shape, name) for name in shape.runs]
-      _time(runners, settings.repeats)
-      rows += _say_rows([runner.row() for runner in runners])
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  logbook.write_json(
-    workdir / "bench.json",
-    {"environment": logbook.environment(), "rows": rows},
-  )
-  logbook.say(f"written to {workdir / 'bench.json'}")
+      return []
+    case Step():
+      return [_step_runner(config, case, name) for name in case.runs]
+    case Decode():
+      return [_decode_runner(case, name) for name in case.runs]
 
 
-def _bench_shape(shape, settings):
+def _shape_runners(shape, settings):
   runners = []
   for implementation in IMPLEMENTATIONS:
     logits = 4 * shape.B * shape.H * shape.T**2
@@ -559,33 +585,35 @@ def _bench_shape(shape, settings):
     runners += _attention_runners(shape, implementation)
   if settings.compare == "torch":
     runners += _torch_runners(shape)
-  _time(runners, settings.repeats)
-  return _say_rows([runner.row() for runner in runners])
+  return runners
 
 
-def _say_rows(rows):
-  """A table of one case, each row beside the slowest of its kind."""
-  for row in rows:
-    kind = row["run"].split()[-1]
-    slowest = max(r["median_ms"] for r in rows if r["run"].split()[-1] == kind)
-    memory = row["temporary_bytes"]
-    text = (
-      f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.1f} ms  "
-      f"{row['median_ms'] / slowest:5.2f} x  compiled in "
-      f"{row['compile_seconds']:5.1f} s"
-    )
-    if memory is not None:
-      text += f"  temporary {logbook.bytes_text(memory)}"
-    if "computed_pairs" in row:
-      text += f"  computed / open {_ratio(row):.2f}"
+def _say(runners):
+  """A table of one case, each row beside what it is measured by."""
+  for runner in runners:
+    row = runner.row()
+    text = f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.1f} ms"
+    measure = _measure(runner, runners)
+    if measure is not None:
+      times = row["median_ms"] / measure.row()["median_ms"]
+      text += f"  {times:5.2f} x of {measure.name}"
+    if runner.compile_seconds is not None:
+      text += f"  compiled in {runner.compile_seconds:5.1f} s"
+    if runner.temporary_bytes is not None:
+      text += f"  temporary {logbook.bytes_text(runner.temporary_bytes)}"
+    if row.get("open_pairs"):
+      ratio = row["computed_pairs"] / row["open_pairs"]
+      text += f"  computed / open {ratio:.2f}"
     if "cache_bytes" in row:
       text += (
         f"  cache {logbook.bytes_text(row['cache_bytes'])} a text, "
         f"{row['keys_read']:,} keys read"
       )
     logbook.say(text)
-  return rows
 
 
-def _ratio(row):
-  return row["computed_pairs"] / max(row["open_pairs"], 1) or math.nan
+def _measure(runner, runners):
+  """Whatever does the same work and is what others are measured by, or None."""
+  others = {other.name: other for other in runners if other.kind == runner.kind}
+  found = next((others[name] for name in _MEASURES if name in others), None)
+  return None if found is runner else found

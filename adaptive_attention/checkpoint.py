@@ -32,10 +32,13 @@ class CheckpointError(Exception):
 
 
 class _Quiet(logging.Filter):
-  """Drops what orbax tells of each save, some sixty lines, but no errors."""
+  """Drops what orbax tells of each save, some sixty lines.
+
+  Its errors, too: they come as exceptions, and are told once.
+  """
 
   def filter(self, record):
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    return "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_Quiet())
@@ -202,10 +205,12 @@ class Checkpoints:
         f"the checkpoint of step {step} was not written, as {self._folder} has "
         f"one; remove {self._folder / str(step)} or give another --workdir"
       )
-    self._remove_leftovers()
-    self._write(step, items, meta)
+    with self._writing(step):
+      self._remove_leftovers()
+      self._write(step, items, meta)
     self._guarded(step, lambda: self._verify(step))
-    self._remove_older()
+    with self._writing(step):
+      self._remove_older()
 
   def _write(self, step, items, meta):
     """Has orbax write the folder of a step, which appears whole or not."""
@@ -243,6 +248,32 @@ class Checkpoints:
     for path in self._folder.glob("*.*"):
       if _LEFTOVER.fullmatch(path.name):
         shutil.rmtree(path)
+
+  def record_evaluation(self, step: int, bits_per_char: float):
+    """Adds to a checkpoint what its evaluation, which came later, has found."""
+    path = self._folder / str(step) / "meta" / "metadata"
+    meta = {**self.read_meta(step), "bits_per_char": bits_per_char}
+    part = path.with_name(path.name + ".part")
+    with self._writing(step):
+      part.write_text(json.dumps(meta), encoding="utf-8")
+      part.replace(path)
+
+  @contextlib.contextmanager
+  def _writing(self, step):
+    """Tells what the system refuses, also by way of the libraries below."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      # tensorstore has a ValueError of many lines, with the number at the end.
+      reason = getattr(error, "strerror", None) or _system_error(str(error))
+      if reason is None:
+        raise
+      good = [s for s in self.steps() if s != step and self._is_whole(s)]
+      kept = f"{_listed(good)} is kept" if good else "there is no older one"
+      raise CheckpointError(
+        f"the checkpoint of step {step} cannot be written to {self._folder} "
+        f"({reason}); make room there and give the same command again ({kept})"
+      ) from error
 
   def read_meta(self, step: int) -> dict:
     """What `save` was told, and the leaf table.
@@ -340,7 +371,7 @@ class Checkpoints:
   def _meta(self, step):
     path = self._folder / str(step) / "meta" / "metadata"
     try:
-      meta = json.loads(path.read_text())
+      meta = json.loads(path.read_text(encoding="utf-8"))
       found, *_ = (meta[name] for name in _META)
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise _DamageError(f"meta: {_first_line(error)}") from error
@@ -434,6 +465,12 @@ def _best_of(figures):
   """The step with the least figure, the newest of several; None without any."""
   evaluated = [step for step in figures if figures[step] is not None]
   return min(evaluated, key=lambda step: (figures[step], -step), default=None)
+
+
+def _system_error(text):
+  """What a number that tensorstore quotes from the system says; or None."""
+  found = re.search(r"os_error_code='(\d+)'", text)
+  return found and os.strerror(int(found[1]))
 
 
 def _listed(steps):

@@ -242,13 +242,15 @@ def run(config, workdir, corpus, *, step, split, protocol):
     cache_reads=accounting.cache_reads(layers, model_config),
     data={"name": corpus.name, "sha256": corpus.sha256},
   )
-  if parallel.is_primary():
-    logbook.write_evaluation(workdir, record)
   part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
-  logbook.say(
-    f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
-    f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
-    f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
-  )
-  logbook.say(f"attention: {accounting.macs_text(macs)}")
-  logbook.say(f"cache: {accounting.cache_text(layers, model_config)}")
+  try:  # told first, and kept even if nobody reads it
+    logbook.say(
+      f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
+      f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
+      f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
+    )
+    logbook.say(f"attention: {accounting.macs_text(macs, model_config)}")
+    logbook.say(f"cache: {accounting.cache_text(layers, model_config)}")
+  finally:
+    if parallel.is_primary():
+      logbook.write_evaluation(workdir, record)

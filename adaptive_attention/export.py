@@ -108,13 +108,8 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
 def _harden(config, workdir, corpus, step):
   """The folder of the hardened run, with one checkpoint, measured."""
   folder = workdir / "hardened"
-  try:
+  with logbook.writing(folder):
     folder.mkdir(exist_ok=True)
-  except OSError as error:
-    raise checkpoint.CheckpointError(
-      f"{folder} cannot be made ({error.strerror}); export to a folder that "
-      "may be written"
-    ) from error
   with checkpoint.lock(folder):
     before = ModelConfig(**config.model)
     with checkpoint.Checkpoints(workdir) as saved:

@@ -382,21 +382,24 @@ def run(
     on_tokens=show,
   )
   seconds = time.perf_counter() - began
-  logbook.write_out(first(made_BT[0, :0], last=True) + "\n")
   texts = [text_of(np.concatenate([prompt, row])) for row in made_BT]
-  for i, text in enumerate(texts[1:], start=1):
-    logbook.say(f"\n--- {i + 1} of {num}\n{text}")
   path = pathlib.Path(workdir) / "sample.txt"
-  path.write_text(
-    "\n".join(
-      f"--- {i + 1} of {num}, step {step}\n{text}"
-      for i, text in enumerate(texts)
+  try:  # told first, and kept even if nobody reads it
+    logbook.write_out(first(made_BT[0, :0], last=True) + "\n")
+    for i, text in enumerate(texts[1:], start=1):
+      logbook.say(f"\n--- {i + 1} of {num}\n{text}")
+    layers = mask_params(params, model_config)
+    logbook.say(
+      f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included"
     )
-    + "\n"
-  )
-  layers = mask_params(params, model_config)
-  logbook.say(
-    f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included; written "
-    f"to {path}"
-  )
-  logbook.say(f"cache: {accounting.cache_text(layers, model_config)}")
+    logbook.say(f"cache: {accounting.cache_text(layers, model_config)}")
+  finally:
+    logbook.write_text(
+      path,
+      "\n".join(
+        f"--- {i + 1} of {num}, step {step}\n{text}"
+        for i, text in enumerate(texts)
+      )
+      + "\n",
+    )
+  logbook.say(f"written to {path}")

@@ -1,5 +1,6 @@
 """What a run writes down: the console, metrics.jsonl and its copies."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,18 +15,19 @@ import time
 import jax
 
 import adaptive_attention
+from adaptive_attention import console
 
 
 def say(text: str):
   """One line on the console, good in a file too; of the primary process."""
   if jax.process_index() == 0:
-    print(text, flush=True)
+    console.write(text + "\n", sys.stdout)
 
 
 def write_out(text: str):
   """Some of a line, at once; of the primary process."""
   if jax.process_index() == 0:
-    print(text, end="", flush=True)
+    console.write(text, sys.stdout)
 
 
 def bytes_text(count: float) -> str:
@@ -45,12 +47,52 @@ def duration_text(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s"
 
 
-def write_json(path, content):
-  """Replaces the file whole: a reader sees the old or the new content."""
+class LogbookError(Exception):
+  """A record that cannot be kept as asked for."""
+
+
+@contextlib.contextmanager
+def writing(path):
+  """Around what writes a file or folder: a failure is told in one sentence.
+
+  Raises:
+    LogbookError: naming the path and what the system says.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise LogbookError(
+      f"{path} cannot be written ({error.strerror or error}); make room, or "
+      "name a folder that may be written to"
+    ) from error
+
+
+def write_bytes(path, content: bytes):
+  """Replaces the file whole: a reader sees the old or the new content.
+
+  Raises:
+    LogbookError: it cannot be written; the old content stays.
+  """
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(content, indent=2) + "\n")
-  part.replace(path)
+  with writing(path):
+    try:
+      part.write_bytes(content)
+      part.replace(path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+      raise
+
+
+def write_text(path, text: str):
+  """The same of text, as UTF-8."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path, content):
+  """The same of JSON."""
+  write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_evaluation(workdir, record):
@@ -62,7 +104,7 @@ def write_evaluation(workdir, record):
 
 def _append_line(path, content):
   """Adds a line of JSON; what a killed writer left of one makes way for it."""
-  with path.open("a+b") as file:
+  with writing(path), path.open("a+b") as file:
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
     if last and _is_json(last):
@@ -105,7 +147,8 @@ def _commit() -> str:
     return subprocess.run(
       ["git", "-C", str(pathlib.Path(__file__).parent), *args],
       capture_output=True,
-      text=True,
+      encoding="utf-8",
+      errors="replace",
       timeout=10,
       check=True,
     ).stdout.strip()
@@ -128,12 +171,18 @@ class Logbook:
     workdir: the run's folder.
     config: every setting, for config.json.
     resumed_step: the step that the run goes on from; 0 for a new one.
+    made_again: the splits whose line of that step is dropped too.
+
+  Attributes:
+    seconds: how long the run had taken by the last line that is kept.
   """
 
-  def __init__(self, workdir, config, resumed_step: int):
+  def __init__(self, workdir, config, resumed_step: int, made_again=()):
+    self.seconds = 0.0
     self._workdir = pathlib.Path(workdir)
     self._config = config
     self._resumed_step = resumed_step
+    self._made_again = made_again
     self._metrics = None
     self._tensorboard = None
     self._wandb = None
@@ -145,8 +194,10 @@ class Logbook:
     write_json(self._workdir / "config.json", config.to_dict())
     write_json(self._workdir / "environment.json", environment())
     path = self._workdir / "metrics.jsonl"
-    _drop_after(path, self._resumed_step)
-    self._metrics = path.open("a")
+    kept = _drop_after(path, self._resumed_step, self._made_again)
+    self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+    with writing(path):
+      self._metrics = path.open("a", encoding="utf-8")
     if config.tensorboard:
       self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
     if config.wandb:
@@ -155,7 +206,8 @@ class Logbook:
 
   def __exit__(self, *_):
     if self._metrics:
-      self._metrics.close()
+      with contextlib.suppress(OSError):  # what `write` has told
+        self._metrics.close()
     if self._tensorboard:
       self._tensorboard.close()
     if self._wandb:
@@ -166,8 +218,9 @@ class Logbook:
     if not self._metrics:
       return
     line = {"step": step, "split": split, **values}
-    self._metrics.write(json.dumps(line) + "\n")
-    self._metrics.flush()
+    with writing(self._workdir / "metrics.jsonl"):
+      self._metrics.write(json.dumps(line) + "\n")
+      self._metrics.flush()
     named = dict(_named(split, values))
     if self._tensorboard:
       for name, value in named.items():
@@ -187,31 +240,29 @@ def _named(prefix, values):
       yield f"{prefix}/{name}", value
 
 
-class LogbookError(Exception):
-  """A record that cannot be kept as asked for."""
-
-
-def _drop_after(path, step):
+def _drop_after(path, step, made_again) -> list[dict]:
+  """Drops the lines that are made again; returns those that are kept."""
   if not path.exists():
-    return
+    return []
   kept, unreadable = [], []
   for line in path.read_bytes().splitlines(keepends=True):
     try:
-      before = json.loads(line)["step"] <= step
+      entry = json.loads(line)
+      again = entry["step"] == step and entry["split"] in made_again
+      before = entry["step"] <= step and not again
     except (ValueError, KeyError, TypeError):
       unreadable.append(line)
       continue
     if before:
-      kept.append(line.rstrip(b"\r\n") + b"\n")
+      kept.append(entry)
   # Of a process that was killed in writing it the last line is no loss.
   if unreadable and unreadable != [line]:
     aside = path.with_name(path.name + ".unreadable")
-    with aside.open("ab") as file:
+    with writing(aside), aside.open("ab") as file:
       file.writelines(unreadable)
     say(f"{path} has {len(unreadable)} lines that are none; now in {aside}")
-  part = path.with_name(path.name + ".part")
-  part.write_bytes(b"".join(kept))
-  part.replace(path)
+  write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+  return kept
 
 
 def _start_tensorboard(workdir, resumed_step):

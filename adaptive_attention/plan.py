@@ -57,8 +57,8 @@ def run(config, workdir=None, step=None):
     f"{flops * tokens * config.steps:.3g} in {config.steps:,} steps"
   )
   logbook.say(
-    f"attention  {accounting.macs_text(macs)}, with the masks of step "
-    f"{step or 0}"
+    f"attention  {accounting.macs_text(macs, model_config)}, with the masks "
+    f"of step {step or 0}"
   )
   for name, size in memory.items():
     logbook.say(

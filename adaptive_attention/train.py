@@ -1,6 +1,7 @@
 """Training: from step 0 or the newest checkpoint to the last step."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -15,17 +16,20 @@ from adaptive_attention import (
   accounting,
   batches,
   checkpoint,
+  console,
   evaluate,
   generate,
   logbook,
   parallel,
   settings,
+  signals,
   steps,
   weights,
 )
 from adaptive_attention.model import ModelConfig
 
 _PROMPT_BYTES, _SAMPLE_BYTES = 32, 200
+_SIGPIPE = getattr(signal, "SIGPIPE", 13)
 
 
 class TrainingError(Exception):
@@ -33,35 +37,15 @@ class TrainingError(Exception):
 
 
 class Stopped(Exception):
-  """A signal ended the run after its step was finished and saved.
+  """A run that was asked to end, after its step was finished and saved.
 
   Attributes:
-    exit_code: 128 + the number of the signal, as a shell has it.
+    exit_code: 128 + the number of a signal, as a shell has it, or 1.
   """
 
-  def __init__(self, message, signal_number):
+  def __init__(self, message, exit_code):
     super().__init__(message)
-    self.exit_code = 128 + signal_number
-
-
-class _Signals:
-  """Notes SIGTERM and SIGINT; a second one of the kind acts at once."""
-
-  def __enter__(self):
-    self.received = None
-    self._previous = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    return self
-
-  def _note(self, number, _frame):
-    self.received = number
-    signal.signal(number, self._previous[number])
-
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+    self.exit_code = exit_code
 
 
 def run(config, workdir, corpus, *, step=None):
@@ -77,39 +61,67 @@ def run(config, workdir, corpus, *, step=None):
   Raises:
     TrainingError: a loss or gradient that is not finite, or a workdir that
       belongs to other data.
-    Stopped: SIGTERM or SIGINT, after the state was saved.
+    Stopped: a signal, or a console or record that cannot be written to, after
+      the state was saved.
   """
   workdir = pathlib.Path(workdir)
   if not parallel.is_primary():
     return _run(config, workdir, corpus, step)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with logbook.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "lock").touch()
   with checkpoint.lock(workdir):
     return _run(config, workdir, corpus, step)
 
 
 def _run(config, workdir, corpus, step):
+  start_clock = time.perf_counter()
   with (
-    _Signals() as signals,
+    signals.Signals(saving=True) as ends,
+    console.failures(lambda error: _stop_unheard(ends, error)),
     checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as saved,
   ):
-    state, first_step = _start_state(config, corpus, saved, step)
+    state, first_step, owed = _start_state(config, corpus, saved, step)
     _say_start(config, workdir, corpus, state, first_step)
-    if first_step >= config.steps:
+    if first_step < config.steps or owed:
+      state = parallel.replicate(state)
+      made_again = ("valid",) if owed else ()
+      with logbook.Logbook(workdir, config, first_step, made_again) as book:
+        run = _Run(config, corpus, saved, book, ends, start_clock)
+        if owed:
+          run.evaluate(state, first_step)
+        if first_step < config.steps:
+          memory = _start_memory(config, saved, first_step)
+          train_step = _compile(config, state, memory)
+          run.loop(train_step, state, memory, first_step)
+    else:
       logbook.say(
         f"already trained for {first_step} of {config.steps} steps; give "
         "--config.steps more to go on"
       )
-      return
-    memory = _start_memory(config, saved, first_step)
-    state = parallel.replicate(state)
-    train_step = _compile(config, state, memory)
-    with logbook.Logbook(workdir, config, first_step) as book:
-      run = _Run(config, corpus, saved, book, signals, train_step)
-      run.loop(state, memory, first_step)
+    if ends.reason is not None:
+      raise _stopped(ends, max(first_step, config.steps))
+
+
+def _stop_unheard(ends, error):
+  """Whoever closes the console asks for the end, as a signal does."""
+  if isinstance(error, BrokenPipeError):
+    ends.stop("a closed pipe", 128 + _SIGPIPE)
+  else:
+    ends.stop(f"a console that takes no more ({error.strerror})", 1)
+
+
+def _stopped(ends, step):
+  return Stopped(
+    f"stopped by {ends.reason or 'SIGTERM'} after step {step}, which is saved; "
+    "the same command goes on from there",
+    ends.exit_code or 128 + signal.SIGTERM,
+  )
 
 
 def _start_state(config, corpus, saved, which):
-  """The state to go on from and its step: restored, read in, or new."""
+  """(the state to go on from: restored, read in, or new; its step; whether its
+  evaluation is owed, as the run ended before it)."""
   state = jax.device_get(steps.init_state(config))
   if not saved.steps():
     if which is not None:
@@ -120,10 +132,11 @@ def _start_state(config, corpus, saved, which):
     if config.init_from:
       params = weights.load(config.init_from, ModelConfig(**config.model))
       state = state.replace(params=params)
-    return state, 0
+    return state, 0, False
   first_step = saved.resolve("latest" if which is None else which)
   # Its settings first: what does not fit is then told by its name.
-  _check_resumed(config, corpus, saved.read_meta(first_step), first_step)
+  meta = saved.read_meta(first_step)
+  _check_resumed(config, corpus, meta, first_step)
   params, opt_state, _ = saved.restore(
     first_step, state.params, state.opt_state
   )
@@ -136,7 +149,12 @@ def _start_state(config, corpus, saved, which):
       step=np.asarray(first_step, np.int32), params=params, opt_state=opt_state
     ),
     first_step,
+    meta["bits_per_char"] is None and _evaluates(config, first_step),
   )
+
+
+def _evaluates(config, step) -> bool:
+  return step == config.steps or step % config.eval_every_steps == 0
 
 
 def _start_memory(config, saved, first_step):
@@ -227,16 +245,41 @@ def _say_start(config, workdir, corpus, state, first_step):
     logbook.say(f"{name:<10} {text}")
 
 
+class _Clock:
+  """The time that training steps take, and nothing between them.
+
+  It runs only while steps are under way: it is stopped once the last one of
+  them is done.
+  """
+
+  def __init__(self):
+    self._seconds, self._steps, self._began = 0.0, 0, 0.0
+
+  def start(self):
+    self._began = time.perf_counter()
+
+  def stop(self, steps: int):
+    """After so many steps."""
+    self._seconds += time.perf_counter() - self._began
+    self._steps += steps
+
+  def take(self) -> float | None:
+    """Seconds a step since this was called last; None if there was no step."""
+    seconds = self._seconds / self._steps if self._steps else None
+    self._seconds, self._steps = 0.0, 0
+    return seconds
+
+
 @dataclasses.dataclass
 class _Run:
-  """What the loop works with, and where its clock stands."""
+  """What the loop works with, and where its clocks stand."""
 
   config: ConfigDict
   corpus: object
   saved: checkpoint.Checkpoints
   book: logbook.Logbook
-  signals: _Signals
-  train_step: object
+  ends: signals.Signals
+  start_clock: float
 
   def __post_init__(self):
     config = self.config
@@ -244,42 +287,89 @@ class _Run:
     self.evaluator = evaluate.Evaluator(
       self.model_config, config.eval_batch_size
     )
+    self.evaluated = False
     shards = parallel.local_shards()
     self.shards = {
       i: batches.shard(self.corpus.train, i, parallel.device_count())
       for i in shards
     }
-    self.start_clock = time.perf_counter()
+    self.clock = _Clock()
 
-  def loop(self, state, memory, first_step):
-    """Steps until the last one or a signal; the host reads one step behind."""
-    self.logged_step, self.logged_at = first_step, time.perf_counter()
-    self.saved_step = first_step if self.saved.steps() else None
+  def loop(self, train_step, state, memory, first_step):
+    """Steps until the last one or a signal.
+
+    The host reads one step behind, but for the first step, which is not timed,
+    and those that something follows: it begins when all steps are done. What
+    may take long begins when they are saved.
+    """
     config = self.config
+    self.saved_step = first_step if self.saved.steps() else None
     waiting = collections.deque()
+    started, stop = first_step, False
+    self.clock.start()
     for done in range(first_step + 1, config.steps + 1):
-      state, memory, metrics = self.train_step(
-        state, memory, self._batch(done - 1)
-      )
+      state, memory, metrics = train_step(state, memory, self._batch(done - 1))
       waiting.append((done, metrics))
-      stop = len(waiting) > 1 and self._read(*waiting.popleft())
-      last = done == config.steps
-      evaluates = last or done % config.eval_every_steps == 0
-      saves = evaluates or done % config.checkpoint_every_steps == 0
-      if stop or saves:
-        # Nothing is saved that was not seen to be finite.
-        stop |= self._read(*waiting.popleft())
-        bits_per_char = self._evaluate(state, done) if evaluates else None
-        self._save(state, memory, done, bits_per_char)
-      if config.sample_every_steps and done % config.sample_every_steps == 0:
+      logs, saves, evaluates, samples = self._due(done)
+      waits = logs or saves or done == first_step + 1
+      while len(waiting) > 1 or (waiting and (waits or stop)):
+        metrics = self._read(*waiting.popleft())
+        stop = stop or self._stops(metrics)
+      if waiting:
+        continue
+      self.clock.stop(done - started)
+      started = done
+      if done == first_step + 1:
+        self.clock.take()
+      if logs:
+        self._log(done, metrics)
+        stop = stop or self._stops()
+      if saves or stop:
+        self._save(state, memory, done)
+      if stop or (saves and self._stops()):
+        raise _stopped(self.ends, done)
+      if evaluates:
+        self.evaluate(state, done)
+      if samples:
         self._sample(state, done)
-      if stop and not last:
-        name = signal.Signals(self.signals.received or signal.SIGTERM).name
-        raise Stopped(
-          f"stopped by {name} after step {done}, which is saved; the same "
-          "command goes on from there",
-          self.signals.received or signal.SIGTERM,
-        )
+      self.clock.start()
+
+  def _due(self, done):
+    """Whether a step is followed by (a log, a save, an evaluation, a sample).
+
+    What may take long follows a save: nothing is lost if it does not end.
+    """
+    config = self.config
+    every = config.sample_every_steps
+    evaluates = _evaluates(config, done)
+    samples = bool(every) and done % every == 0
+    saves = done % config.checkpoint_every_steps == 0
+    logs = done % config.log_every_steps == 0 or done == config.steps
+    return logs, saves or evaluates or samples, evaluates, samples
+
+  def _stops(self, metrics=None) -> bool:
+    """Whether all processes know that the run is to end.
+
+    Several learn it together, from the numbers of a step.
+    """
+    if parallel.process_count() == 1:
+      return self.ends.reason is not None
+    return metrics is not None and metrics["stop"] > 0
+
+  @contextlib.contextmanager
+  def _interrupting(self, done):
+    """Around what can be done again: a signal ends it, and the run.
+
+    Not so under several processes, where each waits for all others.
+    """
+    if parallel.process_count() > 1:
+      yield
+      return
+    try:
+      with self.ends.interrupting():
+        yield
+    except signals.Interrupted:
+      raise _stopped(self.ends, done) from None
 
   def _batch(self, step) -> steps.Batch:
     config = self.config
@@ -306,12 +396,12 @@ class _Run:
     N = len(self.shards)
     return steps.Batch(
       tokens_NBT.reshape(N, A, B // A, T + 1),
-      np.full(N, self.signals.received is not None, np.int32),
+      np.full(N, self.ends.reason is not None, np.int32),
       np.full(N, restart),
     )
 
-  def _read(self, done, metrics) -> bool:
-    """Waits for a step's numbers, logs them; whether a signal came in."""
+  def _read(self, done, metrics) -> dict:
+    """Waits for a step's numbers, which are finite."""
     layers = metrics.pop("masks")
     metrics = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
@@ -325,26 +415,40 @@ class _Run:
           f"{name}={metrics[name]} at step {done}, which was not made ({kept});"
           " lower optimizer.learning_rate or raise optimizer.warmup_steps"
         )
-    config = self.config
-    if done % config.log_every_steps == 0 or done == config.steps:
-      self._log(done, metrics, layers)
-    return metrics["stop"] > 0
+    return metrics | {"masks": layers}
 
-  def _log(self, done, metrics, layers):
-    config = self.config
-    now = time.perf_counter()
-    seconds = (now - self.logged_at) / (done - self.logged_step)
-    self.logged_step, self.logged_at = done, now
-    tokens_per_second = (
-      config.batch_size * config.model.context_tokens / seconds
-    )
+  def _write(self, done, split, **values):
+    """A line of the record; where it fails the run ends as at a signal."""
+    try:
+      self.book.write(done, split, **values)
+    except logbook.LogbookError as error:
+      self.ends.stop(f"a record that takes no more ({error})", 1)
+
+  def _log(self, done, metrics):
+    config, layers = self.config, metrics["masks"]
+    seconds = self.clock.take()
+    rate, timed = {}, ""
+    if seconds is not None:
+      tokens = config.batch_size * config.model.context_tokens / seconds
+      rate = {"tokens_per_second": tokens}
+      remaining = logbook.duration_text(seconds * (config.steps - done))
+      timed = f"  {1000 * seconds:.0f} ms  {tokens:,.0f} tok/s  eta {remaining}"
     bits_per_char = metrics["cross_entropy"] / math.log(2)
-    self.book.write(
+    logbook.say(
+      f"step {done:>6} {100 * done / config.steps:5.1f}%  "
+      f"loss {metrics['loss']:.4f}  bpc {bits_per_char:.4f}  "
+      f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
+      f"span {metrics['span_mean']:.1f}  open {metrics['open_share']:.3f}"
+      f"{timed}"
+    )
+    wall_seconds = time.perf_counter() - self.start_clock
+    self._write(
       done,
       "train",
       loss=metrics["loss"],
       bits_per_char=bits_per_char,
-      tokens_per_second=tokens_per_second,
+      **rate,
+      seconds=self.book.seconds + wall_seconds,
       **{
         name: metrics[name]
         for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
@@ -358,37 +462,22 @@ class _Run:
         config.model.memory_tokens,
       ),
     )
-    remaining = logbook.duration_text(seconds * (config.steps - done))
-    logbook.say(
-      f"step {done:>6} {100 * done / config.steps:5.1f}%  "
-      f"loss {metrics['loss']:.4f}  bpc {bits_per_char:.4f}  "
-      f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.3f}  "
-      f"span {metrics['span_mean']:.1f}  open {metrics['open_share']:.3f}  "
-      f"{1000 * seconds:.0f} ms  {tokens_per_second:,.0f} tok/s  "
-      f"eta {remaining}"
-    )
 
-  def _evaluate(self, state, done) -> float:
-    began = time.perf_counter()
+  def evaluate(self, state, done):
+    """Of a step that is saved, whose checkpoint then has the figure too."""
     data = self.corpus.valid
     if self.config.eval_tokens:
       data = data[: self.config.eval_tokens]
     protocol = evaluate.default_protocol(self.model_config)
-    result = self.evaluator(state.params, data, protocol)
-    seconds = time.perf_counter() - began
-    self.logged_at += seconds  # the rate of training is without it
-    self.book.write(
-      done,
-      "valid",
-      loss=result.loss,
-      bits_per_char=result.bits_per_char,
-      stderr=result.stderr,
-      bytes=result.bytes,
-      tokens_per_second=result.tokens_per_second,
-    )
+    with self._interrupting(done):
+      result = self.evaluator(
+        state.params, data, protocol, warm=not self.evaluated
+      )
+    self.evaluated = True
     text = (
       f"valid {done:>5} bpc {result.bits_per_char:.4f} +- {result.stderr:.4f} "
-      f"over {result.bytes:,} bytes in {seconds:.1f} s"
+      f"over {result.bytes:,} bytes in "
+      f"{result.bytes / result.tokens_per_second:.1f} s"
     )
     if done == self.config.steps:
       text += (
@@ -397,13 +486,24 @@ class _Run:
         f"{evaluate.lzma_bits_per_char(data):.4f}"
       )
     logbook.say(text)
-    return result.bits_per_char
+    self._write(
+      done,
+      "valid",
+      loss=result.loss,
+      bits_per_char=result.bits_per_char,
+      stderr=result.stderr,
+      bytes=result.bytes,
+      tokens_per_second=result.tokens_per_second,
+    )
+    if parallel.is_primary():
+      self.saved.record_evaluation(done, result.bits_per_char)
 
   def _sample(self, state, done):
     """Says what the model writes now; no figure, and no setting, follows."""
-    began = time.perf_counter()
-    if parallel.is_primary():
-      prompt = np.asarray(self.corpus.valid[:_PROMPT_BYTES])
+    if not parallel.is_primary():
+      return
+    prompt = np.asarray(self.corpus.valid[:_PROMPT_BYTES])
+    with self._interrupting(done):
       written = generate.generate(
         jax.device_get(state.params),
         self.model_config,
@@ -414,12 +514,10 @@ class _Run:
         # Of one shape throughout, where spans go on changing.
         cache="dense",
       )[0]
-      text = generate.text_of(np.concatenate([prompt, written]))
-      logbook.say(f"sample {done:>4} {text}")
-    self.logged_at += time.perf_counter() - began
+    text = generate.text_of(np.concatenate([prompt, written]))
+    logbook.say(f"sample {done:>4} {text}")
 
-  def _save(self, state, memory, done, bits_per_char):
-    began = time.perf_counter()
+  def _save(self, state, memory, done):
     memory = parallel.gather(memory)  # by all processes; saved by one
     if parallel.is_primary():
       corpus = self.corpus
@@ -431,8 +529,6 @@ class _Run:
           "config": self.config.to_dict(),
           "data": {"name": corpus.name, "sha256": corpus.sha256},
         },
-        bits_per_char,
-        memory,
+        memory=memory,
       )
     self.saved_step = done
-    self.logged_at += time.perf_counter() - began

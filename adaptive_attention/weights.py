@@ -9,7 +9,6 @@ block I >= 1.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adaptive_attention import settings
+from adaptive_attention import logbook, settings
 from adaptive_attention.model import ModelConfig, Transformer
 
 
@@ -294,18 +293,15 @@ def save(path, params, config: ModelConfig, step: int):
   Names are paths, as block_0/attention/qkv/kernel; the metadata has `config`, a
   JSON of `ModelConfig`, and `step`. A file that was there is replaced whole.
   """
-  path = pathlib.Path(path)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
-  part = path.with_name(path.name + ".part")
-  safetensors.numpy.save_file(
+  content = safetensors.numpy.save(
     {name: np.ascontiguousarray(value) for name, value in flat.items()},
-    part,
     metadata={
       "config": json.dumps(dataclasses.asdict(config)),
       "step": str(step),
     },
   )
-  os.replace(part, path)
+  logbook.write_bytes(path, content)
 
 
 _KINDS = {  # of safetensors -> of numpy, those that hold parameters

@@ -43,6 +43,26 @@ def test_multiply_adds_per_token():
   }
 
 
+@pytest.mark.parametrize(
+  ("implementation", "T", "reason"),
+  [
+    ("blocked", 20, "whole blocks of 64 x 64"),
+    ("reference", 20, "pairs with later keys too"),
+    ("blocked", 1024, None),
+  ],
+)
+def test_it_is_said_why_more_is_computed_than_there_is(
+  implementation, T, reason
+):
+  config = dataclasses.replace(CONFIG, implementation=implementation)
+  masks_ = [masks.Mask(jnp.array([0.0, 9.5]), 4.0)] * 3
+  macs = accounting.attention_macs_per_token(masks_, config, T)
+  text = accounting.macs_text(macs, config)
+  assert (macs["computed"] > macs["dense"]) == (reason is not None)
+  assert ("more than dense" in text) == (reason is not None)
+  assert (reason or "multiply-adds") in text
+
+
 @pytest.mark.parametrize("attention", ["dense", "span", "span_wave"])
 def test_parameters_are_those_of_the_model(attention):
   config = dataclasses.replace(CONFIG, attention=attention)

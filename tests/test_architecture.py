@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
-  {"config_file", "masks", "positions", "uses"},
+  {"config_file", "console", "masks", "positions", "signals", "uses"},
   {"attention", "command_line"},
   {"memory"},
   {"model"},
@@ -24,6 +24,7 @@ SIDEWAYS = {
   ("accounting", "logbook"),
   ("parallel", "settings"),
   ("weights", "settings"),
+  ("weights", "logbook"),
   ("steps", "losses"),
   ("steps", "optimizer"),
   ("steps", "parallel"),

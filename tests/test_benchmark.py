@@ -10,6 +10,7 @@ from adaptive_attention import (
   accounting,
   benchmark,
   checkpoint,
+  logbook,
   parallel,
   steps,
 )
@@ -43,6 +44,53 @@ def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
   for row in rows:
     assert 0 < row["fastest_ms"] <= row["median_ms"]
     assert 0 < row["open_pairs"] < row["computed_pairs"] <= 8 * 128**2
+  assert "blocked both" in capsys.readouterr().out
+
+
+def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "spans"
+  benchmark.run(tiny, tmp_path)
+  for line in capsys.readouterr().out.splitlines()[:-1]:
+    assert (" x of reference " in line) == ("blocked" in line), line
+
+
+def test_no_ratio_is_told_where_nothing_else_ran(
+  tiny, shapes, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(benchmark, "_MOST_PAIRS_BYTES", 1)
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "spans"
+  benchmark.run(tiny, tmp_path)
+  out = capsys.readouterr().out
+  assert "reference is left out" in out
+  assert " x " not in out
+
+
+def test_a_bench_that_is_stopped_keeps_what_it_timed(
+  tiny, shapes, tmp_path, monkeypatch
+):
+  timed = benchmark._time
+
+  def stopped_at_the_second(runners, repeats):
+    if runners[0].case == "comb":
+      raise KeyboardInterrupt
+    timed(runners, repeats)
+
+  monkeypatch.setattr(benchmark, "_time", stopped_at_the_second)
+  tiny.bench.repeats = 1
+  with pytest.raises(KeyboardInterrupt):
+    benchmark.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  assert [row["case"] for row in rows] == ["spans"] * 4
+
+
+def test_rows_are_told_before_they_are_written(tiny, shapes, tmp_path, capsys):
+  (tmp_path / "bench.json").mkdir()
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "spans"
+  with pytest.raises(logbook.LogbookError, match=r"bench.json cannot be writ"):
+    benchmark.run(tiny, tmp_path)
   assert "blocked both" in capsys.readouterr().out
 
 

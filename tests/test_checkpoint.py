@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -409,6 +410,41 @@ def test_one_that_cannot_be_told_is_left_alone(tmp_path):
   save(tmp_path, [3, 4], keep=1)
   with Checkpoints(tmp_path) as saved:
     assert saved.steps() == [1, 4]
+
+
+def test_a_disk_that_is_full_costs_no_older_one(tmp_path):
+  """A largest size of files stands for it: it needs no disk of its own."""
+  save(tmp_path, [1], [2.0])
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+  try:
+    with pytest.raises(
+      CheckpointError,
+      match=r"step 2 cannot be written .*\(File too large\).*\(1 is kept",
+    ):
+      save(tmp_path, [2], [1.0])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1]
+  assert read(tmp_path, 1)[2]["step"] == 1
+  save(tmp_path, [2], [1.0])
+  assert read(tmp_path, 2)[2]["step"] == 2
+  names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+  assert names == ["1", "2"]
+
+
+def test_an_evaluation_may_come_after_the_save(tmp_path):
+  save(tmp_path, [1, 2])
+  with Checkpoints(tmp_path) as saved:
+    saved.record_evaluation(1, 2.5)
+    assert saved.resolve("best") == 1
+    assert saved.read_meta(1)["bits_per_char"] == 2.5
+  save(tmp_path, [3, 4, 5], keep=2)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1, 4, 5]
+    assert saved.resolve("best") == 1
+    saved.restore_items(1)
 
 
 def test_outside_tools_read_the_parameters_alone(tmp_path):

@@ -19,7 +19,7 @@ from adaptive_attention.checkpoint import Checkpoints
 from tests.test_checkpoint import flip
 
 ROOT = pathlib.Path(__file__).parent.parent
-CLOCKED = ("tokens_per_second",)  # what two equal runs may differ in
+CLOCKED = ("tokens_per_second", "seconds")  # what equal runs may differ in
 
 
 def metrics(workdir):
@@ -167,8 +167,10 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   stopped, _ = final(workdir)
   if stopped < 12:  # it may have been through already
     assert process.returncode == code, err
-    assert err.strip().count("\n") == 0
-    assert f"stopped by {signal.Signals(number).name} after step" in err
+    # A slow machine says first what is awaited.
+    said = [x for x in err.splitlines() if "finishing the step" not in x]
+    assert len(said) == 1, err
+    assert f"stopped by {signal.Signals(number).name} after step" in said[0]
   code, _, err = main(*tiny_flags, f"--workdir={workdir}")
   assert code == 0, err
   assert final(workdir) == final(whole_run[0])

@@ -1,0 +1,138 @@
+"""SIGINT, SIGTERM and SIGHUP: the program ends at once, or saves first.
+
+Python calls its handlers in the main thread, which XLA may hold for minutes
+while it compiles. So a thread watches too: the number of each signal comes to
+it through a pipe, at once.
+"""
+
+import contextlib
+import os
+import pathlib
+import select
+import signal
+import sys
+import threading
+
+_NUMBERS = tuple(
+  getattr(signal, name)
+  for name in ("SIGINT", "SIGTERM", "SIGHUP")
+  if hasattr(signal, name)
+)
+_TOGETHER_SECONDS = 0.1  # `timeout` and closing terminals send one twice
+_PATIENCE_SECONDS = 0.5  # before it is told that a step is awaited
+
+
+class Interrupted(BaseException):
+  """A signal that came where nothing is left to be saved."""
+
+
+class Signals:
+  """What is done at a signal while the context lasts.
+
+  Without `saving` the program ends at once, with one sentence. With it the
+  first signal is noted and a second one ends the program.
+
+  Attributes:
+    reason: what asks for the end, as "SIGTERM"; None until then.
+    exit_code: 128 + the number of the signal, as a shell has it.
+  """
+
+  def __init__(self, *, saving: bool):
+    self.reason = self.exit_code = None
+    self._saving = saving
+    self._interrupting = False
+
+  def __enter__(self):
+    self._reading, self._writing = os.pipe()
+    os.set_blocking(self._writing, False)
+    self._handlers = {
+      number: signal.signal(number, self._note)
+      for number in _NUMBERS
+      # nohup has it ignored, and it stays so.
+      if (number, signal.getsignal(number)) != (_hangup(), signal.SIG_IGN)
+    }
+    self._wakeup_fd = signal.set_wakeup_fd(self._writing)
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    signal.set_wakeup_fd(self._wakeup_fd)
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+    os.close(self._writing)  # which ends the thread
+    self._thread.join()
+    os.close(self._reading)
+
+  def stop(self, reason: str, exit_code: int):
+    """Asks for the end as a signal does; the first to ask is kept."""
+    if self.reason is None:
+      self.reason, self.exit_code = reason, exit_code
+
+  @contextlib.contextmanager
+  def interrupting(self):
+    """A signal, or one that came before, raises Interrupted inside."""
+    self._interrupting = True
+    try:
+      self._interrupt()
+      yield
+      self._interrupt()
+    finally:
+      self._interrupting = False
+
+  def _note(self, number, _frame):
+    self.stop(signal.Signals(number).name, 128 + number)
+    self._interrupt()
+
+  def _interrupt(self):
+    if self._interrupting and self.reason is not None:
+      self._interrupting = False
+      raise Interrupted
+
+  def _watch(self):
+    number = self._next()
+    if number and not self._saving:
+      _end(number, f"stopped by {signal.Signals(number).name}")
+    while number and self._next(_TOGETHER_SECONDS):
+      pass
+    second = number and self._next(_PATIENCE_SECONDS)
+    if second == 0:
+      _say(
+        f"{signal.Signals(number).name}: finishing the step and saving it; a "
+        "second one ends the program at once"
+      )
+      second = self._next()
+    if second:
+      _end(
+        second,
+        f"ended by a second signal, {signal.Signals(second).name}; the same "
+        "command goes on from the newest checkpoint",
+      )
+
+  def _next(self, timeout=None):
+    """The next signal's number; 0 if none comes in time, None at the end."""
+    while True:
+      ready, _, _ = select.select([self._reading], [], [], timeout)
+      if not ready:
+        return 0
+      read = os.read(self._reading, 1)
+      if not read:
+        return None
+      if read[0] in self._handlers:  # others may come here too
+        return read[0]
+
+
+def _hangup():
+  return getattr(signal, "SIGHUP", None)
+
+
+def _end(number, text):
+  _say(text)
+  os._exit(128 + number)
+
+
+def _say(text):
+  """From any thread, past whatever the main thread holds."""
+  with contextlib.suppress(OSError):
+    line = f"{pathlib.Path(sys.argv[0]).name}: {text}\n"
+    os.write(2, line.encode(errors="backslashreplace"))
