@@ -255,11 +255,11 @@ class AdaptiveSelfAttention(nn.Module):
     )
     match cfg.position:
       case "rotary":
-        position_T = jnp.arange(T, dtype=jnp.uint32)
+        position = jnp.arange(T, dtype=jnp.uint32)
         if memory is not None:
-          position_T += memory.tokens_read
-        q_BTHK = positions.rotate(q_BTHK, position_T)
-        k_BTHK = positions.rotate(k_BTHK, position_T)
+          position = memory.positions(B, T)
+        q_BTHK = positions.rotate(q_BTHK, position)
+        k_BTHK = positions.rotate(k_BTHK, position)
       case "relative" if relative_RK is None:
         relative_RK = relative_vectors(self, cfg, D // H)
     dropout_rate = cfg.dropout if train else 0.0

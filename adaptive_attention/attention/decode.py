@@ -153,6 +153,11 @@ class LayerCache:
   rings: Rings
   tokens_read: jax.Array
 
+  def positions(self, B: int, T: int):
+    """(T,) of the next T tokens."""
+    del B
+    return jnp.arange(T, dtype=jnp.uint32) + self.tokens_read
+
   def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, *, relative_RK=None, **_):
     """(out_BTHK, the rings with the token appended), for T = 1.
 
