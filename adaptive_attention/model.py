@@ -9,18 +9,17 @@ keep of earlier tokens is `memory`.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive_attention import masks, positions
+from adaptive_attention import masks, parameters, positions
 from adaptive_attention import memory as memories
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.parameters import MASK_PARAMETERS
 
-MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
 _NORM_EPSILON = 1e-5
 _INIT_STD = 0.02
 _KERNEL_INIT = nn.initializers.normal(_INIT_STD)
@@ -181,25 +180,37 @@ def mask_params(params: Mapping, config: ModelConfig) -> tuple[masks.Mask, ...]:
   """One Mask per attention layer, first to last, from parameters alone.
 
   Works for any tree that holds `AdaptiveSelfAttention` modules of this config,
-  somebody else's model too; layers are taken in the natural order of their
-  paths (block_2 before block_10). A dense layer is open over its whole context
+  somebody else's model too, apart or stacked by `nn.scan`; their order is that
+  of `parameters.attention_layers`. A dense layer is open over its whole context
   and memory.
+
+  Raises:
+    ValueError: there is no such layer, or one is not of this config.
   """
-  layers = {}
-
-  def visit(path, tree):
-    if "span_logit" in tree or ("qkv" in tree and "out" in tree):
-      layers[path] = tree
-    for name, child in tree.items():
-      if isinstance(child, Mapping):
-        visit((*path, name), child)
-
-  visit((), params)
-  ordered = [layers[path] for path in sorted(layers, key=_natural_order)]
-  if config.attention == "dense":
+  dense = config.attention == "dense"
+  layers = parameters.attention_layers(params, dense)
+  if not layers:
+    raise ValueError(
+      "the parameters hold no attention layer of model.attention="
+      f"{config.attention!r}; give those of a model with AdaptiveSelfAttention "
+      "modules of this config"
+    )
+  if dense:
     span_H = jnp.full(config.n_head, float(config.reach_tokens))
-    return tuple(masks.Mask(span_H, config.ramp) for _ in ordered)
-  return tuple(mask_from_logits(layer, config) for layer in ordered)
+    return tuple(masks.Mask(span_H, config.ramp) for _ in layers)
+  waves = config.attention == "span_wave"
+  names = MASK_PARAMETERS if waves else MASK_PARAMETERS[:1]
+  for path, layer in layers:
+    for name in names:
+      shape = jnp.shape(layer[name]) if name in layer else None
+      if shape != (config.n_head,):
+        raise ValueError(
+          f"the attention layer {path!r} has {name} of the shape {shape}; "
+          f"expected ({config.n_head},) of model.attention="
+          f"{config.attention!r}, after the axes that stack layers; give the "
+          "config that it was made with"
+        )
+  return tuple(mask_from_logits(layer, config) for _, layer in layers)
 
 
 def init_memory(config: ModelConfig, streams: int, T: int) -> memories.Memory:
@@ -217,13 +228,6 @@ def init_memory(config: ModelConfig, streams: int, T: int) -> memories.Memory:
     T=T,
     dtype=config.compute_dtype,
   )
-
-
-def _natural_order(path):
-  return [
-    [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    for name in path
-  ]
 
 
 class AdaptiveSelfAttention(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
-  {"masks", "positions"},
+  {"masks", "parameters", "positions"},
   {"attention"},
   {"memory"},
   {"model"},
