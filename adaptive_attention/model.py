@@ -237,10 +237,13 @@ class AdaptiveSelfAttention(nn.Module):
   span_logit, and with the wave period_logit and ratio_logit, all (H,). With a
   memory, of one layer, it returns (x_BTD, what is kept then).
 
-  Vectors of distances (position="relative") are its own unless given.
+  Vectors of distances (position="relative") are its own unless given. Without
+  spans a query looks at all tokens before it, or at the last `reach_tokens`,
+  itself included, where these are given.
   """
 
   config: ModelConfig
+  reach_tokens: int | None = None
 
   @nn.compact
   def __call__(
@@ -275,7 +278,7 @@ class AdaptiveSelfAttention(nn.Module):
       q_BTHK,
       k_BTHK,
       v_BTHK,
-      self._mask(),
+      self._mask(T),
       dropout_rate=dropout_rate,
       dropout_seed=dropout_seed,
       implementation=None
@@ -289,10 +292,14 @@ class AdaptiveSelfAttention(nn.Module):
     y_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
     return y_BTD if memory is None else (y_BTD, kept)
 
-  def _mask(self):
+  def _mask(self, T):
     cfg = self.config
     if cfg.attention == "dense":
-      return None
+      if self.reach_tokens is None or T <= cfg.context_tokens:
+        return None
+      # m(d) is one up to the last distance, and zero at the next.
+      last_H = jnp.full(cfg.n_head, self.reach_tokens - 1.0)
+      return masks.Mask(last_H, ramp=1.0)
     shape = (cfg.n_head,)
     logits = {
       "span_logit": self.param("span_logit", _logit_init(cfg.span_init), shape)
@@ -399,12 +406,13 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
+  reach_tokens: int | None = None
 
   @nn.compact
   def __call__(self, x_BTD, train=False, memory=None, relative_RK=None):
     cfg = self.config
     normed_BTD = _layer_norm(cfg, "norm_1")(x_BTD)
-    attention = AdaptiveSelfAttention(cfg, name="attention")
+    attention = AdaptiveSelfAttention(cfg, self.reach_tokens, name="attention")
     y_BTD = attention(normed_BTD, train, memory, relative_RK)
     if memory is not None:
       y_BTD, kept = y_BTD
@@ -425,9 +433,13 @@ class Transformer(nn.Module):
   those before ended, and (logits_BTV, memory) is returned; `batch` is the first
   of its streams that these sequences belong to. Donate it, lest it be copied.
 
+  What a token sees does not depend on how long the text is: without spans it is
+  the `config.reach_tokens` up to itself.
+
   Raises:
     ValueError: more tokens than positions were learned for, or another number
-      of them than the memory was made for.
+      of them than the memory was made for. Where it is traced how far a memory
+      has come, logits of positions beyond the learned ones are nan.
   """
 
   config: ModelConfig
@@ -459,12 +471,13 @@ class Transformer(nn.Module):
           nn.initializers.normal(_INIT_STD),
           (cfg.context_tokens, cfg.width),
         )
-        first = 0 if memory is None else memory.tokens_read
-        x_BTD += jax.lax.dynamic_slice_in_dim(table, first, T)
+        x_BTD += _of_positions(table, T, memory)[None]
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
-      x_BTD = block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
+      x_BTD = block(cfg, cfg.reach_tokens, name=f"block_{i}")(
+        x_BTD, train, layer, relative_RK
+      )
       if layer is not None:
         x_BTD, of_layer = x_BTD
         kept.append(of_layer)
@@ -483,13 +496,19 @@ class Transformer(nn.Module):
     cfg = self.config
     if memory is not None:
       memory.check(T)
-    longest = math.inf
-    if cfg.position == "learned":
-      longest = cfg.context_tokens
-    elif cfg.position == "relative" and cfg.attention == "dense":
-      longest = cfg.context_tokens if memory is not None else cfg.reach_tokens
-    if T > longest:
+    read = 0 if memory is None else memory.tokens_read
+    if cfg.position != "learned" or isinstance(read, jax.core.Tracer):
+      return
+    if read + T > cfg.context_tokens:
       raise ValueError(
-        f"{T} tokens are more than the {longest} for which model.position="
-        f"{cfg.position!r} was learned; give fewer"
+        f"{read + T} tokens are more than the {cfg.context_tokens} for which "
+        "model.position='learned' was learned; give fewer"
       )
+
+
+def _of_positions(table, T, memory):
+  """(T, D) of the next T positions; nan where there are none."""
+  if memory is None:
+    return table[:T]
+  position_T = memory.tokens_read + jnp.arange(T, dtype=jnp.uint32)
+  return table.at[position_T].get(mode="fill", fill_value=jnp.nan)
