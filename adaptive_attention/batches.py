@@ -122,14 +122,15 @@ def streams(
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
   `warm_tokens`, in whole segments, before what they count, so that what a byte
-  has before it does not depend on their number.
+  has before it does not depend on their number. A split that is no longer than
+  that is counted by the first stream alone.
   """
   T = context_tokens
   count = -(-(length - 1) // T)
-  warm = -(-warm_tokens // T) if rows > 1 else 0
+  warm = min(-(-warm_tokens // T), count)
   # The first stream has nothing before it: while the others warm up it counts,
   # so that all have read as much at any time.
-  each = max(-(-(count + (rows - 1) * warm) // rows), warm + 1)
+  each = warm + -(-(count - warm) // rows)
   segment_G1 = np.arange(each)[:, None]
   row_R = np.arange(rows)
   starts_GR = T * (row_R * (each - warm) + segment_G1)

@@ -17,6 +17,8 @@ from adaptive_attention import (
   parallel,
   steps,
 )
+from adaptive_attention import memory as memories
+from adaptive_attention.attention import decode
 from adaptive_attention.model import ModelConfig, mask_params
 from adaptive_attention.settings import SettingsError
 
@@ -107,12 +109,16 @@ class Evaluator:
     Args:
       protocol: as `check_protocol` has it. "window": disjoint windows.
         "stride:N": windows that start every N bytes, of whose predictions the
-        last N count. "memory": the split is read once, as streams with their
-        memory, each warmed with the bytes before it.
+        last N count. "memory": the split is read as by one stream with its
+        memory, cut into several. Each but the first is warmed with the bytes
+        before it that its predictions depend on, which cost as much as those
+        that count: through L layers up to L memories, or less far where the
+        spans reach less. There are fewer streams than `batch_size` where they
+        would cost more than twice as much as one.
       warm: compile before the clock starts.
     """
     check_protocol(protocol, self._config)
-    reading = self._reading(len(data), protocol)
+    reading = self._reading(params, len(data), protocol)
     if warm:
       self._predict(params, data, reading.part(slice(1)), protocol)
     start = time.perf_counter()
@@ -132,19 +138,34 @@ class Evaluator:
       tokens_per_second=len(nats) / seconds,
     )
 
-  def _reading(self, length, protocol) -> batches.Reading:
+  def _reading(self, params, length, protocol) -> batches.Reading:
     """This process' share."""
     T, R = self._config.context_tokens, self._batch_size
     if protocol == "memory":
-      mine = parallel.process_share(parallel.process_count() * R)
-      streams = batches.streams(
-        length, T, self._config.memory_tokens, parallel.process_count() * R
-      )
+      streams = self._streams(params, length)
+      mine = parallel.process_share(streams.starts.shape[1])
       return streams.part(rows=slice(mine.start, mine.stop))
     stride = T if protocol == "window" else int(protocol.split(":")[1])
     windows = batches.windows(length, T, stride, R)
     mine = parallel.process_share(len(windows))
     return windows.part(slice(mine.start, mine.stop))
+
+  def _streams(self, params, length) -> batches.Reading:
+    """As many streams as can be had for twice the cost of one."""
+    config = self._config
+    T, M = config.context_tokens, config.memory_tokens
+    warm_tokens = memories.tokens_before(
+      [decode.reach(mask, T + M).max() for mask in mask_params(params, config)],
+      *(M, T),
+    )
+    N = parallel.local_device_count()
+    per_device = self._batch_size // N
+    while True:
+      rows = parallel.process_count() * N * per_device
+      streams = batches.streams(length, T, warm_tokens, rows)
+      if per_device == 1 or streams.starts.size * T <= 2 * length:
+        return streams
+      per_device //= 2
 
   def _predict(self, params, data, reading, protocol):
     """(len(data) - 1,) nats in float32, of those bytes that this reads."""
@@ -152,7 +173,9 @@ class Evaluator:
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = None
     if protocol == "memory":
-      memory = steps.start_memory(self._config, self._batch_size // N)
+      first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
+      memory = steps.start_memory(self._config, first_NB.shape[1])
+      memory = memory.replace(first_position=parallel.deal(first_NB))
     for batch in range(len(reading)):
       tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)
       memory, nats_NBT = self._step(params, memory, tokens)

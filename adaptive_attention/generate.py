@@ -31,6 +31,7 @@ from adaptive_attention.model import (
 from adaptive_attention.settings import SettingsError
 
 CACHES = ("spans", "dense")
+BYTES = 256  # tokens below are bytes
 _CHUNK = 64  # tokens that one call makes at most, between prints
 
 
@@ -65,15 +66,26 @@ class Cache:
         as any head could look.
 
     Raises:
-      ValueError: an empty prompt, another kind of cache, or a prompt longer
-        than positions were learned for.
+      ValueError: prompts that are empty, not alike or no tokens of the model,
+        another kind of cache, or a prompt longer than positions were learned
+        for.
     """
-    return _prefill(
-      params, jnp.asarray(prompt_BT), config, groups(params, config, cache)
-    )
+    prompt_BT = _prompt(prompt_BT, config)
+    return _prefill(params, prompt_BT, config, groups(params, config, cache))
 
   def step(self, params, tokens_B):
-    """(logits_BV of the token after these, the cache with them in it)."""
+    """(logits_BV of the token after these, the cache with them in it).
+
+    Raises:
+      ValueError: tokens that are none of the model, or a position beyond the
+        learned ones; where that is traced logits are nan there.
+    """
+    tokens_B = _tokens(tokens_B, self.config)
+    if tokens_B.ndim != 1:
+      raise ValueError(
+        f"tokens of the shape {tokens_B.shape} are not one of each sequence; "
+        "give (B,)"
+      )
     logits_BTV, cache = Transformer(self.config).apply(
       {"params": params}, tokens_B[:, None], memory=self
     )
@@ -91,7 +103,11 @@ class Cache:
       )
 
   def layers(self, batch):
-    del batch
+    if isinstance(batch, jax.core.Tracer) or batch:
+      raise ValueError(
+        f"batch={batch} names no part of a cache, which is of one batch; leave "
+        "it out"
+      )
     return [
       decode.LayerCache(rings, self.tokens_read) for rings in self.by_layer
     ]
@@ -100,6 +116,40 @@ class Cache:
     return self.replace(
       by_layer=tuple(by_layer), tokens_read=self.tokens_read + jnp.uint32(T)
     )
+
+
+def _tokens(tokens, config):
+  """The tokens as an array, of integers that the model has vectors of.
+
+  Raises:
+    ValueError: they are none; where they are traced only the type is known.
+  """
+  tokens = jnp.asarray(tokens)
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f"tokens of the type {tokens.dtype} are no integers; give the number of "
+      "each token"
+    )
+  if not isinstance(tokens, jax.core.Tracer):
+    V, known = config.vocab_size, np.asarray(tokens)
+    for token in known[(known < 0) | (known >= V)][:1]:
+      raise ValueError(
+        f"the token {token} is none of model.vocab_size={V}; give tokens from "
+        f"0 to {V - 1}"
+      )
+  return tokens
+
+
+def _prompt(prompt_BT, config):
+  """Prompts as an array (B, T) of the model's tokens, T at least 1."""
+  shape = jnp.shape(prompt_BT)
+  if len(shape) != 2:
+    raise ValueError(
+      f"prompts of the shape {shape} are no batch of one length; give (B, T)"
+    )
+  if not shape[1]:
+    raise ValueError("the prompt is empty; give at least one token")
+  return _tokens(prompt_BT, config)
 
 
 def _slides(config):
@@ -124,8 +174,6 @@ def groups(params, config: ModelConfig, cache="spans"):
 @functools.partial(jax.jit, static_argnames=("config", "groups"))
 def _prefill(params, prompt_BT, config, groups):
   B, T = prompt_BT.shape
-  if not T:
-    raise ValueError("the prompt is empty; give at least one token")
   # Rings of one segment: all keys and values of the prompt, in order.
   memory = init_memory(dataclasses.replace(config, memory_tokens=0), B, T)
   logits_BTV, memory = Transformer(config).apply(
@@ -166,21 +214,36 @@ def sample(logits_BV, key_B, temperature, top_k, top_p):
   return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def go_on(params, cache, logits_BV, key_B, first, count, sampling):
+@functools.partial(
+  jax.jit, donate_argnames=("cache",), static_argnames=("draw_below",)
+)
+def go_on(
+  params, cache, logits_BV, key_B, first, count, sampling, draw_below=None
+):
   """(tokens (B, _CHUNK), logits_BV, cache) after `count` more tokens.
 
   One loop on the device; the first of them is the token number `first` of its
-  text, which is what it is drawn by.
+  text, which is what it is drawn by. See `generate` for `draw_below`.
   """
   B = len(logits_BV)
 
   def one(i, carry):
     tokens, logits_BV, cache = carry
     own_B = jax.vmap(lambda key: jax.random.fold_in(key, first + i))(key_B)
-    tokens_B = sample(logits_BV, own_B, *sampling).astype(jnp.int32)
-    logits_BV, cache = cache.step(params, tokens_B)
+    tokens_B = sample(logits_BV[:, :draw_below], own_B, *sampling)
+    tokens_B = tokens_B.astype(jnp.int32)
+    logits_BV, cache = step(tokens_B, logits_BV, cache)
     return tokens.at[:, i].set(tokens_B), logits_BV, cache
+
+  def step(tokens_B, logits_BV, cache):
+    if not _slides(cache.config):
+      return cache.step(params, tokens_B)
+    # The token after a full context has no position in it.
+    return lax.cond(
+      cache.tokens_read < cache.config.context_tokens,
+      lambda: cache.step(params, tokens_B),
+      lambda: (logits_BV, cache),
+    )
 
   start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, cache)
   return lax.fori_loop(0, count, one, start)
@@ -197,27 +260,39 @@ def generate(
   top_k: int = 0,
   top_p: float = 1.0,
   cache: str = "spans",
+  draw_below: int | None = None,
   on_tokens=None,
 ) -> np.ndarray:
   """(B, steps) tokens that go on from B prompts of one length.
 
   Row b of any batch is drawn with its own key, fold_in(key, b), a token with
-  its place. With rotary or relative positions there is no longest text. With
+  its place in the text: a text that is cut anywhere and gone on with from there
+  is the same. With rotary or relative positions there is no longest text. With
   learned ones the context slides: where it is full its later half is read anew
-  as a prompt.
+  as a prompt, at places that are the same for all texts.
 
   Args:
     params: the model's, concrete.
     temperature, top_k, top_p: see `sample`.
     cache: see `Cache.prefill`.
+    draw_below: only tokens below it are drawn, as `BYTES` for a text; None for
+      any token of the model.
     on_tokens: called with each (B, n) new tokens as they come.
 
   Raises:
     ValueError: arguments out of bounds.
   """
   check_sampling(temperature, top_k, top_p)
+  for name, value, least in (
+    ("steps", steps, 0),
+    ("draw_below", draw_below, 1),
+  ):
+    if value is not None and value < least:
+      raise ValueError(
+        f"{name}={value} is not possible; expected {least} or more"
+      )
   sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
-  text_BT = np.asarray(prompt_BT)
+  text_BT = np.asarray(_prompt(prompt_BT, config))
   B, prompt_length = text_BT.shape
   key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
   made = 0
@@ -227,7 +302,9 @@ def generate(
     while room:
       count = min(room, _CHUNK)
       tokens, logits_BV, kept = go_on(
-        params, kept, logits_BV, key_B, made, count, sampling
+        *(params, kept, logits_BV, key_B, prompt_length + made, count),
+        sampling,
+        draw_below,
       )
       new_BT = np.asarray(tokens)[:, :count]
       text_BT = np.concatenate([text_BT, new_BT], axis=1)
@@ -238,14 +315,17 @@ def generate(
 
 
 def _window(config, text_BT, steps):
-  """What to read as a prompt, and how many tokens can follow it."""
+  """What to read as a prompt, and how many tokens can follow it.
+
+  Where the window starts is a function of the length of the text alone.
+  """
   if not _slides(config):
     return text_BT, steps
-  N = config.context_tokens
-  if text_BT.shape[1] > N or (text_BT.shape[1] == N and steps > 1):
-    text_BT = text_BT[:, -max(1, N // 2) :]
+  N, length = config.context_tokens, text_BT.shape[1]
   # The last token of a full context is followed by one more.
-  return text_BT, min(steps, N - text_BT.shape[1] + 1)
+  hop = N + 1 - max(1, N // 2)
+  start = max(0, -(-(length - N) // hop) * hop)
+  return text_BT[:, start:], min(steps, start + N - length + 1)
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -281,12 +361,21 @@ class _Text:
     self._decoder = make(errors="backslashreplace")
 
   def __call__(self, tokens, last=False) -> str:
+    for token in tokens[(tokens < 0) | (tokens >= BYTES)][:1]:
+      raise ValueError(
+        f"the token {token} is no byte; expected 0 to {BYTES - 1}, which "
+        f"generate(draw_below={BYTES}) draws alone"
+      )
     text = self._decoder.decode(bytes(tokens.astype(np.uint8)), last)
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def text_of(tokens) -> str:
-  """All of some tokens as text that a terminal can show."""
+  """All of some tokens as text that a terminal can show.
+
+  Raises:
+    ValueError: a token that is no byte.
+  """
   return _Text()(np.asarray(tokens), last=True)
 
 
@@ -353,6 +442,7 @@ def run(
   """
   model_config = ModelConfig(**config.model)
   _check_prompt(len(prompt), model_config)
+  check_sampling(temperature, top_k, top_p)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, _ = checkpoints.restore_params(step)
   params = jax.device_put(params)
@@ -379,6 +469,7 @@ def run(
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    draw_below=BYTES,
     on_tokens=show,
   )
   seconds = time.perf_counter() - began

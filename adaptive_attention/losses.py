@@ -19,8 +19,11 @@ def regularizer(params, config: ModelConfig):
 
   A function of the parameters alone, of any model that holds
   `AdaptiveSelfAttention` modules; added to the loss in training only.
+
+  Raises:
+    ValueError: as `mask_params`.
   """
+  layers = mask_params(params, config)
   if config.attention == "dense":
     return jnp.float32(0.0)
-  layers = mask_params(params, config)
   return config.span_coef * sum(masks.penalty(mask) for mask in layers)

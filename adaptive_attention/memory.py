@@ -20,6 +20,17 @@ class LayerMemory:
   ring: Ring
   tokens_read: jax.Array
   memory_tokens: int = flax.struct.field(pytree_node=False)
+  first_position: jax.Array | None = None
+
+  def positions(self, B: int, T: int):
+    """(T,) of the next T tokens, or (B, T) where streams differ in theirs."""
+    position_T = jnp.arange(T, dtype=jnp.uint32) + self.tokens_read
+    if self.first_position is None:
+      return position_T
+    first_B = jax.lax.dynamic_slice_in_dim(
+      self.first_position, self.ring.batch, B
+    )
+    return first_B[:, None] + position_T[None]
 
   def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, **options):
     """(out_BTHK, the ring with the T tokens appended); `attend` over both."""
@@ -44,12 +55,15 @@ class Memory:
     tokens_read: uint32, of each stream since its start; at zero nothing that
       the rings hold is looked at, so that a stream starts anew by it alone.
     memory_tokens: static; how far before a segment it is looked back.
+    first_position: uint32 (N,), where in a text each stream starts; None for
+      its beginning. What is rounded differs with the position.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   tokens_read: jax.Array
   memory_tokens: int = flax.struct.field(pytree_node=False)
+  first_position: jax.Array | None = None
 
   def check(self, T: int):
     """That calls with T tokens were what it was made for.
@@ -71,7 +85,10 @@ class Memory:
     first_row = (self.tokens_read % S).astype(jnp.int32)
     return [
       LayerMemory(
-        Ring(k, v, first_row, batch), self.tokens_read, self.memory_tokens
+        Ring(k, v, first_row, batch),
+        self.tokens_read,
+        self.memory_tokens,
+        self.first_position,
       )
       for k, v in zip(self.k, self.v, strict=True)
     ]
@@ -88,6 +105,23 @@ class Memory:
 def ring_rows(memory_tokens: int, T: int) -> int:
   """S: room for the memory, in whole segments of T tokens, and for one more."""
   return (-(-memory_tokens // T) + 1) * T
+
+
+def tokens_before(reach_L, memory_tokens: int, T: int) -> int:
+  """How many tokens before a segment its logits depend on, through all layers.
+
+  A layer looks as far back as its longest reach, at most as far as the memory
+  before the segment of the query. What it finds there has looked back itself.
+
+  Args:
+    reach_L: over how many tokens each layer looks back, first to last.
+    memory_tokens, T: tokens before a segment, and of one.
+  """
+  first = 0
+  for reach in reversed(reach_L):
+    segment_start = first // T * T
+    first = max(segment_start - memory_tokens, first - (reach - 1))
+  return -first
 
 
 def empty(layers, streams, heads, width, memory_tokens, T, dtype) -> Memory:

@@ -9,18 +9,17 @@ keep of earlier tokens is `memory`.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive_attention import masks, positions
+from adaptive_attention import masks, parameters, positions
 from adaptive_attention import memory as memories
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.parameters import MASK_PARAMETERS
 
-MASK_PARAMETERS = ("span_logit", "period_logit", "ratio_logit")
 _NORM_EPSILON = 1e-5
 _INIT_STD = 0.02
 _KERNEL_INIT = nn.initializers.normal(_INIT_STD)
@@ -181,25 +180,37 @@ def mask_params(params: Mapping, config: ModelConfig) -> tuple[masks.Mask, ...]:
   """One Mask per attention layer, first to last, from parameters alone.
 
   Works for any tree that holds `AdaptiveSelfAttention` modules of this config,
-  somebody else's model too; layers are taken in the natural order of their
-  paths (block_2 before block_10). A dense layer is open over its whole context
+  somebody else's model too, apart or stacked by `nn.scan`; their order is that
+  of `parameters.attention_layers`. A dense layer is open over its whole context
   and memory.
+
+  Raises:
+    ValueError: there is no such layer, or one is not of this config.
   """
-  layers = {}
-
-  def visit(path, tree):
-    if "span_logit" in tree or ("qkv" in tree and "out" in tree):
-      layers[path] = tree
-    for name, child in tree.items():
-      if isinstance(child, Mapping):
-        visit((*path, name), child)
-
-  visit((), params)
-  ordered = [layers[path] for path in sorted(layers, key=_natural_order)]
-  if config.attention == "dense":
+  dense = config.attention == "dense"
+  layers = parameters.attention_layers(params, dense)
+  if not layers:
+    raise ValueError(
+      "the parameters hold no attention layer of model.attention="
+      f"{config.attention!r}; give those of a model with AdaptiveSelfAttention "
+      "modules of this config"
+    )
+  if dense:
     span_H = jnp.full(config.n_head, float(config.reach_tokens))
-    return tuple(masks.Mask(span_H, config.ramp) for _ in ordered)
-  return tuple(mask_from_logits(layer, config) for layer in ordered)
+    return tuple(masks.Mask(span_H, config.ramp) for _ in layers)
+  waves = config.attention == "span_wave"
+  names = MASK_PARAMETERS if waves else MASK_PARAMETERS[:1]
+  for path, layer in layers:
+    for name in names:
+      shape = jnp.shape(layer[name]) if name in layer else None
+      if shape != (config.n_head,):
+        raise ValueError(
+          f"the attention layer {path!r} has {name} of the shape {shape}; "
+          f"expected ({config.n_head},) of model.attention="
+          f"{config.attention!r}, after the axes that stack layers; give the "
+          "config that it was made with"
+        )
+  return tuple(mask_from_logits(layer, config) for _, layer in layers)
 
 
 def init_memory(config: ModelConfig, streams: int, T: int) -> memories.Memory:
@@ -219,13 +230,6 @@ def init_memory(config: ModelConfig, streams: int, T: int) -> memories.Memory:
   )
 
 
-def _natural_order(path):
-  return [
-    [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    for name in path
-  ]
-
-
 class AdaptiveSelfAttention(nn.Module):
   """Causal self-attention whose heads learn what to look at.
 
@@ -233,10 +237,13 @@ class AdaptiveSelfAttention(nn.Module):
   span_logit, and with the wave period_logit and ratio_logit, all (H,). With a
   memory, of one layer, it returns (x_BTD, what is kept then).
 
-  Vectors of distances (position="relative") are its own unless given.
+  Vectors of distances (position="relative") are its own unless given. Without
+  spans a query looks at all tokens before it, or at the last `reach_tokens`,
+  itself included, where these are given.
   """
 
   config: ModelConfig
+  reach_tokens: int | None = None
 
   @nn.compact
   def __call__(
@@ -255,11 +262,11 @@ class AdaptiveSelfAttention(nn.Module):
     )
     match cfg.position:
       case "rotary":
-        position_T = jnp.arange(T, dtype=jnp.uint32)
+        position = jnp.arange(T, dtype=jnp.uint32)
         if memory is not None:
-          position_T += memory.tokens_read
-        q_BTHK = positions.rotate(q_BTHK, position_T)
-        k_BTHK = positions.rotate(k_BTHK, position_T)
+          position = memory.positions(B, T)
+        q_BTHK = positions.rotate(q_BTHK, position)
+        k_BTHK = positions.rotate(k_BTHK, position)
       case "relative" if relative_RK is None:
         relative_RK = relative_vectors(self, cfg, D // H)
     dropout_rate = cfg.dropout if train else 0.0
@@ -271,7 +278,7 @@ class AdaptiveSelfAttention(nn.Module):
       q_BTHK,
       k_BTHK,
       v_BTHK,
-      self._mask(),
+      self._mask(T),
       dropout_rate=dropout_rate,
       dropout_seed=dropout_seed,
       implementation=None
@@ -285,10 +292,14 @@ class AdaptiveSelfAttention(nn.Module):
     y_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(y_BTD)
     return y_BTD if memory is None else (y_BTD, kept)
 
-  def _mask(self):
+  def _mask(self, T):
     cfg = self.config
     if cfg.attention == "dense":
-      return None
+      if self.reach_tokens is None or T <= cfg.context_tokens:
+        return None
+      # m(d) is one up to the last distance, and zero at the next.
+      last_H = jnp.full(cfg.n_head, self.reach_tokens - 1.0)
+      return masks.Mask(last_H, ramp=1.0)
     shape = (cfg.n_head,)
     logits = {
       "span_logit": self.param("span_logit", _logit_init(cfg.span_init), shape)
@@ -395,12 +406,13 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
+  reach_tokens: int | None = None
 
   @nn.compact
   def __call__(self, x_BTD, train=False, memory=None, relative_RK=None):
     cfg = self.config
     normed_BTD = _layer_norm(cfg, "norm_1")(x_BTD)
-    attention = AdaptiveSelfAttention(cfg, name="attention")
+    attention = AdaptiveSelfAttention(cfg, self.reach_tokens, name="attention")
     y_BTD = attention(normed_BTD, train, memory, relative_RK)
     if memory is not None:
       y_BTD, kept = y_BTD
@@ -421,9 +433,13 @@ class Transformer(nn.Module):
   those before ended, and (logits_BTV, memory) is returned; `batch` is the first
   of its streams that these sequences belong to. Donate it, lest it be copied.
 
+  What a token sees does not depend on how long the text is: without spans it is
+  the `config.reach_tokens` up to itself.
+
   Raises:
     ValueError: more tokens than positions were learned for, or another number
-      of them than the memory was made for.
+      of them than the memory was made for. Where it is traced how far a memory
+      has come, logits of positions beyond the learned ones are nan.
   """
 
   config: ModelConfig
@@ -455,12 +471,13 @@ class Transformer(nn.Module):
           nn.initializers.normal(_INIT_STD),
           (cfg.context_tokens, cfg.width),
         )
-        first = 0 if memory is None else memory.tokens_read
-        x_BTD += jax.lax.dynamic_slice_in_dim(table, first, T)
+        x_BTD += _of_positions(table, T, memory)[None]
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BTD)
-      x_BTD = block(cfg, name=f"block_{i}")(x_BTD, train, layer, relative_RK)
+      x_BTD = block(cfg, cfg.reach_tokens, name=f"block_{i}")(
+        x_BTD, train, layer, relative_RK
+      )
       if layer is not None:
         x_BTD, of_layer = x_BTD
         kept.append(of_layer)
@@ -479,13 +496,19 @@ class Transformer(nn.Module):
     cfg = self.config
     if memory is not None:
       memory.check(T)
-    longest = math.inf
-    if cfg.position == "learned":
-      longest = cfg.context_tokens
-    elif cfg.position == "relative" and cfg.attention == "dense":
-      longest = cfg.context_tokens if memory is not None else cfg.reach_tokens
-    if T > longest:
+    read = 0 if memory is None else memory.tokens_read
+    if cfg.position != "learned" or isinstance(read, jax.core.Tracer):
+      return
+    if read + T > cfg.context_tokens:
       raise ValueError(
-        f"{T} tokens are more than the {longest} for which model.position="
-        f"{cfg.position!r} was learned; give fewer"
+        f"{read + T} tokens are more than the {cfg.context_tokens} for which "
+        "model.position='learned' was learned; give fewer"
       )
+
+
+def _of_positions(table, T, memory):
+  """(T, D) of the next T positions; nan where there are none."""
+  if memory is None:
+    return table[:T]
+  position_T = memory.tokens_read + jnp.arange(T, dtype=jnp.uint32)
+  return table.at[position_T].get(mode="fill", fill_value=jnp.nan)

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_attention.model import MASK_PARAMETERS
+from adaptive_attention.parameters import (
+  is_mask_parameter,
+  is_matrix,
+  stacked_axes,
+)
 
 
 def learning_rate(settings, total_steps: int):
@@ -18,21 +22,27 @@ def learning_rate(settings, total_steps: int):
   )
 
 
-def is_mask_parameter(params):
-  """A tree of booleans: True for the parameters of spans and waves."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key in MASK_PARAMETERS, params
-  )
-
-
 def _clip_each(most):
-  """Scales each gradient whose norm is more than `most` down to it."""
+  """Scales each gradient whose norm is more than `most` down to it.
 
-  def clip(gradient, _):
+  Each of one layer: of layers that are stacked every one has its own norm.
+  """
+
+  def clip(gradient):
     norm = optax.tree.norm(gradient)
     return gradient * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30))
 
-  return optax.stateless_with_tree_map(clip)
+  def clip_stacked(axes, gradient):
+    of_each = clip
+    for _ in range(axes):
+      of_each = jax.vmap(of_each)
+    return jax.tree.map(of_each, gradient)
+
+  return optax.stateless(
+    lambda gradients, _: jax.tree.map(
+      clip_stacked, stacked_axes(gradients), gradients
+    )
+  )
 
 
 def make(settings, schedule) -> optax.GradientTransformation:
@@ -46,10 +56,6 @@ def make(settings, schedule) -> optax.GradientTransformation:
     settings: config.optimizer.
     schedule: step -> learning rate, as of `learning_rate`, or a constant.
   """
-
-  def is_matrix(params):
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
   match settings.clip:
     case "global":
       clip = optax.clip_by_global_norm(settings.clip_norm)

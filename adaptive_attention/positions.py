@@ -6,7 +6,7 @@ import numpy as np
 _BASE = 10_000.0
 
 
-def rotate(x_BTHK, position_T):
+def rotate(x_BTHK, position):
   """Turns queries or keys by their positions (Su et al. 2021, "RoFormer").
 
   The pair (x[j], x[j + K/2]) is turned by the angle position * base^(-2j/K),
@@ -20,7 +20,7 @@ def rotate(x_BTHK, position_T):
 
   Args:
     x_BTHK: of an even width K; turned in float32.
-    position_T: integers from 0 on.
+    position: (T,) or (B, T) integers from 0 on.
 
   Returns:
     (B, T, H, K) in the dtype of x.
@@ -28,14 +28,17 @@ def rotate(x_BTHK, position_T):
   half = x_BTHK.shape[-1] // 2
   turns = _BASE ** (-np.arange(half) / half) / (2 * np.pi)
   turns_K = jnp.asarray(np.round(turns * 2**32).astype(np.uint32))
-  phase_TK = jnp.asarray(position_T).astype(jnp.uint32)[:, None] * turns_K
+  position = jnp.asarray(position).astype(jnp.uint32)
+  position_BT11 = position.reshape(-1, x_BTHK.shape[1], 1, 1)
+  phase_BT1K = position_BT11 * turns_K[None, None, None]
   # As signed numbers: the same angle, nearer to zero.
-  angle_TK = phase_TK.astype(jnp.int32).astype(jnp.float32) * (
+  angle_BT1K = phase_BT1K.astype(jnp.int32).astype(jnp.float32) * (
     2 * np.pi / 2**32
   )
-  cos_T1K, sin_T1K = jnp.cos(angle_TK)[:, None], jnp.sin(angle_TK)[:, None]
+  cos_BT1K, sin_BT1K = jnp.cos(angle_BT1K), jnp.sin(angle_BT1K)
   low, high = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate(
-    [low * cos_T1K - high * sin_T1K, low * sin_T1K + high * cos_T1K], axis=-1
+    [low * cos_BT1K - high * sin_BT1K, low * sin_BT1K + high * cos_BT1K],
+    axis=-1,
   )
   return turned.astype(x_BTHK.dtype)

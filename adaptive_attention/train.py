@@ -513,6 +513,7 @@ class _Run:
         temperature=0.8,
         # Of one shape throughout, where spans go on changing.
         cache="dense",
+        draw_below=generate.BYTES,
       )[0]
     text = generate.text_of(np.concatenate([prompt, written]))
     logbook.say(f"sample {done:>4} {text}")

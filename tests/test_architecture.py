@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_attention"
 LAYERS = (
-  {"config_file", "console", "masks", "positions", "signals", "uses"},
+  {"config_file", "console", "masks", "parameters", "positions"}
+  | {"signals", "uses"},
   {"attention", "command_line"},
   {"memory"},
   {"model"},

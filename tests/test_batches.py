@@ -138,9 +138,16 @@ def test_streams_read_on_and_count_what_is_warm(length, context, warm, rows):
   predicted_once(streams, length)
   np.testing.assert_array_equal(np.diff(streams.starts, axis=0), context)
   for batch in range(len(streams)):
-    for row, found, _ in streams.scored(batch):
+    counted = list(streams.scored(batch))
+    assert counted  # no batch is for nothing
+    for row, found, _ in counted:
       seen = streams.starts[batch, row] + found.start - streams.starts[0, row]
       assert seen >= warm or streams.starts[0, row] == 0
+
+
+def test_a_split_shorter_than_the_warming_is_read_once():
+  streams = batches.streams(500, 32, 100_000, 64)
+  assert len(streams) == -(-499 // 32)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

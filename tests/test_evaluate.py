@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive_attention import evaluate, parallel
-from adaptive_attention.model import ModelConfig, Transformer
+from adaptive_attention import evaluate, losses, parallel
+from adaptive_attention.model import ModelConfig, Transformer, init_memory
 from adaptive_attention.settings import SettingsError
 
 CONFIG = ModelConfig(
@@ -140,6 +140,61 @@ def test_by_memory_each_byte_sees_all_before_it(remembering, batch_size):
     parallel.replicate(remembering), DATA, "window"
   )
   assert abs(windows.bits_per_char - result.bits_per_char) > 1e-3
+
+
+DEEP = {
+  "n_layer": 3,
+  "position": "rotary",
+  "memory_tokens": 30,
+  "max_span": 60,
+  "implementation": "reference",
+}
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"attention": "dense"},
+    {"attention": "span", "position": "relative"},
+    {"attention": "span", "dtype": "bfloat16"},
+    {"attention": "span_wave", "memory_tokens": 7},
+    {"attention": "span", "memory_tokens": 1000, "max_span": 1000},
+  ],
+  ids=str,
+)
+def test_by_memory_it_is_what_one_stream_says(changes):
+  """However many there are, though layers look back through each other."""
+  config = dataclasses.replace(CONFIG, **(DEEP | changes))
+  params = drawn(config)
+  apply = jax.jit(Transformer(config).apply)
+  memory, nats = init_memory(config, 1, 12), []
+  for start in range(0, 396, 12):
+    tokens = DATA[None, start : start + 13].astype(int)
+    logits, memory = apply({"params": params}, tokens[:, :-1], memory=memory)
+    nats.append(losses.cross_entropy(logits, tokens[:, 1:]))
+  placed = parallel.replicate(params)
+  for batch_size in (1, 4, 32):
+    result = evaluate.Evaluator(config, batch_size)(
+      placed, DATA[:397], "memory"
+    )
+    assert result.bytes == 396
+    np.testing.assert_allclose(result.loss, np.mean(nats), rtol=1e-6)
+
+
+def test_warming_costs_no_more_than_what_counts():
+  evaluator = evaluate.Evaluator(REMEMBERING, 64)
+  params = drawn(REMEMBERING)
+  for length in (2, 13, 100, 401, 3000):
+    rows_read = evaluator._streams(params, length).starts
+    fewest = 2 * len(rows_read)  # the streams of two devices
+    assert rows_read.size <= max(2 * length / 12, fewest)
+  # Where spans are short there is hardly anything to warm.
+  short = jax.tree_util.tree_map_with_path(
+    lambda path, x: x - 9 if path[-1].key == "span_logit" else x, params
+  )
+  assert len(evaluator._streams(short, 20_000)) < len(
+    evaluator._streams(params, 20_000)
+  )
 
 
 def test_entropy_and_lzma():

@@ -129,6 +129,22 @@ def test_memory_that_holds_the_spans_is_enough(position):
   np.testing.assert_allclose(found, at_once(config, params, STREAM), atol=1e-5)
 
 
+@pytest.mark.parametrize("reaches", [[99], [99, 99, 99], [3, 99, 1, 5], [1]])
+@pytest.mark.parametrize("memory_tokens", [1, 5, 7, 30])
+def test_how_far_logits_depend_on_what_was_before(memory_tokens, reaches):
+  """Found by walking every pair that a layer looks at, in segments of 7."""
+  start = needed = 700
+  for reach in reversed(reaches):
+    needed = min(
+      key
+      for query in range(needed, start + 7)
+      for key in range(query + 1)
+      if query - key < reach and key >= query // 7 * 7 - memory_tokens
+    )
+  found = memories.tokens_before(reaches, memory_tokens, 7)
+  assert found == start - needed
+
+
 @pytest.mark.parametrize("tokens_read", [2**24, 2**26 + 5 * T, 2**31])
 def test_positions_stay_exact_however_long_the_stream(tokens_read):
   config = CONFIG

@@ -153,17 +153,45 @@ class LayerCache:
   rings: Rings
   tokens_read: jax.Array
 
-  def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, *, relative_RK=None, **_):
+  def positions(self, B: int, T: int):
+    """(T,) of the next T tokens."""
+    del B
+    return jnp.arange(T, dtype=jnp.uint32) + self.tokens_read
+
+  def attend(
+    self,
+    q_BTHK,
+    k_BTHK,
+    v_BTHK,
+    mask,
+    *,
+    relative_RK=None,
+    dropout_rate=0.0,
+    dropout_seed=None,
+    implementation=None,
+  ):
     """(out_BTHK, the rings with the token appended), for T = 1.
 
-    softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold. The
-    masks are those the cache was made with.
+    softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold, or
+    zeros where that is nothing. The masks are those the cache was made with,
+    and there is one implementation.
+
+    Raises:
+      ValueError: not one token of each of the cache's sequences.
+      NotImplementedError: dropout.
     """
-    del mask
+    del mask, dropout_seed, implementation
     B, T, H, K = q_BTHK.shape
-    if T != 1:
+    sequences = self.rings.k[0].shape[0]
+    if (B, T) != (sequences, 1):
       raise ValueError(
-        f"a cache of rings takes one token a call, not {T}; fill it by prefill"
+        f"a cache of rings takes one token of each of its {sequences} "
+        f"sequences, not {T} of {B}; fill one by prefill"
+      )
+    if dropout_rate:
+      raise NotImplementedError(
+        f"dropout_rate={dropout_rate} cannot be served out of a cache; call "
+        "with train=False"
       )
     position = self.tokens_read.astype(jnp.int32)
     out_BHK = jnp.zeros((B, H, K), jnp.float32)
@@ -238,13 +266,22 @@ def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
       by_age += _of_distances(q_BGK, relative_RK, distance[i])
     logits.append(logits_BGY + _by_row(by_age, newest // P))
   logits_BGY = jnp.concatenate(logits, axis=-1)
-  weights_BGY = jax.nn.softmax(logits_BGY, axis=-1)
+  weights_BGY = _softmax(logits_BGY)
   return jnp.einsum(
     "bgy,bgyk->bgk",
     weights_BGY,
     values[0] if len(values) == 1 else jnp.concatenate(values, axis=2),
     preferred_element_type=jnp.float32,
   )
+
+
+def _softmax(logits_BGY):
+  """Over the rows of a ring; zeros where all of them are hidden."""
+  highest_BG1 = jnp.max(logits_BGY, axis=-1, keepdims=True)
+  highest_BG1 = jnp.where(jnp.isfinite(highest_BG1), highest_BG1, 0.0)
+  weights_BGY = jnp.exp(logits_BGY - highest_BG1)
+  total_BG1 = jnp.sum(weights_BGY, axis=-1, keepdims=True)
+  return weights_BGY / jnp.where(total_BG1 > 0, total_BG1, 1.0)
 
 
 def _of_distances(q_BGK, relative_RK, distance_Y):
