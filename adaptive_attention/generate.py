@@ -142,7 +142,7 @@ def _tokens(tokens, config):
 
 def _prompt(prompt_BT, config):
   """Prompts as an array (B, T) of the model's tokens, T at least 1."""
-  shape = jnp.shape(prompt_BT)
+  shape = np.shape(prompt_BT)
   if len(shape) != 2:
     raise ValueError(
       f"prompts of the shape {shape} are no batch of one length; give (B, T)"

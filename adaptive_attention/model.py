@@ -497,9 +497,9 @@ class Transformer(nn.Module):
     if memory is not None:
       memory.check(T)
     read = 0 if memory is None else memory.tokens_read
-    if cfg.position != "learned" or isinstance(read, jax.core.Tracer):
-      return
-    if read + T > cfg.context_tokens:
+    if isinstance(read, jax.core.Tracer):
+      read = 0  # at least
+    if cfg.position == "learned" and read + T > cfg.context_tokens:
       raise ValueError(
         f"{read + T} tokens are more than the {cfg.context_tokens} for which "
         "model.position='learned' was learned; give fewer"

@@ -60,6 +60,12 @@ def all_logits(config, params, text=TEXT):
   return np.asarray(apply({"params": params}, text))
 
 
+CLOSED = {
+  "attention": "span_wave",
+  "harmonics": 5,
+  "period_min": 30.0,
+  "period_max": 64.0,
+}
 MODELS = {
   "dense": {"attention": "dense"},
   "dense, relative": {"attention": "dense", "position": "relative"},
@@ -74,6 +80,17 @@ MODELS = {
     "position": "relative",
     "harmonics": 0,
   },
+  # Texts that are longer than the context of layers without spans.
+  "long, dense": {"attention": "dense", "context_tokens": 24},
+  "long, dense, relative": {
+    "attention": "dense",
+    "position": "relative",
+    "context_tokens": 20,
+    "memory_tokens": 7,
+  },
+  # The series of a long period closes even at the query itself.
+  "closed waves": CLOSED,
+  "closed integer waves": CLOSED | {"period": "integer", "vocab_size": 300},
 }
 
 
@@ -97,12 +114,30 @@ def step(params, kept, tokens):
 def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
   """Past the ends of the rings; prompts shorter and longer than these."""
   config, params, expected = model_of(model)
+  assert np.isfinite(expected).all()
   logits, kept = generate.Cache.prefill(params, config, TEXT[:, :prompt], cache)
   for t in range(prompt, LENGTH):
     np.testing.assert_allclose(logits, expected[:, t - 1], atol=1e-4)
     logits, kept = step(params, kept, TEXT[:, t])
   np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
   assert kept.tokens_read == LENGTH
+
+
+def test_closed_waves_leave_queries_without_a_key():
+  config, params, _ = model_of("closed waves")
+  opened = masks.is_open(mask_params(params, config)[0], np.arange(LENGTH))
+  assert (~np.asarray(opened)).all(axis=1).any()
+
+
+def test_dense_layers_look_back_as_far_in_any_text():
+  config, params, _ = model_of("long, dense")
+  config = dataclasses.replace(config, n_layer=1)
+  changed = np.array(TEXT)
+  changed[:, 40] = (changed[:, 40] + 1) % 256
+  seen = (
+    all_logits(config, params, changed) != all_logits(config, params)
+  ).any((0, 2))
+  np.testing.assert_array_equal(np.flatnonzero(seen), np.arange(40, 64))
 
 
 def test_combs_are_strides_and_what_is_hidden_is_not_read():
@@ -198,6 +233,30 @@ def test_a_text_is_the_same_in_any_batch_and_at_any_length():
   assert not np.array_equal(other, one)
 
 
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_text_that_is_cut_goes_on_as_it_would_have(position):
+  config = changed(position=position, context_tokens=20)
+  params = parameters(config)
+  whole = np.concatenate([TEXT, write(config, params, TEXT, 70)], axis=1)
+  for cut in (LENGTH + 1, LENGTH + 37):
+    rest = write(config, params, whole[:, :cut], whole.shape[1] - cut)
+    np.testing.assert_array_equal(rest, whole[:, cut:])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_only_bytes_are_drawn_where_only_these_are_asked_for(temperature):
+  config = changed(vocab_size=600)
+  params = parameters(config)
+  options = {"temperature": temperature, "top_p": 0.99}
+  free = write(config, params, TEXT[:, :7], 60, **options)
+  assert (free >= 256).any()
+  made = write(
+    config, params, TEXT[:, :7], 60, **options, draw_below=generate.BYTES
+  )
+  assert made.max() < 256
+  assert len(generate.text_of(made[0])) >= 10
+
+
 def test_tokens_are_shown_as_they_come():
   config, params = CONFIG, parameters(CONFIG)
   shown = []
@@ -212,7 +271,11 @@ def test_tokens_are_shown_as_they_come():
 
 @pytest.mark.parametrize("prompt", [3, LENGTH, LENGTH + 5])
 def test_learned_positions_slide(prompt):
-  """Each token is the likeliest one after the window that was in use."""
+  """Each token is the likeliest one after the window of its place.
+
+  From a full context on its later half is read anew, and again when that has
+  grown to a context: what was the prompt makes no difference.
+  """
   config = changed(position="learned")
   params = parameters(config)
   text = np.random.default_rng(1).integers(0, 256, (1, prompt))
@@ -225,10 +288,12 @@ def test_learned_positions_slide(prompt):
     padded[0, : len(window)] = window
     return apply({"params": params}, padded)[0, len(window) - 1].argmax()
 
-  start = max(0, prompt - LENGTH // 2) if prompt >= LENGTH else 0
-  for t in range(prompt, prompt + 150):
+  start = 0
+  for t in range(prompt + 150):
     if t - start > LENGTH:
       start = t - LENGTH // 2
+    if t < prompt:
+      continue
     assert whole[t] == likeliest_after(whole[start:t]), t
 
 
@@ -280,6 +345,72 @@ def test_what_a_cache_refuses():
   _, kept = generate.Cache.prefill(params, CONFIG, TEXT[:, :3])
   with pytest.raises(ValueError, match="one token a call, not 2"):
     Transformer(CONFIG).apply({"params": params}, TEXT[:, :2], memory=kept)
+  with pytest.raises(
+    ValueError, match="of each of its 3 sequences, not 1 of 1"
+  ):
+    kept.step(params, TEXT[:1, 3])
+  with pytest.raises(ValueError, match=r"\(3, 1\) are not one of each"):
+    kept.step(params, TEXT[:, 3:4])
+  with pytest.raises(ValueError, match="batch=1 names no part"):
+    Transformer(CONFIG).apply(
+      {"params": params}, TEXT[:, :1], memory=kept, batch=1
+    )
+  dropping = changed(dropout=0.5)
+  with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
+    Transformer(dropping).apply(
+      {"params": params},
+      TEXT[:, :1],
+      train=True,
+      memory=kept,
+      rngs={"dropout": jax.random.key(0)},
+    )
+
+
+@pytest.mark.parametrize(
+  ("prompt", "told"),
+  [
+    ([[1, 256]], "token 256 is none of model.vocab_size=256"),
+    ([[-1, 3]], "token -1 is none"),
+    ([[1.0, 2.0]], "float32 are no integers"),
+    ([1, 2], r"\(2,\) are no batch"),
+    ([[]], "prompt is empty"),
+  ],
+)
+def test_prompts_that_are_none_are_named(prompt, told):
+  for read in (
+    lambda: generate.Cache.prefill({}, CONFIG, prompt),
+    lambda: write(CONFIG, {}, prompt, 1),
+  ):
+    with pytest.raises(ValueError, match=told) as error:
+      read()
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_that_are_none_are_named():
+  params = parameters(CONFIG)
+  _, kept = generate.Cache.prefill(params, CONFIG, TEXT[:, :3])
+  with pytest.raises(ValueError, match="token 256 is none"):
+    kept.step(params, np.array([1, 256, 2]))
+  for tokens in ([97, 256 + 98], [97, -1]):
+    with pytest.raises(ValueError, match="is no byte; expected 0 to 255"):
+      generate.text_of(tokens)
+  for option in ({"steps": -1}, {"steps": 1, "draw_below": 0}):
+    with pytest.raises(ValueError, match="is not possible; expected"):
+      write(CONFIG, params, TEXT[:, :3], **option)
+
+
+def test_no_position_is_taken_for_another():
+  """Beyond those that were learned: refused, or nan where it is traced."""
+  config = changed(position="learned", context_tokens=8)
+  params = parameters(config)
+  logits, kept = generate.Cache.prefill(params, config, TEXT[:, :7])
+  logits, kept = step(params, kept, TEXT[:, 7])
+  assert np.isfinite(logits).all()
+  with pytest.raises(ValueError, match="9 tokens are more than the 8"):
+    kept.step(params, TEXT[:, 8])
+  assert np.isnan(step(params, kept, TEXT[:, 8])[0]).all()
+  with pytest.raises(ValueError, match="9 tokens are more than the 8"):
+    generate.Cache.prefill(params, config, TEXT[:, :9])
 
 
 def test_text_is_safe_to_show():
@@ -313,7 +444,10 @@ def test_a_prompt_that_no_positions_were_learned_for():
 
 def test_the_verb(main, tiny_flags, tmp_path):
   code, _, err = main(
-    *tiny_flags, "--config.model.position=rotary", f"--workdir={tmp_path}"
+    *tiny_flags,
+    "--config.model.position=rotary",
+    "--config.model.vocab_size=300",  # of which only bytes are written
+    f"--workdir={tmp_path}",
   )
   assert code == 0, err
 
