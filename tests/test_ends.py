@@ -293,13 +293,12 @@ def test_results_are_told_before_a_write_that_fails(main, whole, tmp_path):
     assert not list(workdir.glob("*.part"))
 
 
-@pytest.mark.parametrize("name", ["w", "w/config.json", "w/metrics.jsonl"])
+@pytest.mark.parametrize("name", ["lock", "config.json", "metrics.jsonl"])
 def test_a_run_that_cannot_be_written_is_told(main, tiny_flags, tmp_path, name):
-  path = tmp_path / name
-  if name == "w":
-    path.write_text("a file")
-  else:
-    path.mkdir(parents=True)
+  """A folder in the place of a file stands for it; a workdir that is a file is
+  a wrong flag, for tests/test_main.py."""
+  path = tmp_path / "w" / name
+  path.mkdir(parents=True)
   code, _, err = main(*tiny_flags, f"--workdir={tmp_path / 'w'}")
   assert code == 1
   assert err.startswith(f"main.py: {path} cannot be ")
