@@ -23,6 +23,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_num_cpu_devices", 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_one_file():
+  """Lets go of what the tests of a file have compiled, when they are through.
+
+  A process may map only so many pieces of memory, and each program takes some.
+  """
+  yield
+  jax.clear_caches()
+
+
 @contextlib.contextmanager
 def serving(*options):
   """main(*flags) -> (exit code, stdout, stderr) of main.py, run by a server.
