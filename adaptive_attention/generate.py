@@ -204,10 +204,10 @@ def sample(logits_BV, key_B, temperature, top_k, top_p):
   sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
   share_BV = jax.nn.softmax(sorted_BV, axis=-1)
   before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-  rank_V = jnp.arange(V)
-  kept_BV = (before_BV < top_p) & (rank_V < jnp.where(top_k > 0, top_k, V))
-  kept_BV &= (rank_V == 0) | (temperature > 0)
-  kept_BV |= rank_V == 0
+  rank_1V = jnp.arange(V)[None]
+  kept_BV = (before_BV < top_p) & (rank_1V < jnp.where(top_k > 0, top_k, V))
+  kept_BV &= (rank_1V == 0) | (temperature > 0)
+  kept_BV |= rank_1V == 0
   rank_B = jax.vmap(jax.random.categorical)(
     key_B, jnp.where(kept_BV, sorted_BV, -jnp.inf)
   )

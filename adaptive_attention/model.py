@@ -302,16 +302,18 @@ class AdaptiveSelfAttention(nn.Module):
       return masks.Mask(last_H, ramp=1.0)
     shape = (cfg.n_head,)
     logits = {
-      "span_logit": self.param("span_logit", _logit_init(cfg.span_init), shape)
+      "span_logit": self.param(
+        "span_logit", _logit_init(cfg.span_init), shape, jnp.float32
+      )
     }
     if cfg.attention == "span_wave":
       logits["period_logit"] = self.param(
-        "period_logit", _uniform_after_sigmoid, shape
+        "period_logit", _uniform_after_sigmoid, shape, jnp.float32
       )
       # The ratio starts at zero, wherever that lies between its bounds.
       zero = -cfg.ratio_min / (cfg.ratio_max - cfg.ratio_min)
       logits["ratio_logit"] = self.param(
-        "ratio_logit", _logit_init(zero), shape
+        "ratio_logit", _logit_init(zero), shape, jnp.float32
       )
     return mask_from_logits(logits, cfg)
 
@@ -322,6 +324,7 @@ def relative_vectors(module, cfg, K):
     "relative",
     nn.initializers.normal(_INIT_STD),
     (cfg.relative_tokens, K),
+    jnp.float32,
   )
 
 
@@ -470,6 +473,7 @@ class Transformer(nn.Module):
           f"position_{i}",
           nn.initializers.normal(_INIT_STD),
           (cfg.context_tokens, cfg.width),
+          jnp.float32,
         )
         x_BTD += _of_positions(table, T, memory)[None]
       x_BTD = x_BTD.astype(cfg.compute_dtype)

@@ -413,6 +413,41 @@ def test_no_position_is_taken_for_another():
     generate.Cache.prefill(params, config, TEXT[:, :9])
 
 
+@pytest.mark.parametrize("model", ["integer waves, relative", "span, learned"])
+@pytest.mark.parametrize(
+  "switch",
+  [
+    {"jax_enable_x64": True},
+    {"jax_debug_nans": True},
+    {"jax_numpy_dtype_promotion": "strict"},
+    {"jax_numpy_rank_promotion": "raise"},
+  ],
+  ids=str,
+)
+def test_no_switch_of_jax_changes_a_text(switch, model):
+  config = changed(**MODELS[model], context_tokens=20)
+  params = parameters(config)
+  options = {"top_k": 50, "top_p": 0.9}
+  expected = write(config, params, TEXT[:, :7], 30, **options)
+  ((name, value),) = switch.items()
+  before = getattr(jax.config, name)
+  jax.config.update(name, value)
+  try:
+    init = Transformer(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), TEXT[:, :7])
+    found = write(config, params, TEXT[:, :7], 30, **options)
+  finally:
+    jax.config.update(name, before)
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(shapes)}
+  assert dtypes == {np.dtype("float32")}
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_no_texts_go_on_as_none():
+  params = parameters(CONFIG)
+  assert write(CONFIG, params, TEXT[:0, :7], 5).shape == (0, 5)
+
+
 def test_text_is_safe_to_show():
   data = "né\ttab\nline".encode() + b"\x1b[2J\xff\x00\x7f" + "\x85".encode()
   expected = "né\ttab\nline\\x1b[2J\\xff\\x00\\x7f\\x85"

@@ -239,7 +239,7 @@ def filled(mask, groups, k_BTHK, v_BTHK) -> Rings:
 def _put(ring_BGPYK, new_BGK, position):
   _, _, P, Y, _ = ring_BGPYK.shape
   row = (position // P) % Y
-  at = (0, 0, position % P, row, 0)
+  at = [jnp.asarray(i, jnp.int32) for i in (0, 0, position % P, row, 0)]
   return lax.dynamic_update_slice(
     ring_BGPYK, new_BGK[:, :, None, None].astype(ring_BGPYK.dtype), at
   )
@@ -261,7 +261,7 @@ def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
     logits_BGY = jnp.einsum(
       "bgk,bgyk->bgy", q_BGK, k_BGYK, preferred_element_type=jnp.float32
     )
-    by_age = jnp.where(exists[i], bias_GrY[:, i], -jnp.inf)
+    by_age = jnp.where(exists[i][None], bias_GrY[:, i], -jnp.inf)[None]
     if relative_RK is not None:
       by_age += _of_distances(q_BGK, relative_RK, distance[i])
     logits.append(logits_BGY + _by_row(by_age, newest // P))
