@@ -406,17 +406,6 @@ def read_prompt(prompt, prompt_file) -> np.ndarray:
   return np.frombuffer(data, np.uint8)
 
 
-def _check_prompt(length, config):
-  """That positions were learned for so many tokens in one pass."""
-  N = config.context_tokens
-  dense = config.position == "relative" and config.attention == "dense"
-  if dense and length > N:
-    raise GenerationError(
-      f"the prompt has {length} bytes, but the model has vectors of "
-      f"model.position='relative' for {N} tokens; give at most so many"
-    )
-
-
 def run(
   config,
   workdir,
@@ -441,7 +430,6 @@ def run(
     seed: text b of the same seed is the same for any number of them.
   """
   model_config = ModelConfig(**config.model)
-  _check_prompt(len(prompt), model_config)
   check_sampling(temperature, top_k, top_p)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, _ = checkpoints.restore_params(step)

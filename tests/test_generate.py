@@ -464,19 +464,6 @@ def test_a_prompt_of_bytes_that_are_no_text():
   assert bytes(generate.read_prompt(typed, None)) == b"caf\xe9 \xff"
 
 
-def test_a_prompt_that_no_positions_were_learned_for():
-  config = ModelConfig(
-    position="relative", attention="dense", context_tokens=24
-  )
-  generate._check_prompt(24, config)
-  with pytest.raises(generate.GenerationError, match="has 25 bytes"):
-    generate._check_prompt(25, config)
-  for attention, position in (("span", "relative"), ("dense", "rotary")):
-    generate._check_prompt(
-      25, dataclasses.replace(config, attention=attention, position=position)
-    )
-
-
 def test_the_verb(main, tiny_flags, tmp_path):
   code, _, err = main(
     *tiny_flags,
