@@ -207,7 +207,7 @@ class Checkpoints:
       )
     with self._writing(step):
       self._remove_leftovers()
-      self._write(step, items, meta)
+      self._write(step, items, _sealed(meta))
     self._guarded(step, lambda: self._verify(step))
     with self._writing(step):
       self._remove_older()
@@ -252,7 +252,7 @@ class Checkpoints:
   def record_evaluation(self, step: int, bits_per_char: float):
     """Adds to a checkpoint what its evaluation, which came later, has found."""
     path = self._folder / str(step) / "meta" / "metadata"
-    meta = {**self.read_meta(step), "bits_per_char": bits_per_char}
+    meta = _sealed({**self.read_meta(step), "bits_per_char": bits_per_char})
     part = path.with_name(path.name + ".part")
     with self._writing(step):
       part.write_text(json.dumps(meta), encoding="utf-8")
@@ -377,6 +377,8 @@ class Checkpoints:
       raise _DamageError(f"meta: {_first_line(error)}") from error
     if found != step:
       raise _DamageError(f"meta: it is of step {found}")
+    if meta.get(_SEAL, "") not in ("", _sealed(meta)[_SEAL]):
+      raise _DamageError("meta: its sha256 is not that of what was saved")
     return meta
 
   def _read(self, step, names):
@@ -410,6 +412,7 @@ class Checkpoints:
 
 
 _META = ("step", "bits_per_char", "leaves", "sha256")  # what `save` adds
+_SEAL = "meta_sha256"  # those of earlier versions have none
 _LEFTOVER = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
 
 
@@ -471,6 +474,13 @@ def _system_error(text):
   """What a number that tensorstore quotes from the system says; or None."""
   found = re.search(r"os_error_code='(\d+)'", text)
   return found and os.strerror(int(found[1]))
+
+
+def _sealed(meta: Mapping) -> dict:
+  """Meta with the sha256 of all else that it says, as JSON."""
+  said = {name: value for name, value in meta.items() if name != _SEAL}
+  text = json.dumps(json.loads(json.dumps(said)), sort_keys=True)
+  return {**said, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _listed(steps):

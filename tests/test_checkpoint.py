@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -170,6 +171,17 @@ def spoil_meta(folder):
   (folder / "meta" / "metadata").write_text('{"step": 3')
 
 
+def change_meta(folder):
+  """Another number, as a flipped bit makes one of it; still JSON."""
+  path = folder / "meta" / "metadata"
+  text = path.read_text()
+  changed = re.sub(
+    r'"bits_per_char": ?\S+?([,}])', r'"bits_per_char": 0.5\1', text
+  )
+  assert changed != text
+  path.write_text(changed)
+
+
 def forget_digests(folder):
   path = folder / "meta" / "metadata"
   meta = json.loads(path.read_text())
@@ -192,6 +204,7 @@ def copy_older(folder):
     (other_item, "params"),
     (spoil_meta, "meta"),
     (forget_digests, "meta: 'sha256'"),
+    (change_meta, "meta: its sha256 is not"),
     (copy_older, "it is of step 1"),
   ],
 )
