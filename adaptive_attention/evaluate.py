@@ -116,8 +116,18 @@ class Evaluator:
         spans reach less. There are fewer streams than `batch_size` where they
         would cost more than twice as much as one.
       warm: compile before the clock starts.
+
+    Raises:
+      SettingsError: as `check_protocol`.
+      EvaluationError: a split without a byte that is predicted, or losses that
+        are not finite.
     """
     check_protocol(protocol, self._config)
+    if len(data) < 2:
+      raise EvaluationError(
+        f"a split of {len(data)} byte(s) has none that is predicted, as the "
+        "first is not; give a longer text"
+      )
     reading = self._reading(params, len(data), protocol)
     if warm:
       self._predict(params, data, reading.part(slice(1)), protocol)
@@ -242,11 +252,6 @@ def run(config, workdir, corpus, *, step, split, protocol):
   params = parallel.replicate(params)
   evaluator = Evaluator(model_config, config.eval_batch_size)
   data = getattr(corpus, split)[: config.eval_tokens or None]
-  if len(data) < 2:
-    raise EvaluationError(
-      f"{split} of {corpus.name} has {len(data)} bytes, of which none is "
-      "predicted; give a longer text"
-    )
   result = evaluator(params, data, protocol, warm=True)
   layers = mask_params(params, model_config)
   macs = accounting.attention_macs_per_token(

@@ -230,13 +230,16 @@ class Logbook:
 
 
 def _named(prefix, values):
-  """(a/b, value) of each number of a dictionary, in lists and deeper too."""
+  """(a/b, value) of each number of a dictionary, in lists and deeper too.
+
+  What is None was not measured and is left out.
+  """
   for name, value in values.items():
     if isinstance(value, list):
       value = dict(enumerate(value))
     if isinstance(value, dict):
       yield from _named(f"{prefix}/{name}", value)
-    else:
+    elif value is not None:
       yield f"{prefix}/{name}", value
 
 
@@ -327,6 +330,6 @@ def _wandb_id(workdir) -> str:
 def _read_object(path) -> dict:
   """What `write_json` wrote; empty where there is nothing that can be read."""
   try:
-    return dict(json.loads(path.read_text()))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError):
     return {}

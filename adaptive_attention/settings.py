@@ -80,7 +80,7 @@ def check(config, names: Collection[str] | None = None):
 
 
 def _conditions(config, flat):
-  """(name, whether its value is possible, what is) of each requirement."""
+  """(name, whether its value will do, what was expected) of each setting."""
   for name, value in flat.items():
     if isinstance(value, float):
       yield name, math.isfinite(value), "a finite number"
@@ -91,14 +91,14 @@ def _conditions(config, flat):
   yield (
     "eval_tokens",
     flat["eval_tokens"] != 1,
-    ("at least 2, as the first byte is not predicted, or 0 for all"),
+    "at least 2, as the first byte is not predicted, or 0 for all",
   )
   for name in ("optimizer.beta1", "optimizer.beta2"):
     yield name, flat[name] < 1, "less than 1"
   most = flat["optimizer.learning_rate"]
   yield (
     "optimizer.min_learning_rate",
-    (flat["optimizer.min_learning_rate"] <= most),
+    flat["optimizer.min_learning_rate"] <= most,
     f"at most optimizer.learning_rate={most}",
   )
   yield "optimizer.clip_norm", flat["optimizer.clip_norm"] > 0, "more than 0"
@@ -106,24 +106,22 @@ def _conditions(config, flat):
     yield (
       name,
       config.distributed or flat[name] == none,
-      (f"{none!r} without distributed=True"),
+      f"{none!r} without distributed=True",
     )
   yield (
     "coordinator_address",
-    (
-      not config.coordinator_address
-      or config.coordinator_address.rpartition(":")[2].isdecimal()
-    ),
+    not config.coordinator_address
+    or config.coordinator_address.rpartition(":")[2].isdecimal(),
     "HOST:PORT",
   )
   yield (
     "process_index",
-    (not config.process_count or config.process_index < config.process_count),
+    not config.process_count or config.process_index < config.process_count,
     f"less than process_count={config.process_count}",
   )
   yield (
     "model.vocab_size",
-    (config.model.vocab_size >= 256),
+    config.model.vocab_size >= 256,
     "at least 256, as the data are bytes",
   )
   choices = {

@@ -427,10 +427,9 @@ class _Run:
   def _log(self, done, metrics):
     config, layers = self.config, metrics["masks"]
     seconds = self.clock.take()
-    rate, timed = {}, ""
+    tokens, timed = None, ""  # where no step was timed yet
     if seconds is not None:
       tokens = config.batch_size * config.model.context_tokens / seconds
-      rate = {"tokens_per_second": tokens}
       remaining = logbook.duration_text(seconds * (config.steps - done))
       timed = f"  {1000 * seconds:.0f} ms  {tokens:,.0f} tok/s  eta {remaining}"
     bits_per_char = metrics["cross_entropy"] / math.log(2)
@@ -447,7 +446,7 @@ class _Run:
       "train",
       loss=metrics["loss"],
       bits_per_char=bits_per_char,
-      **rate,
+      tokens_per_second=tokens,
       seconds=self.book.seconds + wall_seconds,
       **{
         name: metrics[name]

@@ -224,7 +224,7 @@ def test_only_training_is_timed(run, tmp_path, monkeypatch):
 
 def test_no_rate_is_told_before_a_step_was_timed(run, tmp_path, capsys):
   """The first one sets up what the others find ready."""
-  run(tmp_path, log_every_steps=1)
+  run(tmp_path, log_every_steps=1, tensorboard=True)  # which has no None
   said = [x for x in capsys.readouterr().out.splitlines() if "  loss " in x]
   for name in ("tok/s", "eta", " ms "):
     assert name not in said[0]
@@ -233,7 +233,7 @@ def test_no_rate_is_told_before_a_step_was_timed(run, tmp_path, capsys):
     json.loads(line)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
   ]
-  assert "tokens_per_second" not in first
+  assert first["tokens_per_second"] is None
   assert second["tokens_per_second"] > 0
 
 

@@ -111,6 +111,13 @@ def test_a_model_that_is_not_finite_has_no_figure(params):
     evaluate.Evaluator(CONFIG, 8)(parallel.replicate(spoiled), DATA, "window")
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_split_of_which_nothing_is_predicted(params, length):
+  evaluator = evaluate.Evaluator(CONFIG, 8)
+  with pytest.raises(evaluate.EvaluationError, match=f"split of {length} byte"):
+    evaluator(parallel.replicate(params), DATA[:length], "window")
+
+
 REMEMBERING = dataclasses.replace(
   CONFIG, position="rotary", memory_tokens=40, max_span=12
 )
