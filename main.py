@@ -8,7 +8,8 @@ import urllib.parse
 
 from ml_collections import ConfigDict
 
-from adaptive_attention import command_line, config_file, console, signals
+from adaptive_attention.command_line import config_file, flags
+from adaptive_attention.training import console, signals
 from configs import base
 
 _HERE = pathlib.Path(__file__).resolve().parent
@@ -18,44 +19,22 @@ def main(argv) -> int:
   """Runs the mode; returns the exit code, an error said in one sentence."""
   defaults = base.get_config()
   try:
-    given = command_line.parse(argv, _HERE / "configs", defaults)
-  except command_line.UsageError as error:
+    given = flags.parse(argv, _HERE / "configs", defaults)
+  except flags.UsageError as error:
     return _fail(error, 2)
   if given is None:
-    page = command_line.help_page(base.get_config())
+    page = flags.help_page(base.get_config())
     with contextlib.suppress(OSError):  # nobody reads on
       console.write(f"{page}\n", sys.stdout)
     return 0
   # Imported after the flags were read, so that a wrong one is told at once.
-  from adaptive_attention import (
-    benchmark,
-    checkpoint,
-    evaluate,
-    generate,
-    logbook,
-    settings,
-    train,
-    weights,
-  )
+  from adaptive_attention.errors import Error
   from data import CorpusError
 
   try:
     _run(given)
-  except settings.SettingsError as error:
-    return _fail(error, 2)
-  except train.Stopped as stopped:
-    return _fail(stopped, stopped.exit_code)
-  except (
-    CorpusError,
-    benchmark.BenchmarkError,
-    checkpoint.CheckpointError,
-    evaluate.EvaluationError,
-    generate.GenerationError,
-    logbook.LogbookError,
-    train.TrainingError,
-    weights.WeightsError,
-  ) as error:
-    return _fail(error, 1)
+  except (CorpusError, Error) as error:
+    return _fail(error, getattr(error, "exit_code", 1))
   except OSError as error:
     return _fail_by_system(error)
   return 0
@@ -79,7 +58,7 @@ def _fail_by_system(error) -> int:
   )
 
 
-def _run(given: command_line.Given):
+def _run(given: flags.Given):
   match given.use.mode:
     case "train":
       _train(given)
@@ -96,7 +75,8 @@ def _run(given: command_line.Given):
 
 
 def _train(given):
-  from adaptive_attention import parallel, settings, train
+  from adaptive_attention.modes import train
+  from adaptive_attention.training import parallel, settings
 
   config, workdir = given.config, _workdir(given)
   settings.check(config)
@@ -112,13 +92,14 @@ def _train(given):
 
 
 def _eval(given):
-  from adaptive_attention import evaluate, parallel
+  from adaptive_attention.modes import eval as eval_mode
+  from adaptive_attention.training import parallel
 
   config, step, said = _saved_settings(given)
   corpus = _corpus(given, config)
   parallel.start(config, config.eval_batch_size)
   _say(said)
-  evaluate.run(
+  eval_mode.run(
     config,
     _workdir(given),
     corpus,
@@ -129,16 +110,15 @@ def _eval(given):
 
 
 def _sample(given):
-  from adaptive_attention import generate, parallel
+  from adaptive_attention.modes import sample
+  from adaptive_attention.training import parallel
 
   config, step, said = _saved_settings(given)
   names = ("tokens", "temperature", "top_k", "top_p", "num", "seed")
-  prompt = generate.read_prompt(
-    given.flags["prompt"], given.flags["prompt_file"]
-  )
+  prompt = sample.read_prompt(given.flags["prompt"], given.flags["prompt_file"])
   parallel.start(config, 1)
   _say(said)
-  generate.run(
+  sample.run(
     config,
     _workdir(given),
     step=step,
@@ -148,7 +128,8 @@ def _sample(given):
 
 
 def _export(given):
-  from adaptive_attention import export, parallel
+  from adaptive_attention.modes import export
+  from adaptive_attention.training import parallel
 
   config, step, said = _saved_settings(given)
   harden, finetune_steps = (
@@ -168,7 +149,8 @@ def _export(given):
 
 
 def _plan(given):
-  from adaptive_attention import parallel, plan, settings
+  from adaptive_attention.modes import plan
+  from adaptive_attention.training import parallel, settings
 
   config, step, said = given.config, None, []
   if given.file is None:
@@ -189,14 +171,15 @@ def _plan(given):
 
 
 def _bench(given):
-  from adaptive_attention import benchmark, parallel, settings
+  from adaptive_attention.modes import bench
+  from adaptive_attention.training import parallel, settings
 
   config, workdir = given.config, _workdir(given)
   settings.check(config)
   _check_folder(workdir)
   config.cpu_devices = config.cpu_devices or 1  # what is timed
   parallel.start(config, 1)
-  benchmark.run(config, workdir)
+  bench.run(config, workdir)
 
 
 def _workdir(given) -> pathlib.Path:
@@ -205,7 +188,7 @@ def _workdir(given) -> pathlib.Path:
   Raises:
     SettingsError: nothing can be there.
   """
-  from adaptive_attention.settings import SettingsError
+  from adaptive_attention.errors import SettingsError
 
   workdir = _named_folder(given)
   try:
@@ -234,7 +217,7 @@ def _check_folder(workdir: pathlib.Path):
   Raises:
     SettingsError: naming the folder.
   """
-  from adaptive_attention.settings import SettingsError
+  from adaptive_attention.errors import SettingsError
 
   sources = [p for p in _HERE.iterdir() if (p / "__init__.py").is_file()]
   sources += [p for p in _HERE.glob(".*") if p.is_dir()]
@@ -261,7 +244,7 @@ def _saved_settings(given):
   Every one of them, whatever the defaults are today, but for those of the
   machine. Evaluation is of the whole split unless a flag says less.
   """
-  from adaptive_attention import checkpoint, settings
+  from adaptive_attention.training import checkpoint, settings
 
   workdir, step, said = _workdir(given), given.flags["step"], []
   with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -287,7 +270,6 @@ def _saved_settings(given):
 
 def _corpus(given, config):
   """The bytes that the settings name, split."""
-  from adaptive_attention import logbook
   from data import enwik8, python_source, text_file
 
   _check_data_flags(given, config)
@@ -296,14 +278,14 @@ def _corpus(given, config):
     return text_file.load(config.data.path)
   match config.data.corpus:
     case "enwik8":
-      return enwik8.load(config.data.cache_dir, log=logbook.say)
+      return enwik8.load(config.data.cache_dir, log=console.say)
     case "python_source":
       return python_source.load()
 
 
 def _check_data_flags(given, config):
   """That those which name the data are all used."""
-  from adaptive_attention.settings import SettingsError
+  from adaptive_attention.errors import SettingsError
 
   unused = {}
   if config.data.corpus != "enwik8":
@@ -320,15 +302,14 @@ def _check_data_flags(given, config):
 
 
 def _say(lines):
-  from adaptive_attention import logbook
 
   for line in lines:
-    logbook.say(line)
+    console.say(line)
 
 
 def _say_header(given):
   """What runs here: versions, and the settings that flags have changed."""
-  from adaptive_attention import logbook, settings
+  from adaptive_attention.training import logbook, settings
 
   versions = logbook.environment()
   before = config_file.read(given.file, _HERE / "configs", base.get_config())

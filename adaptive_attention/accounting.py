@@ -11,10 +11,10 @@ one for the value.
 import jax
 import numpy as np
 
-from adaptive_attention import logbook, masks
+from adaptive_attention import masks
 from adaptive_attention.attention import decode, tiles
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.memory import ring_rows
-from adaptive_attention.model import ModelConfig
 
 
 def parameter_count(params) -> int:
@@ -63,23 +63,6 @@ def attention_macs_per_token(
     ),
   }
   return {name: float(macs_per_pair * n / T) for name, n in pairs.items()}
-
-
-def macs_text(macs: dict, config: ModelConfig) -> str:
-  """What `attention_macs_per_token` gives, for a person to read."""
-  counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
-  text = f"multiply-adds a token: {counts}"
-  if macs["computed"] <= macs["dense"]:
-    return text
-  match config.implementation:
-    case "reference":
-      reason = "the reference computes the pairs with later keys too"
-    case _:
-      reason = (
-        f"pairs are computed in whole blocks of {tiles.TILE} x {tiles.TILE}, "
-        "of which a longer context wastes less"
-      )
-  return f"{text} (computed is more than dense, as {reason})"
 
 
 def cache_bytes(layers, config: ModelConfig) -> dict:
@@ -131,18 +114,6 @@ def cache_reads(layers, config: ModelConfig) -> dict:
 def _groups(layers, config):
   for mask in layers:
     yield from decode.groups_of(mask, config.cache_tokens)
-
-
-def cache_text(layers, config: ModelConfig) -> str:
-  """Both for a person to read."""
-  sizes = ", ".join(
-    f"{name} {logbook.bytes_text(n)}"
-    for name, n in cache_bytes(layers, config).items()
-  )
-  reads = ", ".join(
-    f"{name} {n:,}" for name, n in cache_reads(layers, config).items()
-  )
-  return f"{sizes} a sequence; keys read a token: {reads}"
 
 
 def train_flops_per_token(config: ModelConfig) -> float:

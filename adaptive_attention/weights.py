@@ -6,6 +6,7 @@ the positions of the first block and `h.I.add_extra_pos_emb` those added before
 block I >= 1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,11 +21,16 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adaptive_attention import logbook, settings
-from adaptive_attention.model import ModelConfig, Transformer
+from adaptive_attention.config import (
+  ModelConfig,
+  fixes_the_model,
+  model_config,
+)
+from adaptive_attention.errors import Error
+from adaptive_attention.model import Transformer
 
 
-class WeightsError(ValueError):
+class WeightsError(Error, ValueError):
   """A file or a set of parameters that cannot be read in."""
 
 
@@ -292,6 +298,9 @@ def save(path, params, config: ModelConfig, step: int):
 
   Names are paths, as block_0/attention/qkv/kernel; the metadata has `config`, a
   JSON of `ModelConfig`, and `step`. A file that was there is replaced whole.
+
+  Raises:
+    OSError: it cannot be written; what was there stays.
   """
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   content = safetensors.numpy.save(
@@ -301,7 +310,15 @@ def save(path, params, config: ModelConfig, step: int):
       "step": str(step),
     },
   )
-  logbook.write_bytes(path, content)
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + ".part")
+  try:
+    part.write_bytes(content)
+    part.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
+    raise
 
 
 _KINDS = {  # of safetensors -> of numpy, those that hold parameters
@@ -336,15 +353,15 @@ def _of_safetensors(path, config):
 def _check_settings(saved, config):
   """That the file's model computes what the settings ask for.
 
-  What its metadata lack is at the default, as in `settings.model_config`.
+  What its metadata lack is at the default, as in `config.model_config`.
   """
   try:
-    theirs = dataclasses.asdict(settings.model_config(saved))
-  except settings.SettingsError as error:
+    theirs = dataclasses.asdict(model_config(saved))
+  except (TypeError, ValueError) as error:
     raise WeightsError(f"its metadata are of no model here: {error}") from error
   for field, ours in dataclasses.asdict(config).items():
     name, value = f"model.{field}", theirs[field]
-    if settings.fixes_the_model(name) and value != ours:
+    if fixes_the_model(name) and value != ours:
       holds = "it holds a model with" if field in saved else "its metadata lack"
       default = "" if field in saved else ", which is the default"
       raise WeightsError(

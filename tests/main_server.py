@@ -16,8 +16,8 @@ import traceback
 
 from jax._src import xla_bridge
 
-import adaptive_attention.plan
-import adaptive_attention.train  # noqa: F401
+import adaptive_attention.modes.plan
+import adaptive_attention.modes.train  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
 

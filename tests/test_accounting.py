@@ -9,7 +9,9 @@ import pytest
 
 from adaptive_attention import accounting, masks
 from adaptive_attention.attention import tiles
-from adaptive_attention.model import ModelConfig, Transformer, mask_params
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import Transformer, mask_params
+from adaptive_attention.training import console
 
 CONFIG = ModelConfig(
   n_layer=3, n_head=2, width=16, context_tokens=20, max_span=20, ramp=4.0
@@ -57,7 +59,7 @@ def test_it_is_said_why_more_is_computed_than_there_is(
   config = dataclasses.replace(CONFIG, implementation=implementation)
   masks_ = [masks.Mask(jnp.array([0.0, 9.5]), 4.0)] * 3
   macs = accounting.attention_macs_per_token(masks_, config, T)
-  text = accounting.macs_text(macs, config)
+  text = console.macs_text(macs, config)
   assert (macs["computed"] > macs["dense"]) == (reason is not None)
   assert ("more than dense" in text) == (reason is not None)
   assert (reason or "multiply-adds") in text

@@ -1,104 +1,105 @@
-"""Imports only go down, and some words belong to one file."""
+"""Imports go down, floor by floor, and some words belong to one file."""
 
 import ast
 import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.conftest import ROOT
+
 PACKAGE = ROOT / "adaptive_attention"
-LAYERS = (
-  {"config_file", "console", "masks", "parameters", "positions"}
-  | {"signals", "uses"},
-  {"attention", "command_line"},
-  {"memory"},
-  {"model"},
-  {"accounting", "batches", "logbook", "losses", "optimizer", "parallel"}
-  | {"checkpoint", "settings", "weights", "steps"},
-  {"evaluate", "generate", "plan"},
-  {"benchmark"},
-  {"train"},
-  {"export"},
-)
-# Within a layer only these: what they build on.
-SIDEWAYS = {
-  ("accounting", "logbook"),
-  ("parallel", "settings"),
-  ("weights", "settings"),
-  ("weights", "logbook"),
-  ("steps", "losses"),
-  ("steps", "optimizer"),
-  ("steps", "parallel"),
-}
 FILES = sorted(PACKAGE.rglob("*.py"))
+# The folders that are floors of their own; everything else is the library.
+FLOORS = {"command_line": 3, "modes": 2, "bench": 1, "report": 1, "training": 1}
+# What a word may be said in, as code; prose and settings may speak of it.
+OWNERS = {
+  "pmap": "training/parallel.py",
+  "orbax": "training/checkpoint.py",
+  "matplotlib": "report/figures.py",
+  "wandb": "training/logbook.py",
+  "tensorboardX": "training/logbook.py",
+}
 
 
-def owner(path):
-  """masks.py -> "masks"; everything in attention/ -> "attention"."""
-  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module(path: pathlib.Path) -> str:
+  """adaptive_attention/masks.py -> "adaptive_attention.masks"."""
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path):
-  """The names of our own modules that a file imports."""
+MODULES = {module(path): path for path in FILES}
+
+
+def floor(name: str) -> int:
+  return FLOORS.get([*name.split("."), ""][1], 0)
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """What a file imports, anywhere in it, as whole module names."""
+  found = set()
   for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module:
-      parts = node.module.split(".")
-      if parts[0] in ("configs", "data", "main", "tests"):
-        yield parts[0]
-      elif parts[0] == "adaptive_attention":
-        names = parts[1:2] or [alias.name for alias in node.names]
-        yield from names
-    elif isinstance(node, ast.Import):
-      for alias in node.names:
-        parts = alias.name.split(".")
-        if parts[0] in ("configs", "data", "main", "tests"):
-          yield parts[0]
-        elif parts[0] == "adaptive_attention" and parts[1:]:
-          yield parts[1]
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path} has a relative import"
+      names = {f"{node.module}.{alias.name}" for alias in node.names}
+      inside = names & MODULES.keys()
+      found |= inside
+      if len(inside) < len(names):
+        found.add(node.module)
+  return found
 
 
-def level(name):
-  found = [i for i, layer in enumerate(LAYERS) if name in layer]
-  assert found, f"{name} stands in no layer of this test"
-  return found[0]
+def named(path: pathlib.Path) -> set[str]:
+  """The words of the imports and attributes of a file."""
+  words = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    match node:
+      case ast.Attribute():
+        words.add(node.attr)
+      case ast.Import():
+        words |= {w for a in node.names for w in a.name.split(".")}
+      case ast.ImportFrom():
+        words |= {*node.module.split("."), *(a.name for a in node.names)}
+  return words
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: owner(p) + "/" + p.name)
-def test_imports_go_down(path):
-  name = owner(path)
-  for other in imported(path):
-    if name in ("__init__", other) or (name, other) in SIDEWAYS:
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+  for other in imported(MODULES[name]):
+    root = other.split(".")[0]
+    assert root not in ("configs", "data", "main", "tests"), (name, other)
+    if root != "adaptive_attention":
       continue
-    assert level(other) < level(name), f"{name} imports {other}"
+    assert other in MODULES, f"{name} imports {other}, which is no module"
+    assert floor(other) <= floor(name), f"{name} imports {other}, which is up"
+    if name.startswith("adaptive_attention.modes."):
+      assert ".modes" not in other, f"the mode {name} imports {other}"
 
 
-@pytest.mark.parametrize(
-  ("word", "only"),
-  [
-    ("pmap", "parallel.py"),
-    ("orbax", "checkpoint.py"),
-    ("wandb", "logbook.py"),
-  ],
-)
-def test_a_library_has_one_owner(word, only):
-  """The word as code; prose and settings may speak of it."""
-  for path in FILES:
-    names = {
-      part
-      for node in ast.walk(ast.parse(path.read_text()))
-      for part in (
-        [node.attr]
-        if isinstance(node, ast.Attribute)
-        else [p for a in node.names for p in a.name.split(".")]
-        if isinstance(node, ast.Import)
-        else (node.module or "").split(".")
-        if isinstance(node, ast.ImportFrom)
-        else []
-      )
+def test_there_is_no_circle():
+  below = {
+    name: imported(path) & MODULES.keys() for name, path in MODULES.items()
+  }
+  while free := {name for name, others in below.items() if not others}:
+    below = {
+      name: others - free for name, others in below.items() if name not in free
     }
-    if word == "wandb":
-      names -= {"wandb"} if path.name == only else set()
-    assert word not in names or path.name == only, path
+  assert not below, f"these import each other: {below}"
+
+
+@pytest.mark.parametrize("word", OWNERS)
+def test_a_library_has_one_owner(word):
+  for path in FILES:
+    if path != PACKAGE / OWNERS[word]:
+      assert word not in named(path), f"{path} says {word}"
+
+
+def test_bench_and_report_stand_beside_training():
+  for name, path in MODULES.items():
+    if name.startswith("adaptive_attention.training"):
+      for other in imported(path):
+        assert ".bench" not in other and ".report" not in other, (name, other)
 
 
 def test_data_needs_only_numpy_and_the_standard_library():
@@ -106,11 +107,5 @@ def test_data_needs_only_numpy_and_the_standard_library():
 
   allowed = {*sys.stdlib_module_names, "numpy", "data"}
   for path in (ROOT / "data").glob("*.py"):
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Import):
-        roots = [alias.name.split(".")[0] for alias in node.names]
-      elif isinstance(node, ast.ImportFrom) and not node.level:
-        roots = [node.module.split(".")[0]]
-      else:
-        continue
-      assert set(roots) <= allowed, (path.name, roots)
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert roots <= allowed, (path.name, roots - allowed)

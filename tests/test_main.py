@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from adaptive_attention.config import ModelConfig
 from tests.conftest import TINY, serving
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -336,7 +337,7 @@ def test_a_record_with_bad_bytes_goes_on(main, odd, tmp_path):
 def test_configs_build_and_know_their_fields(path):
   if path.stem == "__init__":
     return
-  from adaptive_attention import settings
+  from adaptive_attention.training import settings
   from configs import base
 
   config = runpy.run_path(str(path))["get_config"]()
@@ -350,7 +351,7 @@ def test_configs_build_and_know_their_fields(path):
 
 
 def test_base_has_the_defaults_of_the_model_config():
-  from adaptive_attention.model import ModelConfig
+
   from configs import base
 
   assert ModelConfig(**base.get_config().model) == ModelConfig()

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention import losses, masks
+from adaptive_attention import masks
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import (
   MASK_PARAMETERS,
   AdaptiveSelfAttention,
-  ModelConfig,
   Transformer,
   mask_params,
+  regularizer,
 )
+from adaptive_attention.training.steps import cross_entropy
 
 SMALL = ModelConfig(
   n_layer=2,
@@ -190,9 +192,9 @@ def test_the_module_and_the_penalty_serve_other_models():
   assert len(spans) == 12
   expected = sum(masks.penalty(m) for m in mask_params(params, config))
   np.testing.assert_allclose(
-    losses.regularizer(params, config), 1e-3 * expected, rtol=1e-6
+    regularizer(params, config), 1e-3 * expected, rtol=1e-6
   )
-  grads = jax.grad(losses.regularizer)(params, config)
+  grads = jax.grad(regularizer)(params, config)
   assert (grads["AdaptiveSelfAttention_3"]["span_logit"] > 0).all()
 
 
@@ -202,7 +204,7 @@ def test_dense_layers_have_open_masks_and_no_penalty():
   layers = mask_params(params, config)
   assert len(layers) == 2
   assert all(masks.open_share(mask, 24).min() == 1 for mask in layers)
-  assert losses.regularizer(params, config) == 0
+  assert regularizer(params, config) == 0
 
 
 def test_rotary_positions_are_relative_and_have_no_longest_context():
@@ -275,6 +277,6 @@ def test_heads_of_an_odd_width_cannot_be_turned():
 
 def test_cross_entropy_is_in_nats():
   logits = jnp.zeros((1, 2, 256), jnp.bfloat16)
-  nats = losses.cross_entropy(logits, jnp.array([[1, 200]]))
+  nats = cross_entropy(logits, jnp.array([[1, 200]]))
   np.testing.assert_allclose(nats, math.log(256), rtol=1e-6)
   assert nats.dtype == jnp.float32

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention import losses, optimizer, parameters
+from adaptive_attention import parameters
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import (
   AdaptiveSelfAttention,
   Block,
-  ModelConfig,
   mask_params,
+  regularizer,
 )
+from adaptive_attention.training import optimizer
 from configs import base
 from tests.test_model import randomized
 
@@ -90,13 +92,13 @@ def test_masks_of_stacked_layers_are_those_of_layers_apart(attention, lengths):
   assert len(found) == 1 + 2 * np.prod(lengths)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   np.testing.assert_allclose(
-    losses.regularizer(stacked, config), losses.regularizer(apart, config)
+    regularizer(stacked, config), regularizer(apart, config)
   )
 
 
 def test_the_gradient_of_the_penalty_is_that_of_layers_apart():
   stacked, tree = stacked_and_apart()
-  gradient = jax.jit(jax.grad(lambda p: losses.regularizer(p, CONFIG)))
+  gradient = jax.jit(jax.grad(lambda p: regularizer(p, CONFIG)))
   found, expected = apart(gradient(stacked)), gradient(tree)
   assert np.abs(found["layers_1_2"]["cross_10"]["span_logit"]).min() > 0
   jax.tree.map(
@@ -193,7 +195,7 @@ KERNEL = {"kernel": jnp.ones((16, 16))}
 )
 def test_a_tree_without_layers_is_refused(tree, attention):
   config = dataclasses.replace(CONFIG, attention=attention)
-  for function in (mask_params, losses.regularizer):
+  for function in (mask_params, regularizer):
     with pytest.raises(ValueError, match="hold no attention layer"):
       function(tree, config)
 

@@ -8,12 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from adaptive_attention import losses, masks, optimizer, weights
+from adaptive_attention import (
+  masks,
+  weights,
+)
 from adaptive_attention.model import (
   AdaptiveSelfAttention,
   Transformer,
   mask_params,
+  regularizer,
 )
+from adaptive_attention.training import optimizer
+from adaptive_attention.training.steps import cross_entropy
 from configs import base
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -90,7 +96,7 @@ def test_attention_alone_with_its_gradients(golden):
 
   def objective(params, x_BTD):
     y_BTD = module.apply({"params": params}, x_BTD)
-    penalty = losses.regularizer(params, golden.config)
+    penalty = regularizer(params, golden.config)
     return (y_BTD * golden["attn/dy"]).sum() + 10_000 * penalty, y_BTD
 
   (_, y_BTD), (grads, dx_BTD) = jax.value_and_grad(
@@ -113,8 +119,8 @@ def loss(params, golden):
   logits_BTV = Transformer(golden.config).apply(
     {"params": params}, golden["x"].astype(int)
   )
-  nats_BT = losses.cross_entropy(logits_BTV, golden["y"].astype(int))
-  penalty = losses.regularizer(params, golden.config)
+  nats_BT = cross_entropy(logits_BTV, golden["y"].astype(int))
+  penalty = regularizer(params, golden.config)
   return nats_BT.mean() + penalty, (logits_BTV, nats_BT.mean())
 
 

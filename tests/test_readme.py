@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_attention.config import ModelConfig
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -91,7 +93,7 @@ def test_the_attend_example_is_as_it_says():
 
 
 def test_the_memory_example_is_as_it_says():
-  from adaptive_attention.model import ModelConfig, Transformer
+  from adaptive_attention.model import Transformer
 
   tokens_BT = jnp.zeros((4, 512), int)
   small = "n_layer=1, width=16, "
@@ -105,7 +107,7 @@ def test_the_memory_example_is_as_it_says():
 
 
 def test_the_writing_example_is_as_it_says(capsys):
-  from adaptive_attention.model import ModelConfig, Transformer
+  from adaptive_attention.model import Transformer
 
   config = ModelConfig(
     n_layer=1, width=16, n_head=2, max_span=16, position="rotary"

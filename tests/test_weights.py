@@ -17,7 +17,8 @@ import pytest
 import safetensors.numpy
 
 from adaptive_attention import weights
-from adaptive_attention.model import ModelConfig, Transformer
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import Transformer
 from adaptive_attention.weights import WeightsError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -1,0 +1,96 @@
+"""A file of settings: what its get_config returns, or why it cannot be had."""
+
+import inspect
+import os
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+from adaptive_attention.errors import Error
+
+
+class ConfigFileError(Error):
+  """A file of settings that is missing, fails or has other settings."""
+
+
+def file_and_argument(given: str) -> tuple[str, list[str]]:
+  """What --config names: a file, and what to hand its get_config, if any."""
+  if os.path.isfile(given):  # False too for a name that no file may have
+    return given, []
+  file, *argument = given.split(":", 1)
+  return file, argument
+
+
+def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
+  """What the get_config of a file returns, locked.
+
+  Args:
+    given: FILE.py, or FILE.py:ARGUMENT.
+    folder: where the configs are.
+    defaults: a config with all the settings that there are.
+
+  Raises:
+    ConfigFileError: no such file, one that fails, or settings of another kind.
+  """
+  file, argument = file_and_argument(given)
+  if not os.path.isfile(file) or not file.endswith(".py"):
+    kind = "file of Python" if os.path.exists(file) else "file"
+    raise ConfigFileError(
+      f"--config={given} is no {kind}; give one of configs/: "
+      + ", ".join(sorted(p.name for p in folder.glob("[!_]*.py")))
+    )
+  try:
+    config = _called(given, file, argument)
+  except ConfigFileError:
+    raise
+  except (Exception, SystemExit) as error:  # whatever a file may do
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ConfigFileError(
+      f"--config={given} fails ({reason}); correct it, or give another"
+    ) from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigFileError(
+      f"get_config of --config={given} returns {type(config).__name__}; "
+      "expected a ConfigDict, as of configs/base.py"
+    )
+  _check_names(given, _typed(config), _typed(defaults))
+  return config.lock()
+
+
+def _called(given, file, argument):
+  get_config = runpy.run_path(file).get("get_config")
+  if not callable(get_config):
+    raise ConfigFileError(
+      f"--config={given} has no get_config; give a file like configs/base.py"
+    )
+  try:
+    inspect.signature(get_config).bind(*argument)
+  except TypeError as error:
+    takes = "no argument" if argument else "an argument"
+    shape = file if argument else f"{file}:ARGUMENT"
+    raise ConfigFileError(
+      f"get_config of --config={given} takes {takes}; give --config={shape}"
+    ) from error
+  return get_config(*argument)
+
+
+def _typed(config, prefix="") -> dict[str, type]:
+  """The type of each setting; a section's too, before its fields."""
+  found = {}
+  for name, value in config.items():
+    found[prefix + name] = type(value)
+    if isinstance(value, ConfigDict):
+      found |= _typed(value, f"{prefix}{name}.")
+  return found
+
+
+def _check_names(given, found, expected):
+  for name in [*expected, *found]:
+    kinds = [kinds.get(name) for kinds in (found, expected)]
+    if kinds[0] is not kinds[1]:
+      has, wants = (k.__name__ if k else "nothing" for k in kinds)
+      raise ConfigFileError(
+        f"--config={given} has {has} at config.{name}; expected {wants}; start "
+        "from base.get_config(), as the files of configs/ do"
+      )

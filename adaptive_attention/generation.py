@@ -1,0 +1,335 @@
+"""Generation: a prompt in one pass, then token by token out of what heads see.
+
+After training spans and waves are numbers, so that the shape of the cache is
+theirs: see `attention.decode`. Every next-token distribution is that of a full
+forward pass.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from adaptive_attention.attention import decode
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import (
+  Transformer,
+  init_memory,
+  mask_params,
+)
+
+CACHES = ("spans", "dense")
+BYTES = 256  # tokens below are bytes
+_CHUNK = 64  # tokens that one call makes at most, between prints
+
+
+@flax.struct.dataclass
+class Cache:
+  """What all heads can still see of B sequences of one length.
+
+  `prefill` makes one, `step` goes on by a token; it is a pytree.
+
+  Attributes:
+    by_layer: the `decode.Rings` of each layer.
+    tokens_read: uint32, the position of the next token.
+    config: static; the model's.
+  """
+
+  by_layer: tuple[decode.Rings, ...]
+  tokens_read: jax.Array
+  config: ModelConfig = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def prefill(cls, params, config: ModelConfig, prompt_BT, cache="spans"):
+    """(logits_BV of the token after the prompt, the cache), in one pass.
+
+    Args:
+      params: concrete, as the sizes of the rings follow from the spans.
+      prompt_BT: B prompts of one length, at least 1.
+      cache: "spans", rings as long as each head's span, or "dense", all as long
+        as any head could look.
+
+    Raises:
+      ValueError: prompts that are empty, not alike or no tokens of the model,
+        another kind of cache, or a prompt longer than positions were learned
+        for.
+    """
+    prompt_BT = _prompt(prompt_BT, config)
+    return _prefill(params, prompt_BT, config, groups(params, config, cache))
+
+  def step(self, params, tokens_B):
+    """(logits_BV of the token after these, the cache with them in it).
+
+    Raises:
+      ValueError: tokens that are none of the model, or a position beyond the
+        learned ones; where that is traced logits are nan there.
+    """
+    tokens_B = _tokens(tokens_B, self.config)
+    if tokens_B.ndim != 1:
+      raise ValueError(
+        f"tokens of the shape {tokens_B.shape} are not one of each sequence; "
+        "give (B,)"
+      )
+    logits_BTV, cache = Transformer(self.config).apply(
+      {"params": params}, tokens_B[:, None], memory=self
+    )
+    return logits_BTV[:, 0], cache
+
+  @property
+  def nbytes(self) -> int:
+    """Of all keys and values."""
+    return sum(layer.nbytes for layer in self.by_layer)
+
+  def check(self, T: int):
+    if T != 1:
+      raise ValueError(
+        f"a cache goes on by one token a call, not {T}; fill it by prefill"
+      )
+
+  def layers(self, batch):
+    if isinstance(batch, jax.core.Tracer) or batch:
+      raise ValueError(
+        f"batch={batch} names no part of a cache, which is of one batch; leave "
+        "it out"
+      )
+    return [
+      decode.LayerCache(rings, self.tokens_read) for rings in self.by_layer
+    ]
+
+  def after(self, by_layer, T: int) -> "Cache":
+    return self.replace(
+      by_layer=tuple(by_layer), tokens_read=self.tokens_read + jnp.uint32(T)
+    )
+
+
+def _tokens(tokens, config):
+  """The tokens as an array, of integers that the model has vectors of.
+
+  Raises:
+    ValueError: they are none; where they are traced only the type is known.
+  """
+  tokens = jnp.asarray(tokens)
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f"tokens of the type {tokens.dtype} are no integers; give the number of "
+      "each token"
+    )
+  if not isinstance(tokens, jax.core.Tracer):
+    V, known = config.vocab_size, np.asarray(tokens)
+    for token in known[(known < 0) | (known >= V)][:1]:
+      raise ValueError(
+        f"the token {token} is none of model.vocab_size={V}; give tokens from "
+        f"0 to {V - 1}"
+      )
+  return tokens
+
+
+def _prompt(prompt_BT, config):
+  """Prompts as an array (B, T) of the model's tokens, T at least 1."""
+  shape = np.shape(prompt_BT)
+  if len(shape) != 2:
+    raise ValueError(
+      f"prompts of the shape {shape} are no batch of one length; give (B, T)"
+    )
+  if not shape[1]:
+    raise ValueError("the prompt is empty; give at least one token")
+  return _tokens(prompt_BT, config)
+
+
+def slides(config):
+  return config.position == "learned"
+
+
+def groups(params, config: ModelConfig, cache="spans"):
+  """The groups of rings of each layer."""
+  match cache:
+    case "spans":
+      return tuple(
+        decode.groups_of(jax.tree.map(np.asarray, mask), config.cache_tokens)
+        for mask in mask_params(params, config)
+      )
+    case "dense":
+      dense = decode.dense_groups(config.n_head, config.cache_tokens)
+      return (dense,) * config.n_layer
+    case _:
+      raise ValueError(f"cache={cache!r} is unknown; choose one of {CACHES}")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "groups"))
+def _prefill(params, prompt_BT, config, groups):
+  B, T = prompt_BT.shape
+  # Rings of one segment: all keys and values of the prompt, in order.
+  memory = init_memory(dataclasses.replace(config, memory_tokens=0), B, T)
+  logits_BTV, memory = Transformer(config).apply(
+    {"params": params}, prompt_BT, memory=memory
+  )
+  by_layer = tuple(
+    decode.filled(mask, of_layer, k, v)
+    for mask, of_layer, k, v in zip(
+      mask_params(params, config), groups, memory.k, memory.v, strict=True
+    )
+  )
+  return logits_BTV[:, -1], Cache(by_layer, jnp.uint32(T), config)
+
+
+def sample(logits_BV, key_B, temperature, top_k, top_p):
+  """(B,) tokens drawn from softmax(logits / temperature), cut to the likeliest.
+
+  Args:
+    key_B: a key for each row, so that a row does not depend on the others.
+    temperature: 0 for the likeliest token.
+    top_k: how many of the likeliest tokens may be drawn; 0 for all.
+    top_p: the fewest likeliest tokens of so much probability may be drawn; of
+      equal ones the lower numbers come first.
+  """
+  V = logits_BV.shape[-1]
+  scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+  order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
+  sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+  share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+  before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+  rank_1V = jnp.arange(V)[None]
+  kept_BV = (before_BV < top_p) & (rank_1V < jnp.where(top_k > 0, top_k, V))
+  kept_BV &= (rank_1V == 0) | (temperature > 0)
+  kept_BV |= rank_1V == 0
+  rank_B = jax.vmap(jax.random.categorical)(
+    key_B, jnp.where(kept_BV, sorted_BV, -jnp.inf)
+  )
+  return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(
+  jax.jit, donate_argnames=("cache",), static_argnames=("draw_below",)
+)
+def go_on(
+  params, cache, logits_BV, key_B, first, count, sampling, draw_below=None
+):
+  """(tokens (B, _CHUNK), logits_BV, cache) after `count` more tokens.
+
+  One loop on the device; the first of them is the token number `first` of its
+  text, which is what it is drawn by. See `generate` for `draw_below`.
+  """
+  B = len(logits_BV)
+
+  def one(i, carry):
+    tokens, logits_BV, cache = carry
+    own_B = jax.vmap(lambda key: jax.random.fold_in(key, first + i))(key_B)
+    tokens_B = sample(logits_BV[:, :draw_below], own_B, *sampling)
+    tokens_B = tokens_B.astype(jnp.int32)
+    logits_BV, cache = step(tokens_B, logits_BV, cache)
+    return tokens.at[:, i].set(tokens_B), logits_BV, cache
+
+  def step(tokens_B, logits_BV, cache):
+    if not slides(cache.config):
+      return cache.step(params, tokens_B)
+    # The token after a full context has no position in it.
+    return lax.cond(
+      cache.tokens_read < cache.config.context_tokens,
+      lambda: cache.step(params, tokens_B),
+      lambda: (logits_BV, cache),
+    )
+
+  start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, cache)
+  return lax.fori_loop(0, count, one, start)
+
+
+def generate(
+  params,
+  config: ModelConfig,
+  prompt_BT,
+  steps: int,
+  key,
+  *,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  cache: str = "spans",
+  draw_below: int | None = None,
+  on_tokens=None,
+) -> np.ndarray:
+  """(B, steps) tokens that go on from B prompts of one length.
+
+  Row b of any batch is drawn with its own key, fold_in(key, b), a token with
+  its place in the text: a text that is cut anywhere and gone on with from there
+  is the same. With rotary or relative positions there is no longest text. With
+  learned ones the context slides: where it is full its later half is read anew
+  as a prompt, at places that are the same for all texts.
+
+  Args:
+    params: the model's, concrete.
+    temperature, top_k, top_p: see `sample`.
+    cache: see `Cache.prefill`.
+    draw_below: only tokens below it are drawn, as `BYTES` for a text; None for
+      any token of the model.
+    on_tokens: called with each (B, n) new tokens as they come.
+
+  Raises:
+    ValueError: arguments out of bounds.
+  """
+  check_sampling(temperature, top_k, top_p)
+  for name, value, least in (
+    ("steps", steps, 0),
+    ("draw_below", draw_below, 1),
+  ):
+    if value is not None and value < least:
+      raise ValueError(
+        f"{name}={value} is not possible; expected {least} or more"
+      )
+  sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+  text_BT = np.asarray(_prompt(prompt_BT, config))
+  B, prompt_length = text_BT.shape
+  key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
+  made = 0
+  while made < steps:
+    window_BT, room = _window(config, text_BT, steps - made)
+    logits_BV, kept = Cache.prefill(params, config, window_BT, cache)
+    while room:
+      count = min(room, _CHUNK)
+      tokens, logits_BV, kept = go_on(
+        *(params, kept, logits_BV, key_B, prompt_length + made, count),
+        sampling,
+        draw_below,
+      )
+      new_BT = np.asarray(tokens)[:, :count]
+      text_BT = np.concatenate([text_BT, new_BT], axis=1)
+      made, room = made + count, room - count
+      if on_tokens:
+        on_tokens(new_BT)
+  return text_BT[:, prompt_length:]
+
+
+def _window(config, text_BT, steps):
+  """What to read as a prompt, and how many tokens can follow it.
+
+  Where the window starts is a function of the length of the text alone.
+  """
+  if not slides(config):
+    return text_BT, steps
+  N, length = config.context_tokens, text_BT.shape[1]
+  # The last token of a full context is followed by one more.
+  hop = N + 1 - max(1, N // 2)
+  start = max(0, -(-(length - N) // hop) * hop)
+  return text_BT[:, start:], min(steps, start + N - length + 1)
+
+
+def check_sampling(temperature, top_k, top_p):
+  """That they can be drawn with.
+
+  Raises:
+    ValueError: naming the one that cannot.
+  """
+  if not 0 <= temperature < math.inf:
+    raise ValueError(
+      f"temperature={temperature} is not possible; expected 0 or more, finite"
+    )
+  if top_k < 0:
+    raise ValueError(f"top_k={top_k} is not possible; expected 0 or more")
+  if not 0 < top_p <= 1:
+    raise ValueError(
+      f"top_p={top_p} is not possible; expected more than 0, up to 1"
+    )

@@ -1,0 +1,217 @@
+"""Bits per character of a split, every byte of it predicted exactly once."""
+
+import dataclasses
+import lzma
+import math
+import re
+import time
+
+import numpy as np
+
+from adaptive_attention import memory as memories
+from adaptive_attention.attention import decode
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.errors import Error, SettingsError
+from adaptive_attention.model import mask_params
+from adaptive_attention.training import (
+  batches,
+  parallel,
+  steps,
+)
+
+
+class EvaluationError(Error):
+  """A split that cannot be evaluated."""
+
+
+_BLOCK_BYTES = 1024  # of the standard error: neighbours are not independent
+_NOT_PREDICTED = -1.0  # no loss is negative
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Of a split: totals over counts.
+
+  Attributes:
+    bits_per_char: total nats / bytes / ln 2.
+    stderr: its standard error, from the spread over blocks of 1024 bytes.
+    bytes: how many were predicted.
+    tokens_per_second: of predictions.
+  """
+
+  bits_per_char: float
+  stderr: float
+  bytes: int
+  tokens_per_second: float
+
+  @property
+  def loss(self) -> float:
+    """Nats per byte."""
+    return self.bits_per_char * math.log(2)
+
+
+def default_protocol(config: ModelConfig) -> str:
+  """ "memory" for models that have one, else "window"."""
+  return "memory" if config.memory_tokens else "window"
+
+
+def check_protocol(protocol: str, config: ModelConfig):
+  """That it is "window", "memory" or "stride:N", and serves the model.
+
+  Raises:
+    SettingsError: another one, a stride that is not in 1..context, or a model
+      without a memory.
+  """
+  match re.fullmatch(r"window|memory|stride:(\d+)", protocol):
+    case None:
+      raise SettingsError(
+        f"--protocol={protocol} is unknown; expected window, stride:N or memory"
+      )
+    case found if found[1] is not None:
+      if not 1 <= int(found[1]) <= config.context_tokens:
+        raise SettingsError(
+          f"--protocol={protocol} is not possible; expected a stride from 1 to "
+          f"the context of {config.context_tokens} tokens"
+        )
+  if protocol == "memory" and not config.memory_tokens:
+    raise SettingsError(
+      "--protocol=memory needs a model that was trained with "
+      "model.memory_tokens; choose window or stride:N"
+    )
+
+
+def memory_of(protocol: str, config: ModelConfig) -> int:
+  """How many tokens before its own row a prediction may look at."""
+  return config.memory_tokens if protocol == "memory" else 0
+
+
+class Evaluator:
+  """Predicts splits with one compiled step.
+
+  Args:
+    config: the model's.
+    batch_size: windows or streams at a time on the devices of this process,
+      rounded up to a multiple of them; the result does not depend on it.
+  """
+
+  def __init__(self, config: ModelConfig, batch_size: int):
+    self._config = config
+    N = parallel.local_device_count()
+    self._batch_size = -(-batch_size // N) * N
+    self._step = steps.make_eval_step(config)
+
+  def __call__(self, params, data, protocol, warm=False) -> Result:
+    """Evaluates `params`, replicated, on all bytes of `data`.
+
+    Args:
+      protocol: as `check_protocol` has it. "window": disjoint windows.
+        "stride:N": windows that start every N bytes, of whose predictions the
+        last N count. "memory": the split is read as by one stream with its
+        memory, cut into several. Each but the first is warmed with the bytes
+        before it that its predictions depend on, which cost as much as those
+        that count: through L layers up to L memories, or less far where the
+        spans reach less. There are fewer streams than `batch_size` where they
+        would cost more than twice as much as one.
+      warm: compile before the clock starts.
+
+    Raises:
+      SettingsError: as `check_protocol`.
+      EvaluationError: a split without a byte that is predicted, or losses that
+        are not finite.
+    """
+    check_protocol(protocol, self._config)
+    if len(data) < 2:
+      raise EvaluationError(
+        f"a split of {len(data)} byte(s) has none that is predicted, as the "
+        "first is not; give a longer text"
+      )
+    reading = self._reading(params, len(data), protocol)
+    if warm:
+      self._predict(params, data, reading.part(slice(1)), protocol)
+    start = time.perf_counter()
+    nats = self._predict(params, data, reading, protocol)
+    nats = parallel.gather(nats[None]).max(axis=0).astype(np.float64)
+    seconds = time.perf_counter() - start
+    assert (nats != _NOT_PREDICTED).all()
+    if not np.isfinite(nats).all():
+      raise EvaluationError(
+        f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} bytes have a loss "
+        "that is not finite; choose an older checkpoint with --step=N"
+      )
+    return Result(
+      bits_per_char=nats.mean() / math.log(2),
+      stderr=_standard_error(nats) / math.log(2),
+      bytes=len(nats),
+      tokens_per_second=len(nats) / seconds,
+    )
+
+  def _reading(self, params, length, protocol) -> batches.Reading:
+    """This process' share."""
+    T, R = self._config.context_tokens, self._batch_size
+    if protocol == "memory":
+      streams = self._streams(params, length)
+      mine = parallel.process_share(streams.starts.shape[1])
+      return streams.part(rows=slice(mine.start, mine.stop))
+    stride = T if protocol == "window" else int(protocol.split(":")[1])
+    windows = batches.windows(length, T, stride, R)
+    mine = parallel.process_share(len(windows))
+    return windows.part(slice(mine.start, mine.stop))
+
+  def _streams(self, params, length) -> batches.Reading:
+    """As many streams as can be had for twice the cost of one."""
+    config = self._config
+    T, M = config.context_tokens, config.memory_tokens
+    warm_tokens = memories.tokens_before(
+      [decode.reach(mask, T + M).max() for mask in mask_params(params, config)],
+      *(M, T),
+    )
+    N = parallel.local_device_count()
+    per_device = self._batch_size // N
+    while True:
+      rows = parallel.process_count() * N * per_device
+      streams = batches.streams(length, T, warm_tokens, rows)
+      if per_device == 1 or streams.starts.size * T <= 2 * length:
+        return streams
+      per_device //= 2
+
+  def _predict(self, params, data, reading, protocol):
+    """(len(data) - 1,) nats in float32, of those bytes that this reads."""
+    N, T = parallel.local_device_count(), self._config.context_tokens
+    nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
+    memory = None
+    if protocol == "memory":
+      first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
+      memory = steps.start_memory(self._config, first_NB.shape[1])
+      memory = memory.replace(first_position=parallel.deal(first_NB))
+    for batch in range(len(reading)):
+      tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)
+      memory, nats_NBT = self._step(params, memory, tokens)
+      nats_RT = np.asarray(nats_NBT).reshape(-1, T)
+      for row, found, of_all in reading.scored(batch):
+        nats[of_all] = nats_RT[row, found]
+    return nats
+
+
+def _standard_error(nats: np.ndarray) -> float:
+  """Of the mean, in nats: bytes within a block are not taken as independent."""
+  if len(nats) == 1:
+    return 0.0  # nothing can be said; 0 keeps the record valid JSON
+  block = min(_BLOCK_BYTES, -(-len(nats) // 2))
+  starts = np.arange(0, len(nats), block)
+  counts = np.diff(np.append(starts, len(nats)))
+  residuals = np.add.reduceat(nats, starts) - nats.mean() * counts
+  scale = len(starts) / (len(starts) - 1)
+  return math.sqrt(scale * np.sum(residuals**2)) / len(nats)
+
+
+def order0_entropy(data) -> float:
+  """Bits per character of a coder that knows the frequency of each byte."""
+  counts = np.bincount(np.asarray(data), minlength=256)
+  shares = counts[counts > 0] / len(data)
+  return float(-np.sum(shares * np.log2(shares)))
+
+
+def lzma_bits_per_char(data) -> float:
+  """Bits per character of the same bytes, compressed alone by lzma."""
+  compressed = lzma.compress(np.asarray(data).tobytes())
+  return 8 * len(compressed) / len(data)

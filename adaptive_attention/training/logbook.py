@@ -1,0 +1,309 @@
+"""What a run writes down: the console, metrics.jsonl and its copies."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import secrets
+import subprocess
+import sys
+import time
+
+import jax
+
+import adaptive_attention
+from adaptive_attention.errors import Error
+from adaptive_attention.training import console
+
+
+class LogbookError(Error):
+  """A record that cannot be kept as asked for."""
+
+
+@contextlib.contextmanager
+def writing(path):
+  """Around what writes a file or folder: a failure is told in one sentence.
+
+  Raises:
+    LogbookError: naming the path and what the system says.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise LogbookError(
+      f"{path} cannot be written ({error.strerror or error}); make room, or "
+      "name a folder that may be written to"
+    ) from error
+
+
+def write_bytes(path, content: bytes):
+  """Replaces the file whole: a reader sees the old or the new content.
+
+  Raises:
+    LogbookError: it cannot be written; the old content stays.
+  """
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + ".part")
+  with writing(path):
+    try:
+      part.write_bytes(content)
+      part.replace(path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+      raise
+
+
+def write_text(path, text: str):
+  """The same of text, as UTF-8."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path, content):
+  """The same of JSON."""
+  write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_evaluation(workdir, record):
+  """Adds to evals.jsonl, which keeps all, and replaces eval_SPLIT.json."""
+  workdir = pathlib.Path(workdir)
+  _append_line(workdir / "evals.jsonl", record)
+  write_json(workdir / f"eval_{record['split']}.json", record)
+
+
+def _append_line(path, content):
+  """Adds a line of JSON; what a killed writer left of one makes way for it."""
+  with writing(path), path.open("a+b") as file:
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if last and _is_json(last):
+      file.write(b"\n")
+    else:
+      file.truncate(file.tell() - len(last))
+    file.write(json.dumps(content).encode() + b"\n")
+
+
+def _is_json(line: bytes) -> bool:
+  try:
+    json.loads(line)
+  except ValueError:
+    return False
+  return True
+
+
+def environment() -> dict:
+  """Versions, devices and commit: what else a figure depends on."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  return {
+    "adaptive_attention": adaptive_attention.__version__,
+    "commit": _commit(),
+    "python": platform.python_version(),
+    "packages": {name: importlib.metadata.version(name) for name in packages},
+    "platform": platform.platform(),
+    "cpus": os.cpu_count(),
+    "backend": jax.default_backend(),
+    "devices": [device.device_kind for device in jax.devices()],
+    "processes": jax.process_count(),
+    "command": sys.argv,
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def _commit() -> str:
+  """The commit of the source, with a "+" if the tree differs from it."""
+
+  def git(*args):
+    return subprocess.run(
+      ["git", "-C", str(pathlib.Path(__file__).parent), *args],
+      capture_output=True,
+      encoding="utf-8",
+      errors="replace",
+      timeout=10,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + (
+      "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+class Logbook:
+  """The record of one training run; a context manager.
+
+  On entering, lines of metrics.jsonl after `resumed_step` are dropped: those
+  steps are made again. Only the primary process writes.
+
+  Args:
+    workdir: the run's folder.
+    config: every setting, for config.json.
+    resumed_step: the step that the run goes on from; 0 for a new one.
+    made_again: the splits whose line of that step is dropped too.
+
+  Attributes:
+    seconds: how long the run had taken by the last line that is kept.
+  """
+
+  def __init__(self, workdir, config, resumed_step: int, made_again=()):
+    self.seconds = 0.0
+    self._workdir = pathlib.Path(workdir)
+    self._config = config
+    self._resumed_step = resumed_step
+    self._made_again = made_again
+    self._metrics = None
+    self._tensorboard = None
+    self._wandb = None
+
+  def __enter__(self):
+    if jax.process_index() != 0:
+      return self
+    config = self._config
+    write_json(self._workdir / "config.json", config.to_dict())
+    write_json(self._workdir / "environment.json", environment())
+    path = self._workdir / "metrics.jsonl"
+    kept = _drop_after(path, self._resumed_step, self._made_again)
+    self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+    with writing(path):
+      self._metrics = path.open("a", encoding="utf-8")
+    if config.tensorboard:
+      self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
+    if config.wandb:
+      self._wandb = _start_wandb(self._workdir, config)
+    return self
+
+  def __exit__(self, *_):
+    if self._metrics:
+      with contextlib.suppress(OSError):  # what `write` has told
+        self._metrics.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
+
+  def write(self, step: int, split: str, **values):
+    """One line of metrics.jsonl, and the same numbers to its copies."""
+    if not self._metrics:
+      return
+    line = {"step": step, "split": split, **values}
+    with writing(self._workdir / "metrics.jsonl"):
+      self._metrics.write(json.dumps(line) + "\n")
+      self._metrics.flush()
+    named = dict(_named(split, values))
+    if self._tensorboard:
+      for name, value in named.items():
+        self._tensorboard.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(named, step=step)
+
+
+def _named(prefix, values):
+  """(a/b, value) of each number of a dictionary, in lists and deeper too.
+
+  What is None was not measured and is left out.
+  """
+  for name, value in values.items():
+    if isinstance(value, list):
+      value = dict(enumerate(value))
+    if isinstance(value, dict):
+      yield from _named(f"{prefix}/{name}", value)
+    elif value is not None:
+      yield f"{prefix}/{name}", value
+
+
+def _drop_after(path, step, made_again) -> list[dict]:
+  """Drops the lines that are made again; returns those that are kept."""
+  if not path.exists():
+    return []
+  kept, unreadable = [], []
+  for line in path.read_bytes().splitlines(keepends=True):
+    try:
+      entry = json.loads(line)
+      again = entry["step"] == step and entry["split"] in made_again
+      before = entry["step"] <= step and not again
+    except (ValueError, KeyError, TypeError):
+      unreadable.append(line)
+      continue
+    if before:
+      kept.append(entry)
+  # Of a process that was killed in writing it the last line is no loss.
+  if unreadable and unreadable != [line]:
+    aside = path.with_name(path.name + ".unreadable")
+    with writing(aside), aside.open("ab") as file:
+      file.writelines(unreadable)
+    console.say(
+      f"{path} has {len(unreadable)} lines that are none; now in {aside}"
+    )
+  write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+  return kept
+
+
+def _start_tensorboard(workdir, resumed_step):
+  """A writer into the run's one folder, where steps that are made again go."""
+  import tensorboardX
+
+  return tensorboardX.SummaryWriter(
+    str(workdir / "tensorboard"),
+    purge_step=resumed_step + 1,
+    # Else two files of one second would have one name; they are read in its
+    # order.
+    filename_suffix=f".{time.time_ns()}",
+  )
+
+
+def _start_wandb(workdir, config):
+  try:
+    import wandb
+  except ImportError as error:
+    raise LogbookError(
+      "config.wandb=True needs the package wandb; pip install wandb, or leave "
+      "it False"
+    ) from error
+  # Entity, mode and more are read by wandb itself from its environment; what is
+  # given here would go before that.
+  environment = os.environ.get
+  try:
+    return wandb.init(
+      project=environment("WANDB_PROJECT") or "adaptive_attention",
+      name=environment("WANDB_NAME") or workdir.absolute().name,
+      dir=str(workdir),
+      config=config.to_dict(),
+      id=environment("WANDB_RUN_ID") or _wandb_id(workdir.absolute()),
+      resume="allow",
+    )
+  except Exception as error:  # of any of the libraries below wandb
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    raise LogbookError(
+      f"wandb cannot be started ({reason}); run wandb login, set "
+      "WANDB_MODE=offline, or leave config.wandb False"
+    ) from error
+
+
+def _wandb_id(workdir) -> str:
+  """The run's id there: random, kept in the workdir, moved along with it.
+
+  A copy of a workdir, of which the first is still there, is another run.
+  """
+  path = workdir / "wandb.json"
+  kept = _read_object(path)
+  known, home = kept.get("id"), kept.get("workdir", str(workdir))
+  if known and home == str(workdir):
+    return known
+  if (
+    not known or _read_object(pathlib.Path(home, path.name)).get("id") == known
+  ):
+    known = secrets.token_hex(8)
+  write_json(path, {"id": known, "workdir": str(workdir)})
+  return known
+
+
+def _read_object(path) -> dict:
+  """What `write_json` wrote; empty where there is nothing that can be read."""
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError):
+    return {}

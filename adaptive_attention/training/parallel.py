@@ -1,0 +1,188 @@
+"""Data parallelism over all devices: the only file that says pmap.
+
+The train state has no device axis. It is placed on every local device once and
+passed with `in_axes=None`, `out_axes=None`; batches, and what the devices
+remember of their streams, carry a leading device axis N of this process' own.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adaptive_attention.errors import SettingsError
+
+_AXIS = "data"
+
+
+def start(config, sequences: int | None = None):
+  """Makes the devices; to be called before anything else asks for one.
+
+  On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
+  many as so many sequences can be dealt to evenly; those of a training batch
+  if not given.
+
+  Raises:
+    SettingsError: several processes that cannot find each other.
+  """
+  cores = _usable_cores()
+  if sequences is None:
+    sequences = config.batch_size // config.accumulation_steps
+  jax.config.update(
+    "jax_num_cpu_devices",
+    config.cpu_devices
+    or max(n for n in range(1, cores + 1) if sequences % n == 0),
+  )
+  if config.distributed:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+      jax.distributed.initialize(
+        coordinator_address=config.coordinator_address or None,
+        num_processes=config.process_count or None,
+        process_id=None if config.process_index < 0 else config.process_index,
+      )
+    except (ValueError, RuntimeError) as error:
+      reason = str(error).strip().splitlines()[0].rstrip(".")
+      raise SettingsError(
+        f"config.distributed=True finds no other processes ({reason}); give "
+        "coordinator_address, process_count and process_index too"
+      ) from error
+
+
+def _usable_cores() -> int:
+  """Those this process may run on; all of them where that cannot be asked."""
+  if hasattr(os, "sched_getaffinity"):  # of Linux alone
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def device_count() -> int:
+  return jax.device_count()
+
+
+def local_device_count() -> int:
+  return jax.local_device_count()
+
+
+def process_count() -> int:
+  return jax.process_count()
+
+
+def is_primary() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def local_shards() -> list[int]:
+  """Which of the `device_count()` shards this process' devices have."""
+  first = jax.process_index() * jax.local_device_count()
+  return list(range(first, first + jax.local_device_count()))
+
+
+def replicate(tree):
+  """The tree, placed whole on every local device."""
+  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def deal(tree_N):
+  """The tree, each local device with its own part of the leading axis."""
+  return jax.device_put(tree_N, _dealt())
+
+
+def on_each_device(make):
+  """What `make` makes, on every local device, as a tree with their axis N."""
+  N = jax.local_device_count()
+  return jax.jit(
+    lambda: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), make()),
+    out_shardings=_dealt(),
+  )()
+
+
+def _dealt():
+  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  return NamedSharding(mesh, PartitionSpec(_AXIS))
+
+
+def train_step(step):
+  """step(state, memory_N, batch_N) -> (state, memory_N, metrics), over devices.
+
+  Inside it `mean`, `total` and `device_index` may be used; the state and the
+  metrics that it returns must be the same on every device. State and memory
+  are donated.
+  """
+  return jax.pmap(
+    step,
+    axis_name=_AXIS,
+    in_axes=(None, 0, 0),
+    out_axes=(None, 0, None),
+    donate_argnums=(0, 1),
+  )
+
+
+def compile_step(step, *args):
+  """Compiles a `train_step` ahead: (what to call, its bytes per device).
+
+  Under several processes pmap turns what is local into what is global at each
+  call, which a compiled function no longer can; there it compiles at its first
+  call, and the bytes are None.
+  """
+  if jax.process_count() > 1:
+    return step, None
+  options = {}
+  if jax.default_backend() == "cpu":
+    # Without the barriers of rematerialization, which this pass takes out, the
+    # scheduler computes all blocks again at once.
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+  compiled = step.lower(*args).compile(compiler_options=options)
+  stats = compiled.memory_analysis()
+  sizes = {
+    "arguments": stats.argument_size_in_bytes,
+    "results not in their place": stats.output_size_in_bytes
+    - stats.alias_size_in_bytes,
+    "temporary": stats.temp_size_in_bytes,
+  }
+  return compiled, {"total": sum(sizes.values()), **sizes}
+
+
+def eval_step(step):
+  """step(params, memory_N, batch_N) -> (memory_N, out_N), the memory donated.
+
+  On this process' devices alone.
+  """
+  return jax.pmap(
+    step,
+    in_axes=(None, 0, 0),
+    devices=jax.local_devices(),
+    donate_argnums=1,
+  )
+
+
+def mean(tree):
+  return jax.lax.pmean(tree, _AXIS)
+
+
+def total(tree):
+  return jax.lax.psum(tree, _AXIS)
+
+
+def device_index():
+  return jax.lax.axis_index(_AXIS)
+
+
+def gather(local):
+  """The arrays of all processes, one after the other, on the host; a tree."""
+  local = jax.tree.map(np.asarray, local)
+  if jax.process_count() == 1:
+    return local
+  return multihost_utils.process_allgather(local, tiled=True)
+
+
+def process_share(count: int) -> range:
+  """Which of `count` things this process does, so that `gather` orders them."""
+  each = -(-count // jax.process_count())
+  first = jax.process_index() * each
+  return range(first, first + each)

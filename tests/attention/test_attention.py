@@ -1,0 +1,617 @@
+"""Every implementation of attention on every case, against the oracle."""
+
+import functools
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive_attention.attention import (
+  IMPLEMENTATIONS,
+  attend,
+  dropout,
+  tiles,
+)
+from adaptive_attention.attention.ring import Ring, append, in_order
+from adaptive_attention.masks import Mask, Wave
+from tests import oracle
+from tests.attention.cases import (
+  CASES,
+  SEED,
+  Case,
+  inputs,
+  relative_vectors,
+)
+
+# (implementation, case name): what raises NotImplementedError, and may.
+REFUSALS = frozenset()
+
+everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def exact_mask(case):
+  """The oracle's mask, of the same float32 numbers as ours."""
+  if case.span is None:
+    return None
+  span, period, ratio = (
+    None if x is None else np.array(x, np.float32)
+    for x in (case.span, case.period, case.ratio)
+  )
+  return oracle.Mask(
+    span, case.ramp, period, ratio, case.harmonics, case.integer
+  )
+
+
+@functools.cache
+def expected(case):
+  """What the oracle gives for a case."""
+  keep = None
+  if case.dropout_rate:
+    shape_BHTS = (case.B, case.H, case.T, case.S)
+    kept_BHTS = oracle.dropout_keep(SEED, shape_BHTS, case.dropout_rate)
+    keep = (kept_BHTS, case.dropout_rate)
+  q, k, v, dout = inputs(case)
+  return oracle.attention(
+    *(q, k, v, exact_mask(case), dout),
+    *(case.memory, case.first_key, keep, relative_vectors(case)),
+  )
+
+
+def differentiated(case, implementation):
+  """A function of (q, k, v, mask, dout) -> out and its gradients by name."""
+
+  def run(q, k, v, mask, dout, **changes):
+    options = case.options | {"implementation": implementation} | changes
+
+    def call(q, k, v, mask, relative):
+      return attend(q, k, v, mask, relative_RK=relative, **options)
+
+    out, pull = jax.vjp(call, q, k, v, mask, relative_vectors(case))
+    dq, dk, dv, dmask, drelative = pull(dout)
+    result = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    if case.relative:
+      result["drelative"] = drelative
+    if mask is not None:
+      result["dspan"] = dmask.span
+      if mask.wave is not None:
+        result |= {"dperiod": dmask.wave.period, "dratio": dmask.wave.ratio}
+    return result
+
+  return run
+
+
+@functools.cache
+def compiled(case, implementation):
+  q, k, v, dout = inputs(case)
+  run = jax.jit(differentiated(case, implementation))
+  try:
+    return run.lower(q, k, v, case.mask, dout).compile()
+  except NotImplementedError as refusal:
+    assert (implementation, case.name) in REFUSALS
+    pytest.skip(str(refusal))
+
+
+def run(case, implementation):
+  q, k, v, dout = inputs(case)
+  return compiled(case, implementation)(q, k, v, case.mask, dout)
+
+
+def check(actual, exact, case):
+  """Holds value and gradients of one call to the oracle's.
+
+  float32: 1e-5 in values; in gradients 1e-4 of the largest entry, and 16
+  roundings (2^-24 each) of the terms where these cancel.
+
+  bfloat16 rounds by 2^-8. The inputs are exact and sums are float32, but the
+  weights of a row and their gradients may each be rounded before they meet
+  another array, and the result is rounded once.
+
+  What has no term at all, by the mask or as memory, is zero exactly.
+  """
+  for name, value in actual.items():
+    rounded = name in ("out", "dq", "dk", "dv")
+    assert value.dtype == (case.dtype if rounded else jnp.float32)
+    value = np.asarray(value, np.float64)
+    reference, scale = getattr(exact, name), exact.scale[name]
+    assert value.shape == reference.shape
+    np.testing.assert_array_equal(value[scale == 0], 0, err_msg=name)
+    if case.dtype == "bfloat16":
+      bound = 2**-8 * (2 * scale + np.abs(reference))
+    elif name == "out":
+      bound = 1e-5
+    else:
+      bound = 1e-4 * np.abs(reference).max() + 16 * 2**-24 * scale
+    error = np.abs(value - reference)
+    worst = np.unravel_index(np.argmax(error - bound), error.shape)
+    assert (error <= bound).all(), (
+      f"{case.name}: {name}{[int(i) for i in worst]} is {value[worst]}, "
+      f"not {reference[worst]}; {(error > bound).sum()} entries are off"
+    )
+
+
+@everywhere
+@all_cases
+def test_value_and_gradients(case, implementation):
+  check(run(case, implementation), expected(case), case)
+
+
+@everywhere
+@all_cases
+def test_the_same_call_gives_the_same_bits(case, implementation):
+  first, again = run(case, implementation), run(case, implementation)
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@everywhere
+@pytest.mark.parametrize(
+  "case",
+  [
+    case
+    for case in CASES
+    if case.name
+    in (
+      "memory_512",
+      "first_key_beyond_memory",
+      "stride_even",
+      "wave_dropout",
+      "relative_500",
+      "span_bfloat16",
+    )
+  ],
+  ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("turned", [0.0, 0.4])
+def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
+  """Whatever the row of the oldest, and among the rows of other streams."""
+  q, k, v, dout = inputs(case)
+  first_row = int(turned * case.S)
+  k_NSHK, v_NSHK = (
+    jnp.pad(
+      jnp.roll(x, first_row, axis=1),
+      ((2, 1), (0, 0), (0, 0), (0, 0)),
+      constant_values=jnp.nan,
+    )
+    for x in (k, v)
+  )
+  new = k[:, case.memory :], v[:, case.memory :]
+
+  @jax.jit
+  def from_ring(ring):
+    return differentiated(case, implementation)(
+      q, *new, case.mask, dout, ring=ring, memory=0
+    )
+
+  exact = expected(case)
+  newer = {
+    name: getattr(exact, name)[:, case.memory :] for name in ("dk", "dv")
+  }
+  scale = exact.scale | {
+    name: exact.scale[name][:, case.memory :] for name in newer
+  }
+  check(
+    from_ring(Ring(k_NSHK, v_NSHK, first_row, 2)),
+    exact._replace(**newer, scale=scale),
+    case,
+  )
+
+
+def test_a_ring_moves_only_what_is_new():
+  random = np.random.default_rng(0)
+  stream = random.standard_normal((2, 24, 3, 4)).astype(np.float32)
+  ring = Ring(jnp.full((5, 12, 3, 4), np.nan), jnp.zeros((5, 12, 3, 4)), 0, 1)
+  for start in range(0, 24, 4):
+    new = stream[:, start : start + 4]
+    ring = append(ring, new, -new)
+  for array, sign in ((ring.k_NSHK, 1), (ring.v_NSHK, -1)):
+    np.testing.assert_array_equal(
+      in_order(array, ring, 2), sign * stream[:, 12:]
+    )
+  assert np.isnan(np.asarray(ring.k_NSHK)[[0, 3, 4]]).all()
+
+  def total(new):
+    return append(ring, new, new).k_NSHK[1:3].sum()
+
+  assert not np.asarray(jax.grad(total)(stream[:, :4])).any()
+
+
+def test_real_waves_of_the_cases_keep_away_from_ties():
+  for case in CASES:
+    if case.period is not None and not case.integer:
+      assert oracle.tie_margin(exact_mask(case), range(case.S)) > 1e-4
+  assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("harmonics", [None, 5])
+def test_gradients_of_the_oracle_by_finite_differences(harmonics):
+  random = np.random.default_rng(0)
+  shapes = (3, 2, 2), (5, 2, 2), (5, 2, 2), (3, 2, 2)  # q, k, v, dout
+  relative = random.standard_normal((4, 2))
+  q, k, v, dout = (random.standard_normal((1, *shape)) for shape in shapes)
+  lengths = np.array([[2.3, 1.1], [2.37, 5.63], [0.11, -0.09]])
+  keep = random.random((1, 2, 3, 5)) > 0.3, 0.3
+
+  def forward(q=q, k=k, v=v, lengths=lengths, relative=relative, **options):
+    span, period, ratio = lengths
+    mask = oracle.Mask(span, 3.0, period, ratio, harmonics)
+    return oracle.attention(
+      *(q, k, v, mask, dout),
+      first_key=1,
+      keep=keep,
+      relative_RK=relative,
+      **options,
+    )
+
+  exact = forward()
+  for actual, name, x in (
+    (exact.dq, "q", q),
+    (exact.dk, "k", k),
+    (exact.dv, "v", v),
+    (exact.drelative, "relative", relative),
+    (np.stack((exact.dspan, exact.dperiod, exact.dratio)), "lengths", lengths),
+  ):
+    differences = oracle.finite_difference(
+      lambda x, name=name: (forward(**{name: x}).out * dout).sum(), x
+    )
+    assert np.abs(differences).max() > 0.1
+    np.testing.assert_allclose(actual, differences, atol=1e-7)
+  remembered = forward(memory=2)
+  for name in ("dk", "dv"):
+    all_keys, newer = getattr(exact, name), getattr(remembered, name)
+    np.testing.assert_array_equal(newer[:, :2], 0)
+    np.testing.assert_array_equal(newer[:, 2:], all_keys[:, 2:])
+
+
+@everywhere
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("causal", {}),
+    ("window", {"span": (2.5, 6.0), "ramp": 3.0}),
+    (
+      "comb",
+      {
+        "span": (9.0, 30.0),
+        "ramp": 1.0,
+        "period": (4.0, 3.0),
+        "ratio": (-0.25, 0.0),
+        "integer": True,
+      },
+    ),
+    ("memory", {"span": (2.5, 30.0), "ramp": 3.0, "memory": 3}),
+    ("first_key", {"span": (2.5, 30.0), "ramp": 3.0, "first_key": 6}),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_by_gradient_a_query_sees_its_open_keys_and_no_other(
+  name, changes, implementation
+):
+  """d out[t] / d v[s] is not zero where (t, s) is open, else exactly zero."""
+  case = Case(name, 12, 15, B=2, K=2, **changes)
+  q, k, v, _ = inputs(case)
+
+  def one_number_a_query(q, k, v):
+    out_BTHK = attend(
+      q, k, v, case.mask, **case.options, implementation=implementation
+    )
+    return out_BTHK.sum(-1)
+
+  reach = [
+    np.abs(jacobian).max(-1) > 0
+    for jacobian in jax.jit(jax.jacrev(one_number_a_query, (0, 1, 2)))(q, k, v)
+  ]
+  exact = exact_mask(case)
+  expected_BTHBSH = np.zeros((2, 12, 2, 2, 15, 2), bool)
+  for h in range(2):
+    for t in range(12):
+      for s in range(case.first_key, t + 4):
+        if exact is None or oracle.is_open(exact, h, 3 + t - s):
+          expected_BTHBSH[[0, 1], t, h, [0, 1], s, h] = True
+  neighbours = expected_BTHBSH.sum((3, 4, 5)) > 1
+  new = expected_BTHBSH.copy()
+  new[..., : case.memory, :] = False
+  # A key on its own has the weight one whatever it is.
+  alone = new & neighbours[..., None, None, None]
+  itself = np.eye(12, dtype=bool)[None, :, None, None, :, None]
+  heads = np.eye(2, dtype=bool)
+  itself = itself & heads[:, None, None, :, None, None]
+  itself = itself & heads[None, None, :, None, None, :]
+  np.testing.assert_array_equal(
+    reach[0], itself & neighbours[..., None, None, None]
+  )
+  np.testing.assert_array_equal(reach[1], alone)
+  np.testing.assert_array_equal(reach[2], new)
+
+
+@everywhere
+def test_open_masks_change_nothing(implementation):
+  dense = Case("open", 64, 67, memory=3)
+  masked = dense._replace(span=(67.0, 1e6), period=(8.0, 7.3), ratio=(0.5, 0.5))
+  plain, adaptive = run(dense, implementation), run(masked, implementation)
+  for name, value in plain.items():
+    np.testing.assert_allclose(adaptive[name], value, atol=1e-5)
+  for name in ("dspan", "dperiod", "dratio"):
+    np.testing.assert_array_equal(adaptive[name], 0)
+
+
+@everywhere
+def test_new_lengths_do_not_compile_again(implementation):
+  case = Case(
+    "runtime",
+    33,
+    40,
+    span=(3.5, 20.5),
+    ramp=4.0,
+    period=(3.3, 5.1),
+    ratio=(0.07, -0.04),
+    memory=7,
+    dropout_rate=0.3,
+  )
+  q, k, v, dout = inputs(case)
+  traces = []
+
+  @jax.jit
+  def loss(q, mask, first_key, seed):
+    traces.append(seed)
+    out = attend(
+      *(q, k, v, mask),
+      memory=7,
+      first_key=first_key,
+      dropout_rate=0.3,
+      dropout_seed=seed,
+      implementation=implementation,
+    )
+    return (out * dout).sum(), out
+
+  gradient = jax.jit(jax.grad(loss, has_aux=True))
+  for changed, seed in (
+    (case, 1),
+    (case._replace(span=(0.5, 33.5)), 1),
+    (case._replace(period=(7.7, 2.2), ratio=(0.01, -0.02)), 1),
+    (case._replace(first_key=21), 1),
+    (case, 2**32 - 1),
+  ):
+    dq, out = gradient(q, changed.mask, changed.first_key, np.uint32(seed))
+    exact = oracle.attention(
+      *(q, k, v, exact_mask(changed), dout),
+      memory=7,
+      first_key=changed.first_key,
+      keep=(oracle.dropout_keep(seed, (1, 2, 33, 40), 0.3), 0.3),
+    )
+    check({"out": out, "dq": dq}, exact, changed)
+  assert len(traces) == 1
+  assert gradient._cache_size() == 1
+
+
+def test_without_a_name_the_best_that_serves_runs():
+  case = Case("best", 33, 40, span=(3.5, 20.5))
+  check(run(case, None), expected(case), case)
+
+
+REAL = st.integers(0, 10**6).map(lambda n: (n + 0.3183) / 10**6)
+
+
+@everywhere
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_case(implementation, data):
+  def draw(strategy, low=0.0, high=1.0):
+    return low + (high - low) * data.draw(strategy)
+
+  def per_head(low, high):
+    return tuple(draw(REAL, low, high) for _ in range(H))
+
+  def one_of(*options):
+    return data.draw(st.sampled_from(options))
+
+  T, H = one_of(1, 2, 9, 70, 140), one_of(1, 2, 3)
+  S = T + one_of(0, 1, 4, 150)
+  waves = one_of(True, True, False)
+  case = Case(
+    "any",
+    T,
+    S,
+    span=per_head(0, one_of(12, 100, 300)),
+    ramp=one_of(0.5, 3.0, 32.0),
+    period=per_head(2, 8) if waves else None,
+    ratio=per_head(-0.25, 0.25) if waves else None,
+    harmonics=one_of(None, 1, 5),
+    integer=one_of(False, True),
+    memory=data.draw(st.integers(0, S - T)),
+    first_key=data.draw(st.integers(0, S)),
+    dropout_rate=one_of(0.0, 0.3),
+    B=one_of(1, 2),
+    H=H,
+    K=one_of(1, 4),
+  )
+  hypothesis.assume(oracle.tie_margin(exact_mask(case), range(S)) > 1e-4)
+  check(run(case, implementation), expected(case), case)
+
+
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**32 - 1])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.999])
+def test_dropout_draws_the_bits_of_the_oracle(seed, rate):
+  shape_BHTS = (2, 3, 17, 65)
+  b, h, t, s = np.indices(shape_BHTS, sparse=True)
+  keep = jax.jit(dropout.keep, static_argnums=5)
+  kept = keep(np.uint32(seed), b, h, t, s, rate)
+  assert kept.dtype == bool
+  np.testing.assert_array_equal(
+    kept, oracle.dropout_keep(seed, shape_BHTS, rate)
+  )
+  if rate == 0:
+    assert kept.all()
+  # A pure function of the indices: any part of it is the same part.
+  part = keep(np.uint32(seed), 1, h, t[..., 5:9, :], s[..., 30:], rate)
+  np.testing.assert_array_equal(part[0], kept[1][:, 5:9, 30:])
+
+
+@pytest.fixture(scope="module")
+def drawn():
+  """(seeds, B, H, T, S) of what stays at the rate 0.3."""
+  b, h, t, s = np.indices((4, 4, 64, 256), sparse=True)
+  seeds = (0, 1, 2, SEED, SEED + 1)
+  keep = jax.jit(lambda seed: dropout.keep(seed, b, h, t, s, 0.3))
+  return np.stack([keep(np.uint32(seed)) for seed in seeds])
+
+
+def test_dropout_drops_its_share_everywhere(drawn):
+  def check_share(of, axes):
+    count = np.prod([of.shape[axis] for axis in axes])
+    error = np.abs(of.mean(axes) - 0.7)
+    assert error.max() < 4 * np.sqrt(0.3 * 0.7 / count)
+
+  check_share(drawn, (0, 1, 2, 3, 4))
+  check_share(drawn, (1, 2, 3, 4))
+  for kept_BHTS in drawn:
+    check_share(kept_BHTS, (1, 2, 3))
+    check_share(kept_BHTS, (0, 2, 3))
+    check_share(kept_BHTS, (0, 1, 3))
+    check_share(kept_BHTS, (0, 1, 2))
+  # There are 1024 rows to a seed and of their shares 1 in 16,000 is beyond 4
+  # standard errors by right, so only one of them may be.
+  rows = np.abs(drawn.mean(-1) - 0.7) / np.sqrt(0.3 * 0.7 / 256)
+  assert (rows > 4).sum() <= 1
+  assert 0.9 < rows.std() / np.sqrt(1 - 2 / np.pi) < 1.1
+
+
+def test_dropout_of_neighbours_and_seeds_is_unrelated(drawn):
+  centred = (drawn - 0.7) / np.sqrt(0.3 * 0.7)
+  for b, h, t, s in itertools.product((0, 1), (0, 1), (0, 1), (-1, 0, 1)):
+    if (b, h, t) == (0, 0, 0) and s < 1:
+      continue
+    B, H, T, S = drawn.shape[1:]
+    one = centred[:, : B - b, : H - h, : T - t, max(0, -s) : S - max(0, s)]
+    other = centred[:, b:, h:, t:, max(0, s) : S + min(0, s)]
+    product = one * other
+    assert abs(product.mean()) < 4 / np.sqrt(product.size), (b, h, t, s)
+  for one, other in itertools.combinations(centred, 2):
+    assert abs((one * other).mean()) < 4 / np.sqrt(one.size)
+
+
+def arguments(**changes):
+  """Arguments of `attend` that fit each other, but for the changes."""
+  keys = np.zeros((2, 7, 3, 4), np.float32)
+  queries = keys[:, :5]
+  span = np.ones(3, np.float32)
+  return {"q": queries, "k": keys, "v": keys, "mask": Mask(span)} | changes
+
+
+def call(q, k, v, mask, **options):
+  return attend(*map(jnp.asarray, (q, k, v)), mask, **options)
+
+
+def test_arguments_that_fit():
+  assert call(**arguments()).shape == (2, 5, 3, 4)
+
+
+THREE = np.ones(3, np.float32)
+FOUR = np.ones(4, np.float32)
+LONG = np.zeros((2, 8, 3, 4), np.float32)
+NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"implementation": "fastest"}, "fastest"),
+    ({"implementation": ""}, "''"),
+    ({"q": LONG}, "8"),
+    ({"q": LONG[0]}, "(8, 3, 4)"),
+    ({"k": LONG[0], "v": LONG[0]}, "(8, 3, 4)"),
+    ({"k": LONG}, "(2, 8, 3, 4)"),
+    ({"v": LONG}, "(2, 8, 3, 4)"),
+    ({"k": LONG[:1], "v": LONG[:1]}, "(1, 8, 3, 4)"),
+    ({"k": LONG[:, :, :1], "v": LONG[:, :, :1]}, "(2, 8, 1, 4)"),
+    ({"k": LONG[..., :2], "v": LONG[..., :2]}, "(2, 8, 3, 2)"),
+    ({"q": LONG[:, :0]}, "(2, 0, 3, 4)"),
+    ({"q": LONG[:, :5].astype(jnp.bfloat16)}, "bfloat16"),
+    ({"v": LONG[:, :7].astype(np.int32)}, "int32"),
+    ({x: LONG[:, :7].astype(np.float16) for x in "qkv"}, "float16"),
+    ({"memory": 3}, "3"),
+    ({"memory": -1}, "-1"),
+    ({"memory": 1.0}, "1.0"),
+    ({"first_key": 1.5}, "1.5"),
+    ({"first_key": np.zeros(2, int)}, "0"),
+    ({"dropout_rate": 1.0, "dropout_seed": 0}, "1.0"),
+    ({"dropout_rate": -0.1, "dropout_seed": 0}, "-0.1"),
+    ({"dropout_rate": np.nan, "dropout_seed": 0}, "nan"),
+    ({"dropout_rate": 0.25}, "0.25"),
+    ({"ring": Ring(LONG, LONG)}, "7 keys"),
+    ({"ring": Ring(LONG, LONG), "memory": 2}, "memory=2"),
+    ({"ring": Ring(LONG, LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
+    ({"ring": Ring(LONG[:1], LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
+    ({"ring": Ring(LONG[:, :4], LONG[:, :4]), **NEW}, "(2, 4, 3, 4)"),
+    ({"ring": Ring(LONG[..., :2], LONG[..., :2]), **NEW}, "(2, 8, 3, 2)"),
+    ({"relative_RK": LONG[0]}, "(8, 3, 4)"),
+    ({"relative_RK": LONG[0, :, :, 0]}, "(8, 3)"),
+    ({"mask": Mask(FOUR)}, "(4,)"),
+    ({"mask": Mask(np.float32(1))}, "()"),
+    ({"mask": Mask(THREE, wave=Wave(FOUR, THREE))}, "(4,)"),
+    ({"mask": Mask(THREE, wave=Wave(THREE, FOUR))}, "(4,)"),
+    ({"mask": Mask(THREE, ramp=0.0)}, "0.0"),
+    ({"mask": Mask(THREE, ramp=-2.0)}, "-2.0"),
+    ({"mask": Mask(THREE, wave=Wave(THREE, THREE, harmonics=0))}, "0"),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_arguments_that_do_not_fit_are_named(changes, named):
+  with pytest.raises(ValueError) as error:
+    call(**arguments(**changes))
+  message = str(error.value)
+  assert named in message
+  assert "\n" not in message
+
+
+@pytest.mark.parametrize("wave", [False, True])
+def test_blocked_memory_is_linear_in_the_length(wave):
+  """Temporary bytes, forward and backward, at T and at 4 T."""
+
+  def temporary(T):
+    case = Case(
+      "linear", T, T, (T / 2, 10.0), period=(4.0, 3.0), ratio=(-0.2, 0.1)
+    )
+    if not wave:
+      case = case._replace(period=None, ratio=None)
+    else:
+      case = case._replace(integer=True)
+    memory = compiled(case, "blocked").memory_analysis()
+    return memory.temp_size_in_bytes
+
+  assert temporary(4096) <= 4.2 * temporary(1024)
+
+
+@pytest.mark.parametrize("memory", [0, 700])
+def test_band_and_stride_are_equal(memory, monkeypatch):
+  """Whichever the cost model picks, the result is the same."""
+  case = Case(
+    "band or stride",
+    600,
+    600 + memory,
+    (500.0, 40.0, 1e4, 0.0),
+    period=(4.0, 3.0, 8.0, 2.0),
+    ratio=(-0.2, -0.1, 0.1, 0.0),
+    integer=True,
+    memory=memory,
+    dropout_rate=0.2,
+    H=4,
+  )
+  results, strides = [], []
+  for cost in (0.0, 1e9):
+    monkeypatch.setattr(tiles, "_STRIDE_COST", cost)
+    _, plan, _ = tiles.prepare(case.mask, case.T, case.S)
+    strides.append([int(P) for P in plan.stride])
+    q, k, v, dout = inputs(case)
+    results.append(
+      jax.jit(differentiated(case, "blocked"))(q, k, v, case.mask, dout)
+    )
+  assert strides == [[4, 3, 8, 2], [1, 1, 1, 1]]
+  for name, value in results[0].items():
+    scale = np.abs(results[1][name]).max()
+    np.testing.assert_allclose(
+      value, results[1][name], atol=2e-5 * scale, err_msg=name
+    )

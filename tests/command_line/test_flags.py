@@ -1,0 +1,294 @@
+"""Each flag and setting acts or is refused, in each way of calling main.py."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+import pytest
+
+import main as program
+from adaptive_attention.command_line import flags
+from adaptive_attention.command_line.uses import EXAMPLES, USES
+from adaptive_attention.modes import (
+  bench,
+  export,
+  plan,
+  sample,
+  train,
+)
+from adaptive_attention.modes import eval as eval_mode
+from adaptive_attention.training import (
+  parallel,
+  settings,
+)
+from configs import base
+from tests.conftest import TINY
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = settings._flatten(base.get_config())
+BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+# Of each flag a value that is none of its defaults.
+VALUES = {
+  "workdir": "elsewhere",
+  "config": BASE.split("=")[1],
+  "step": "12",
+  "split": "test",
+  "protocol": "stride:6",
+  "prompt": "query",
+  "prompt_file": "some/file",
+  "tokens": 7,
+  "temperature": 0.5,
+  "top_k": 3,
+  "top_p": 0.25,
+  "num": 2,
+  "seed": 2**32 - 1,
+  "harden": True,
+  "finetune_steps": 3,
+}
+by_name = pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
+
+
+def parse(*argv):
+  return flags.parse(["main.py", *argv], ROOT / "configs", base.get_config())
+
+
+def called(use, *more):
+  """The least that makes a command line this use, without what is in `more`."""
+  names = [flag.split("=")[0] for flag in more]
+  least = [f"--mode={use.mode}", *use.given.split()]
+  least = [
+    {
+      "--config=FILE": BASE,
+      "--finetune_steps=N": f"--finetune_steps={VALUES['finetune_steps']}",
+    }.get(word, word)
+    for word in least
+  ]
+  if use.mode in ("eval", "sample", "export") or use.name == "--mode=plan":
+    least.append("--workdir=somewhere")
+  return [f for f in least if f.split("=")[0] not in names] + list(more)
+
+
+@by_name
+def test_each_flag_is_taken_or_refused(use):
+  for name, value in VALUES.items():
+    argv = called(use, f"--{name}={value}")
+    if name in use.flags.split():
+      assert parse(*argv).flags[name] == value
+      continue
+    if use.mode == "plan" and name == "config":
+      continue  # is another use
+    told = "means nothing to|add --harden"
+    with pytest.raises(flags.UsageError, match=told) as error:
+      parse(*argv)
+    assert f"--{name}={value}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@by_name
+def test_each_setting_is_taken_or_refused(use):
+  for name, value in SETTINGS.items():
+    value = value if value != "" else "x"
+    argv = called(use, f"--config.{name}={value}")
+    if use.acts(name):
+      assert name in parse(*argv).overrides
+      continue
+    told = "means nothing to|has no place in"
+    with pytest.raises(flags.UsageError, match=told) as error:
+      parse(*argv)
+    assert f"--config.{name}={value}" in str(error.value)
+
+
+def test_no_setting_is_without_a_use():
+  for name in SETTINGS:
+    assert any(use.acts(name) for use in USES), name
+  for use in USES:
+    for word in use.settings.split():
+      pattern = dataclasses.replace(use, settings=word.lstrip("!"))
+      assert any(map(pattern.acts, SETTINGS)), f"{word} is no setting"
+
+
+@pytest.fixture
+def stubs(monkeypatch, tiny):
+  """What the run of a mode is called with, in place of the run."""
+  calls = []
+  monkeypatch.setattr(parallel, "start", lambda *_: None)
+  monkeypatch.setattr(program, "_say_header", calls.append)
+  monkeypatch.setattr(
+    program,
+    "_saved_settings",
+    lambda given: (tiny, (calls.append(given), 12)[1], []),
+  )
+  for module in (train, eval_mode, sample, export, plan, bench):
+    monkeypatch.setattr(
+      module, "run", lambda *args, **named: calls.append((args, named))
+    )
+  return calls
+
+
+@by_name
+def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text, tmp_path):
+  (tmp_path / "prompt").write_bytes(b"of a file")
+  tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
+  for name in use.flags.split():
+    if name == "config" and not use.given.startswith("--config"):
+      continue  # names the folder alone, below
+    if name == "finetune_steps" and use.given == "--harden":
+      continue  # is the next use
+    stubs.clear()
+    value = tmp_path / "prompt" if name == "prompt_file" else VALUES[name]
+    argv = called(use, f"--{name}={value}")
+    if use.mode == "sample" and not name.startswith("prompt"):
+      argv.append("--prompt=x")
+    if use.given == "--config=FILE":
+      argv += [*tiny, f"--config.data.path={text}"]
+    assert program.main(["main.py", *argv]) == 0
+    reached = repr(stubs)
+    if name.startswith("prompt"):
+      expected = b"query" if name == "prompt" else b"of a file"
+      assert bytes(stubs[-1][1]["prompt"]) == expected
+    elif name == "step":
+      given = next(x for x in stubs if isinstance(x, flags.Given))
+      assert given.flags["step"] == "12"
+      assert "12" in repr(stubs[-1])
+    else:
+      assert str(value) in reached, (name, reached)
+
+
+@pytest.mark.parametrize(
+  ("config", "folder"),
+  [
+    ("configs/enwik8.py", "runs/enwik8"),
+    ("configs/deep.py:a/b", "runs/deep_a%2Fb"),
+  ],
+)
+def test_a_config_names_the_folder(config, folder):
+  given = dataclasses.replace(
+    parse("--mode=eval", "--workdir=x"), file=config, flags={"workdir": None}
+  )
+  assert program._workdir(given) == pathlib.Path(folder)
+
+
+class Noting:
+  """A config that notes which of its settings are read by name."""
+
+  def __init__(self, config, noted, prefix=""):
+    vars(self).update(_config=config, _noted=noted, _prefix=prefix)
+
+  def __getitem__(self, name):
+    value = self._config[name]
+    if hasattr(value, "items"):
+      return Noting(value, self._noted, f"{self._prefix}{name}.")
+    self._noted.add(self._prefix + name)
+    return value
+
+  def __getattr__(self, name):
+    return self[name] if name in self._config else getattr(self._config, name)
+
+  def __contains__(self, name):
+    return name in self._config
+
+  def __setattr__(self, name, value):
+    setattr(self._config, name, value)
+
+  __setitem__ = __setattr__
+
+  def copy_and_resolve_references(self):
+    return Noting(self._config.copy_and_resolve_references(), self._noted)
+
+
+def not_run(use):
+  """Timing, whose settings tests/test_benchmark.py reads, and the plan of a
+  training, which takes its command and tells its settings in the header."""
+  return use.mode == "bench" or use.name == "--mode=plan --config=FILE"
+
+
+@pytest.fixture(scope="module")
+def acting(text, tmp_path_factory):
+  """By the name of each use the settings that it reads, of a tiny run.
+
+  Left out are those that `not_run` tells.
+  """
+  workdir = tmp_path_factory.mktemp("acting") / "w"
+  flags = [f"--config.{name}={value}" for name, value in TINY.items()]
+  flags += ["--config.model.n_layer=1", "--config.steps=3"]
+  flags += ["--config.model.implementation=reference"]  # soon compiled
+  flags += [f"--config.data.path={text}", BASE]
+  read = {use.name: set() for use in USES}
+  restored = program._saved_settings
+
+  def start(config, sequences=None):
+    """Of `parallel.start` what it reads: the devices of tests are made."""
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(jax.config, "update", lambda *_: None)
+      patch.setattr(jax.distributed, "initialize", lambda **_: None)
+      parallel_start(Distributed(config), sequences)
+
+  class Distributed:
+    """Several processes, to see that their settings are read."""
+
+    def __init__(self, config):
+      self._config = config
+
+    def __getattr__(self, name):
+      value = getattr(self._config, name)
+      return True if name == "distributed" else value
+
+  parallel_start = parallel.start
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "start", start)
+    for use in USES:
+      noted = read[use.name]
+
+      def saved(given, noted=noted):
+        config, step, said = restored(given)
+        return Noting(config, noted), step, said
+
+      patch.setattr(program, "_saved_settings", saved)
+      if not_run(use):
+        continue
+      argv = called(use, f"--workdir={workdir}")
+      if use.given == "--config=FILE":
+        argv = [f for f in argv if f != BASE] + flags
+      if use.mode == "sample":
+        argv += ["--prompt=x", "--tokens=2"]
+      if use.mode == "export":
+        argv += ["--step=3"]
+      if use.given.startswith("--harden --"):
+        (workdir / "hardened").rename(workdir / "hardened before")
+      given = parse(*argv)
+      given = dataclasses.replace(given, config=Noting(given.config, noted))
+      program._run(given)
+  return read
+
+
+@pytest.mark.parametrize(
+  "use", [use for use in USES if not not_run(use)], ids=lambda use: use.name
+)
+def test_each_setting_that_is_taken_is_read(use, acting):
+  """All of the model's are read at once, as its config is made of them."""
+  taken = {name for name in SETTINGS if use.acts(name)}
+  # Which of the data's are read follows from data.path.
+  expected = taken - {"data.corpus", "data.cache_dir"}
+  assert not expected - acting[use.name]
+
+
+def test_help_tells_each_mode_with_its_flags():
+  page = flags.help_page(base.get_config())
+  for use in USES:
+    part = page[page.index(f"{use.name}\n") :].split("\n\n")[0]
+    assert all(f"  --{name}" in part for name in use.flags.split())
+  assert "--tokens=500" in page
+  assert all(example in page for example in EXAMPLES)
+  assert len(EXAMPLES) == 3
+  assert max(map(len, page.splitlines())) <= 80
+  for example in EXAMPLES:
+    words = [word.strip('"') for word in example.split()[2:]]
+    with contextlib.chdir(ROOT):
+      assert parse(*(word for word in words if word)).use in USES
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull", "--helpshort"])
+def test_help_is_asked_for(flag, capsys):
+  assert program.main(["main.py", "--mode=eval", flag]) == 0
+  assert "--mode=train" in capsys.readouterr().out

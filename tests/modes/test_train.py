@@ -1,0 +1,516 @@
+"""Runs that end well, are stopped, killed, damaged, and go on."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.training.checkpoint import Checkpoints
+from tests.training.test_checkpoint import flip
+
+ROOT = pathlib.Path(__file__).parents[2]
+CLOCKED = ("tokens_per_second", "seconds")  # what equal runs may differ in
+
+
+def metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in CLOCKED}
+    for line in lines
+  ]
+
+
+def final(workdir):
+  """The last checkpoint's digests: of parameters and optimizer."""
+  with Checkpoints(workdir) as saved:
+    meta = saved.read_meta(saved.resolve("latest"))
+  return meta["step"], meta["sha256"]
+
+
+def flags_with(flags, **changes):
+  changed = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
+  return [*flags, *changed]
+
+
+@pytest.fixture(scope="module")
+def whole_run(main, text, tmp_path_factory):
+  """A run from the first step to the last, dropout on: (workdir, stdout)."""
+  from tests.conftest import TINY
+
+  workdir = tmp_path_factory.mktemp("runs") / "whole[1]*"
+  flags = [f"--config.{name}={value}" for name, value in TINY.items()]
+  code, out, err = main(
+    "--config=configs/base.py",
+    f"--config.data.path={os.path.relpath(text, ROOT)}",
+    *flags,
+    f"--workdir={workdir}",
+  )
+  assert code == 0, err
+  return workdir, out
+
+
+def start(flags, workdir):
+  return subprocess.Popen(
+    [sys.executable, "main.py", *flags, f"--workdir={workdir}"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait_for_step(workdir, step, process):
+  """Until metrics.jsonl has a line of this step or a later one."""
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists():
+      steps = re.findall(r'"step": (\d+)', path.read_text())
+      if steps and int(steps[-1]) >= step:
+        return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate()[1])
+
+
+def test_what_a_run_leaves_and_prints(whole_run, text):
+  workdir, out = whole_run
+  assert {p.name for p in workdir.iterdir()} == {
+    "checkpoints",
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "lock",
+  }
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["n_layer"] == 2
+  data = pathlib.Path(config["data"]["path"])
+  assert data.is_absolute()  # though a relative one was given
+  assert data.samefile(text)
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment["packages"]["jax"]
+  lines = metrics(workdir)
+  assert [(m["step"], m["split"]) for m in lines] == [
+    (3, "train"),
+    (6, "train"),
+    (6, "valid"),
+    (9, "train"),
+    (12, "train"),
+    (12, "valid"),
+  ]
+  assert lines[0].keys() >= {
+    "loss",
+    "bits_per_char",
+    "learning_rate",
+    "grad_norm",
+    "span_mean",
+    "open_share",
+  }
+  # The header: versions, what flags changed, data, size, and no made-up MFU.
+  assert "model.n_layer=2 (was 12)" in out
+  assert "sha256" in out
+  assert "parameters" in out
+  assert "order-0 entropy" in out
+  assert "lzma" in out
+  assert "mfu" not in out.lower()
+  for field in ("loss", "bpc", "lr", "grad", "span", "open", "tok/s", "eta"):
+    assert re.search(rf"step +12 100.0% .*{field}", out), field
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+  main, whole_run, tiny_flags
+):
+  workdir, _ = whole_run
+  before = (workdir / "metrics.jsonl").read_bytes()
+  code, out, _ = main(*tiny_flags, f"--workdir={workdir}")
+  assert code == 0
+  assert "already trained for 12 of 12 steps" in out
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_it_learns(main, tiny_flags, tmp_path):
+  flags = flags_with(
+    tiny_flags,
+    steps=150,
+    model__dropout=0.0,
+    optimizer__learning_rate=0.01,
+    log_every_steps=50,
+    eval_every_steps=150,
+    checkpoint_every_steps=150,
+  )
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'w'}")
+  assert code == 0, err
+  # Words of 7 drawn evenly: under 3 bits a word and its space, 5.3 bytes long;
+  # the order-0 entropy is above 3.
+  assert metrics(tmp_path / "w")[-1]["bits_per_char"] < 2.0
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
+  whole_run, main, tiny_flags, tmp_path, number, code
+):
+  workdir = tmp_path / "w"
+  process = start(tiny_flags, workdir)
+  wait_for_step(workdir, 3, process)
+  process.send_signal(number)
+  _, err = process.communicate()
+  stopped, _ = final(workdir)
+  if stopped < 12:  # it may have been through already
+    assert process.returncode == code, err
+    # A slow machine says first what is awaited.
+    said = [x for x in err.splitlines() if "finishing the step" not in x]
+    assert len(said) == 1, err
+    assert f"stopped by {signal.Signals(number).name} after step" in said[0]
+  code, _, err = main(*tiny_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert final(workdir) == final(whole_run[0])
+  assert metrics(workdir) == metrics(whole_run[0])
+
+
+def test_kill_9_five_times_at_random_moments(main, tiny_flags, tmp_path):
+  flags = flags_with(
+    tiny_flags, steps=80, checkpoint_every_steps=4, eval_every_steps=40
+  )
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'whole'}")
+  assert code == 0, err
+  moments = random.Random(0)
+  killed = 0
+  while killed < 5:
+    process = start(flags, tmp_path / "w")
+    path = tmp_path / "w" / "metrics.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    while process.poll() is None and (
+      not path.exists() or path.stat().st_size <= size
+    ):
+      time.sleep(0.002)
+    time.sleep(moments.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    killed += 1
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'w'}")
+  assert code == 0, err
+  assert final(tmp_path / "w") == final(tmp_path / "whole")
+  assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")
+
+
+def copy_of(whole_run, tmp_path):
+  import shutil
+
+  return pathlib.Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
+
+
+def test_damage_stops_the_run_and_an_older_step_goes_on(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  flip(workdir / "checkpoints" / "12")
+  flags = [*tiny_flags, f"--workdir={workdir}"]
+  code, _, err = main(*flags)
+  assert code == 1
+  assert err.count("\n") == 1
+  assert "step 12" in err
+  assert "--step=9" in err
+  code, out, err = main(*flags, "--step=9")
+  assert code == 0, err
+  assert "set aside: the later checkpoints [12]" in out
+  assert final(workdir) == final(whole_run[0])
+  assert metrics(workdir) == metrics(whole_run[0])
+  assert (workdir / "set_aside" / "12").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  flags = [*tiny_flags, f"--workdir={workdir}", "--config.steps=15"]
+  before = final(workdir)
+  code, _, err = main(*flags, "--config.model.ramp=8")
+  assert code == 2
+  assert "config.model.ramp=8.0 does not fit" in err
+  other = tmp_path / "other.txt"
+  other.write_bytes(b"another text " * 1000)
+  code, _, err = main(*flags, f"--config.data.path={other}")
+  assert code == 1
+  assert "not on other.txt" in err
+  assert final(workdir) == before
+  code, out, err = main(*flags, "--config.model.dropout=0.1")
+  assert code == 0, err
+  assert "steps=15 (was 12)" in out
+  assert "model.dropout=0.1 (was 0.3)" in out
+  assert final(workdir)[0] == 15
+
+
+def test_another_number_of_devices_goes_on(
+  main, whole_run, tiny_flags, tmp_path
+):
+  workdir = copy_of(whole_run, tmp_path)
+  code, _, err = main(
+    *tiny_flags,
+    f"--workdir={workdir}",
+    "--config.steps=15",
+    "--config.cpu_devices=1",
+  )
+  assert code == 0, err
+  assert final(workdir)[0] == 15
+
+
+def test_a_second_writer_is_refused(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=100_000, checkpoint_every_steps=50_000)
+  process = start(flags, tmp_path)
+  wait_for_step(tmp_path, 3, process)
+  code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
+  process.kill()
+  process.communicate()
+  assert code == 1
+  assert f"is being written by process {process.pid}" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=50, eval_every_steps=50)
+  stable = flags_with(flags, optimizer__learning_rate=1e-3)
+  code, _, err = main(*stable, f"--workdir={tmp_path}", "--config.steps=3")
+  assert code == 0, err
+  kept = final(tmp_path)
+  code, _, err = main(
+    *flags,
+    f"--workdir={tmp_path}",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.warmup_steps=0",
+  )
+  assert code == 1
+  assert re.search(r"(loss|grad_norm)=(nan|inf) at step \d+", err), err
+  assert "the checkpoint of step" in err
+  assert err.count("\n") == 1
+  with Checkpoints(tmp_path) as saved:
+    assert kept[0] in saved.steps()
+    params, _ = saved.restore_params(saved.resolve("latest"))
+  assert all(
+    np.isfinite(x).all() for x in params["block_0"]["mlp"]["up"].values()
+  )
+
+
+@pytest.fixture
+def run(whole_run):
+  return whole_run[0]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_two_processes_do_what_one_does(request, memory, tmp_path):
+  names = ("memory_run", "memory_flags") if memory else ("run", "tiny_flags")
+  one_run, flags = (request.getfixturevalue(name) for name in names)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  flags = flags_with(
+    flags,
+    cpu_devices=1,
+    eval_batch_size=4,  # on each of them, as many as one has on both
+    distributed=True,
+    coordinator_address=f"127.0.0.1:{port}",
+    process_count=2,
+  )
+  workdir = tmp_path / "w"
+  processes = [
+    start(flags_with(flags, process_index=i), workdir) for i in range(2)
+  ]
+  ends = [process.communicate() for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], ends
+  # The second process is silent and writes nothing.
+  said = [x for x in ends[1][0].splitlines() if not x.startswith("[Gloo]")]
+  assert not said
+  assert len(metrics(workdir)) == len(metrics(one_run))
+  for two, one in zip(metrics(workdir), metrics(one_run)):
+    for name, value in one.items():
+      if name != "split":
+        np.testing.assert_allclose(
+          *(jax.tree.leaves(x) for x in (two[name], value)),
+          rtol=1e-5,
+          err_msg=name,
+        )
+
+
+@pytest.fixture(scope="module")
+def memory_flags(text, tmp_path_factory):
+  """A run on streams of nine segments, through their end at step nine."""
+  from tests.conftest import TINY
+
+  path = tmp_path_factory.mktemp("data") / "short.txt"
+  path.write_bytes(text.read_bytes()[:1000])
+  changes = {
+    "data.path": path,
+    "accumulation_steps": 2,
+    "model.memory_tokens": 40,
+    "model.max_span": 64,
+    "model.position": "rotary",
+  }
+  return [
+    "--config=configs/base.py",
+    *(f"--config.{name}={value}" for name, value in (TINY | changes).items()),
+  ]
+
+
+@pytest.fixture(scope="module")
+def memory_run(main, memory_flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "memory"
+  code, _, err = main(*memory_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  return workdir
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_streams_and_their_memory_go_on_to_the_bit(
+  main, memory_run, memory_flags, tmp_path, step
+):
+  """From the middle of the streams, and from their end."""
+  import shutil
+
+  workdir = shutil.copytree(memory_run, tmp_path / "copy")
+  # Of the newest two checkpoints and the best the steps before may be gone.
+  for path in (workdir / "checkpoints").iterdir():
+    if path.name.isdigit() and int(path.name) > step:
+      shutil.rmtree(path)
+  if not (workdir / "checkpoints" / str(step)).exists():
+    code, _, err = main(
+      *flags_with(memory_flags, keep_checkpoints=9),
+      f"--workdir={tmp_path / 'kept'}",
+    )
+    assert code == 0, err
+    shutil.copytree(
+      tmp_path / "kept" / "checkpoints" / str(step),
+      workdir / "checkpoints" / str(step),
+    )
+  code, out, err = main(*memory_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert "restart" not in out
+  assert f"step {step} of 12 (resumed)" in out
+  digests = final(workdir)
+  assert digests == final(memory_run)
+  assert digests[1].keys() == {"params", "opt_state", "memory"}
+  assert metrics(workdir) == metrics(memory_run)
+
+
+def test_streams_start_anew_at_their_ends(memory_run):
+  """Of nine segments a stream: three of twelve steps are a second pass."""
+  with Checkpoints(memory_run) as saved:
+    leaves = saved.read_meta(12)["leaves"]["memory"]
+    memory = saved.restore_memory(
+      12,
+      {path: jax.ShapeDtypeStruct(*entry) for path, entry in leaves.items()},
+    )
+  np.testing.assert_array_equal(memory["tokens_read"], [3 * 24] * 2)
+
+
+@pytest.mark.parametrize(
+  "change", [{"cpu_devices": 1}, {"batch_size": 8, "accumulation_steps": 4}]
+)
+def test_other_streams_start_anew_and_say_so(
+  main, memory_run, memory_flags, tmp_path, change
+):
+  import shutil
+
+  workdir = shutil.copytree(memory_run, tmp_path / "copy")
+  flags = flags_with(memory_flags, steps=15, **change)
+  code, out, err = main(*flags, f"--workdir={workdir}")
+  assert code == 0, err
+  assert out.count("the streams restart") == 1
+  assert final(workdir)[0] == 15
+  # What is kept is now of these streams.
+  code, out, err = main(*flags_with(flags, steps=18), f"--workdir={workdir}")
+  assert code == 0, err
+  assert "restart" not in out
+
+
+def test_memory_is_evaluated_as_a_stream(main, memory_run):
+  figures = []
+  for flags in (
+    ["--config.cpu_devices=1", "--config.eval_batch_size=1"],
+    ["--config.cpu_devices=1", "--config.eval_batch_size=2"],
+    ["--config.cpu_devices=2", "--config.eval_batch_size=2"],
+  ):
+    code, _, err = main("--mode=eval", f"--workdir={memory_run}", *flags)
+    assert code == 0, err
+    record = json.loads((memory_run / "eval_valid.json").read_text())
+    assert record["protocol"] == "memory"
+    assert record["bytes"] == 49
+    figures.append(record["bits_per_char"])
+  np.testing.assert_allclose(figures[1], figures[2], rtol=1e-6)
+  np.testing.assert_allclose(figures[0], figures[1], atol=2e-3)
+  valid = [m for m in metrics(memory_run) if m["split"] == "valid"][-1]
+  np.testing.assert_allclose(valid["bits_per_char"], figures[0], atol=2e-3)
+
+
+def test_a_shard_shorter_than_its_streams_is_refused(
+  main, memory_flags, tmp_path
+):
+  code, _, err = main(
+    *flags_with(memory_flags, batch_size=40), f"--workdir={tmp_path / 'w'}"
+  )
+  assert code == 2
+  assert "config.batch_size=40 is not possible" in err
+  assert "at most 18 on each of 2 device(s)" in err
+  assert not (tmp_path / "w").exists()
+
+
+def test_tensorboard_and_wandb(main, tiny_flags, tmp_path):
+  flags = flags_with(tiny_flags, steps=3, eval_every_steps=3)
+  code, _, err = main(
+    *flags, "--config.tensorboard=True", f"--workdir={tmp_path / 'a'}"
+  )
+  assert code == 0, err
+  assert list((tmp_path / "a" / "tensorboard").rglob("events.out.*"))
+  try:
+    import wandb  # noqa: F401
+  except ImportError:
+    code, _, err = main(
+      *flags, "--config.wandb=True", f"--workdir={tmp_path / 'b'}"
+    )
+    assert code == 1
+    assert "needs the package wandb" in err
+
+
+def test_start_from_other_parameters(main, tiny_flags, tmp_path):
+  """The file's parameters are those of step 0: nothing learned, rate 0."""
+
+  from configs import base
+  from tests.conftest import TINY
+  from tests.test_weights import published
+
+  config = base.get_config()
+  config.update_from_flattened_dict(TINY)
+  named = published(ModelConfig(**config.model))
+  np.savez(tmp_path / "them.npz", **named)
+  code, _, err = main(
+    *flags_with(
+      tiny_flags,
+      steps=1,
+      optimizer__learning_rate=0.0,
+      optimizer__min_learning_rate=0.0,
+      init_from=tmp_path / "them.npz",
+    ),
+    f"--workdir={tmp_path / 'w'}",
+  )
+  assert code == 0, err
+  with Checkpoints(tmp_path / "w") as saved:
+    params, _ = saved.restore_params(1)
+  np.testing.assert_array_equal(
+    params["block_1"]["attention"]["qkv"]["kernel"],
+    named["transformer.h.1.attn.c_attn.weight"].T,
+  )
+  code, _, err = main(
+    *flags_with(tiny_flags, init_from=tmp_path / "none.npz"),
+    f"--workdir={tmp_path / 'v'}",
+  )
+  assert code == 1
+  assert "is no file" in err

@@ -1,0 +1,246 @@
+"""Segment memory: what a model with one says is what one sequence says."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive_attention import memory as memories
+from adaptive_attention.attention import IMPLEMENTATIONS
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import Transformer, init_memory
+from adaptive_attention.training.steps import cross_entropy
+from tests.test_model import randomized
+
+T = 24
+CONFIG = ModelConfig(
+  n_layer=2,
+  n_head=2,
+  width=16,
+  context_tokens=T,
+  memory_tokens=5 * T,
+  max_span=6 * T,
+  ramp=4.0,
+  attention="span",
+  position="rotary",
+)
+# A stream of six segments, two side by side.
+STREAM = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 6 * T + 1)))
+
+
+def changed(**changes):
+  return dataclasses.replace(CONFIG, **changes)
+
+
+def parameters(config):
+  init = jax.jit(Transformer(config).init)
+  return randomized(init(jax.random.key(0), STREAM[:, :T])["params"], scale=0.3)
+
+
+def with_spans(params, config, span):
+  """The same with this span in every head."""
+  logit = math.log(span / (config.max_span - span))
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      jnp.full_like(x, logit) if path[-1].key == "span_logit" else x
+    ),
+    params,
+  )
+
+
+def by_segments(config, params, stream=STREAM, tokens_read=0):
+  """(segments, B, T) nats of a stream that is read segment by segment."""
+  memory = init_memory(config, len(stream), T)
+  memory = memory.replace(tokens_read=jnp.uint32(tokens_read))
+
+  @jax.jit
+  def read(memory, tokens):
+    logits, memory = Transformer(config).apply(
+      {"params": params}, tokens[:, :-1], memory=memory
+    )
+    return memory, cross_entropy(logits, tokens[:, 1:])
+
+  nats = []
+  for start in range(0, stream.shape[1] - 1, T):
+    memory, nats_BT = read(memory, stream[:, start : start + T + 1])
+    nats.append(nats_BT)
+  return np.stack(nats)
+
+
+def at_once(config, params, stream):
+  """(B, length - 1) nats of one sequence."""
+  apply = jax.jit(Transformer(config).apply)
+  logits = apply({"params": params}, stream[:, :-1])
+  return np.asarray(cross_entropy(logits, stream[:, 1:]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  ("attention", "position"),
+  [
+    ("span", "rotary"),
+    ("span", "relative"),
+    ("span_wave", "rotary"),
+    ("dense", "relative"),
+  ],
+)
+def test_every_segment_is_the_end_of_one_sequence(
+  attention, position, implementation
+):
+  config = changed(
+    attention=attention, position=position, implementation=implementation
+  )
+  params = parameters(config)
+  found = by_segments(config, params)
+  one = at_once(config, params, STREAM)
+  for i, nats_BT in enumerate(found):
+    np.testing.assert_allclose(nats_BT, one[:, i * T : (i + 1) * T], atol=1e-5)
+  # It is not what a segment says alone.
+  alone = at_once(config, params, STREAM[:, -T - 1 :])
+  assert np.abs(found[-1] - alone).max() > 1e-2
+
+
+@pytest.mark.parametrize("memory_tokens", [1, 37, 2 * T])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_memory_of_any_length_ends_where_it_is_said_to(
+  memory_tokens, implementation
+):
+  """One layer, since a deeper one has seen more through what it keeps."""
+  config = changed(
+    memory_tokens=memory_tokens,
+    attention="dense",
+    n_layer=1,
+    implementation=implementation,
+  )
+  params = parameters(config)
+  for i, nats_BT in enumerate(by_segments(config, params)):
+    start = max(0, i * T - memory_tokens)
+    one = at_once(config, params, STREAM[:, start : (i + 1) * T + 1])
+    np.testing.assert_allclose(nats_BT, one[:, -T:], atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_memory_that_holds_the_spans_is_enough(position):
+  config = changed(memory_tokens=20, position=position)
+  params = with_spans(parameters(config), config, 15.0)  # 15 + R < 20
+  found = by_segments(config, params).swapaxes(0, 1).reshape(2, -1)
+  np.testing.assert_allclose(found, at_once(config, params, STREAM), atol=1e-5)
+
+
+@pytest.mark.parametrize("reaches", [[99], [99, 99, 99], [3, 99, 1, 5], [1]])
+@pytest.mark.parametrize("memory_tokens", [1, 5, 7, 30])
+def test_how_far_logits_depend_on_what_was_before(memory_tokens, reaches):
+  """Found by walking every pair that a layer looks at, in segments of 7."""
+  start = needed = 700
+  for reach in reversed(reaches):
+    needed = min(
+      key
+      for query in range(needed, start + 7)
+      for key in range(query + 1)
+      if query - key < reach and key >= query // 7 * 7 - memory_tokens
+    )
+  found = memories.tokens_before(reaches, memory_tokens, 7)
+  assert found == start - needed
+
+
+@pytest.mark.parametrize("tokens_read", [2**24, 2**26 + 5 * T, 2**31])
+def test_positions_stay_exact_however_long_the_stream(tokens_read):
+  config = CONFIG
+  params = parameters(config)
+  tokens_read = tokens_read // (6 * T) * 6 * T
+  far = by_segments(config, params, tokens_read=tokens_read)
+  # All of the memory is taken for read then; here it holds zeros.
+  near = by_segments(config, params, tokens_read=6 * T)
+  np.testing.assert_allclose(far, near, atol=1e-5)
+
+
+def test_a_stream_starts_anew_by_its_count_alone():
+  config, params = CONFIG, parameters(CONFIG)
+  apply = jax.jit(Transformer(config).apply)
+  memory = init_memory(config, 2, T)
+  spoiled = memory.replace(
+    k=tuple(jnp.full_like(k, 9.0) for k in memory.k),
+    v=tuple(jnp.full_like(v, -9.0) for v in memory.v),
+  )
+  tokens = STREAM[:, :T]
+  for kept in (memory, spoiled):
+    logits, after = apply({"params": params}, tokens, memory=kept)
+    alone = apply({"params": params}, tokens)
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
+    assert after.tokens_read == T
+
+
+def test_what_is_kept_belongs_to_its_own_streams():
+  config, params = CONFIG, parameters(CONFIG)
+  apply = jax.jit(Transformer(config).apply)
+  memory = init_memory(config, 5, T)
+  logits, after = apply(
+    {"params": params}, STREAM[:, :T], memory=memory, batch=2
+  )
+  for before, now in zip((*memory.k, *memory.v), (*after.k, *after.v)):
+    np.testing.assert_array_equal(now[:2], before[:2])
+    np.testing.assert_array_equal(now[4:], before[4:])
+    assert np.abs(now[2:4, :T]).min() > 0
+    assert not now[2:4, T:].any()
+  own = init_memory(config, 2, T)
+  expected, _ = apply({"params": params}, STREAM[:, :T], memory=own)
+  np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_earlier_segments_are_seen_but_take_no_gradient(implementation):
+  config = changed(implementation=implementation)
+  params = parameters(config)
+  apply = jax.jit(Transformer(config).apply)
+  _, memory = apply(
+    {"params": params}, STREAM[:, :T], memory=init_memory(config, 2, T)
+  )
+
+  def loss(params, k, v):
+    logits, _ = apply(
+      {"params": params},
+      STREAM[:, T : 2 * T],
+      memory=memory.replace(k=k, v=v),
+    )
+    return logits[:, 0].sum()
+
+  to_keys, to_values = jax.grad(loss, (1, 2))(params, memory.k, memory.v)
+  for gradient in (*to_keys, *to_values):
+    assert not np.asarray(gradient).any()
+  # The first token of a segment does see the last of the one before.
+  other = tuple(v.at[:, T - 1].add(1.0) for v in memory.v)
+  assert abs(loss(params, memory.k, other) - loss(params, memory.k, memory.v))
+
+
+def test_a_memory_for_other_calls_is_refused():
+  config, params = CONFIG, parameters(CONFIG)
+  memory = init_memory(config, 2, T)
+  assert memory.k[0].shape[1] == memories.ring_rows(5 * T, T) == 6 * T
+  with pytest.raises(ValueError, match="144 rows do not serve calls with 23"):
+    Transformer(config).apply(
+      {"params": params}, STREAM[:, : T - 1], memory=memory
+    )
+  with pytest.raises(ValueError, match="rotary or relative, as learned"):
+    changed(position="learned")
+
+
+def test_one_token_at_a_time():
+  """As a program that generates calls it."""
+  config = changed(memory_tokens=30)
+  params = with_spans(parameters(config), config, 20.0)
+  memory = init_memory(config, 2, 1)
+  assert memory.k[0].shape[1] == 31
+
+  @jax.jit
+  def step(memory, tokens):
+    return Transformer(config).apply({"params": params}, tokens, memory=memory)
+
+  logits = []
+  for t in range(60):
+    out, memory = step(memory, STREAM[:, t : t + 1])
+    logits.append(out[:, 0])
+  whole = jax.jit(Transformer(config).apply)({"params": params}, STREAM[:, :60])
+  np.testing.assert_allclose(np.stack(logits, 1), whole, atol=1e-4)

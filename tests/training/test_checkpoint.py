@@ -1,0 +1,473 @@
+"""Checkpoints come back to the bit, or not at all and with a way out."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adaptive_attention.training import resume
+from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+
+PARAMS = {
+  "block_0": {
+    "kernel": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
+    "scale": jnp.array([1.5, -0.0, 3.0e-39, np.inf], jnp.bfloat16),
+  },
+  "span_logit": np.zeros(4, np.float32),
+}
+OPTIMIZER = optax.chain(
+  optax.clip_by_global_norm(1.0),
+  optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+  optax.masked(optax.scale(2.0), {"block_0": False, "span_logit": True}),
+)
+STATE = jax.device_get(OPTIMIZER.init(PARAMS))
+
+
+def save(workdir, steps, figures=None, keep=9):
+  with Checkpoints(workdir, keep=keep) as saved:
+    for i, step in enumerate(steps):
+      params = {**PARAMS, "span_logit": np.full(4, step, np.float32)}
+      figure = figures[i] if figures else None
+      saved.save(step, params, STATE, {"config": {"a": 1}}, figure)
+
+
+def read(workdir, step):
+  with Checkpoints(workdir) as saved:
+    return saved.restore(step, PARAMS, STATE)
+
+
+def refused(workdir, step, *parts):
+  with pytest.raises(CheckpointError) as error:
+    read(workdir, step)
+  message = str(error.value)
+  for part in (*parts, str(step)):
+    assert part in message
+  assert "\n" not in message
+  return message
+
+
+def test_everything_comes_back_to_the_bit(tmp_path):
+  save(tmp_path, [7])
+  params, state, meta = read(tmp_path, 7)
+  assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
+  assert jax.tree.structure(state) == jax.tree.structure(STATE)
+  expected = {**PARAMS, "span_logit": np.full(4, 7, np.float32)}
+  for found, wanted in zip(
+    jax.tree.leaves((params, state)), jax.tree.leaves((expected, STATE))
+  ):
+    wanted = np.asarray(wanted)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    assert found.tobytes() == wanted.tobytes()
+  assert meta["config"] == {"a": 1}
+  assert meta["step"] == 7
+  assert meta["leaves"]["params"]["block_0.kernel"] == [[8, 3], "float32"]
+
+
+def test_parameters_come_alone(tmp_path):
+  save(tmp_path, [7])
+  shutil.rmtree(tmp_path / "checkpoints" / "7" / "opt_state")
+  with Checkpoints(tmp_path) as saved:
+    params, meta = saved.restore_params(7)
+  assert params["span_logit"][0] == 7
+  assert meta["step"] == 7
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+  save(tmp_path, [1, 2, 3, 4, 5], [3.0, 1.0, None, 2.0, None], keep=2)
+  with Checkpoints(tmp_path, keep=2) as saved:
+    assert saved.steps() == [2, 4, 5]
+    assert saved.resolve("best") == 2
+    assert saved.resolve("latest") == 5
+    assert saved.resolve("4") == 4
+  # Another process knows of the best one too.
+  save(tmp_path, [6, 7], [1.5, 0.5], keep=2)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [6, 7]
+    assert saved.resolve("best") == 7
+
+
+def test_a_step_is_not_saved_twice(tmp_path):
+  save(tmp_path, [7])
+  with pytest.raises(CheckpointError, match="step 7 was not written"):
+    save(tmp_path, [7])
+
+
+@pytest.mark.parametrize("which", ["3", "first", "-1", "1.5", ""])
+def test_a_step_that_is_not_there(tmp_path, which):
+  save(tmp_path, [7])
+  with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
+    saved.resolve(which)
+  assert "one of 7" in str(error.value)
+
+
+def test_best_needs_an_evaluation(tmp_path):
+  save(tmp_path, [7])
+  with (
+    Checkpoints(tmp_path) as saved,
+    pytest.raises(CheckpointError, match="choose latest"),
+  ):
+    saved.resolve("best")
+
+
+def test_reading_an_empty_workdir_makes_nothing(tmp_path):
+  with (
+    Checkpoints(tmp_path / "none") as saved,
+    pytest.raises(CheckpointError, match="holds no checkpoint"),
+  ):
+    saved.resolve("latest")
+  assert not list(tmp_path.iterdir())
+
+
+def data_files(folder):
+  """Where the bytes of the parameters lie."""
+  return [p for p in (folder / "params").rglob("d/*") if p.is_file()]
+
+
+def flip(folder):
+  """One bit in the middle of what holds the arrays."""
+  for path in data_files(folder):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+  for path in data_files(folder):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+def forget_item(folder):
+  shutil.rmtree(folder / "opt_state")
+
+
+def other_item(folder):
+  """The optimizer's state of another step, otherwise whole."""
+  shutil.rmtree(folder / "params")
+  shutil.copytree(folder.parent / "1" / "params", folder / "params")
+
+
+def spoil_meta(folder):
+  (folder / "meta" / "metadata").write_text('{"step": 3')
+
+
+def change_meta(folder):
+  """Another number, as a flipped bit makes one of it; still JSON."""
+  path = folder / "meta" / "metadata"
+  text = path.read_text()
+  changed = re.sub(
+    r'"bits_per_char": ?\S+?([,}])', r'"bits_per_char": 0.5\1', text
+  )
+  assert changed != text
+  path.write_text(changed)
+
+
+def forget_digests(folder):
+  path = folder / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  del meta["sha256"]
+  path.write_text(json.dumps(meta))
+
+
+def copy_older(folder):
+  shutil.rmtree(folder)
+  shutil.copytree(folder.parent / "1", folder)
+
+
+@pytest.mark.parametrize(
+  ("damage", "told"),
+  [
+    (flip, "params"),
+    (truncate, "params"),
+    (empty, "meta"),
+    (forget_item, "opt_state"),
+    (other_item, "params"),
+    (spoil_meta, "meta"),
+    (forget_digests, "meta: 'sha256'"),
+    (change_meta, "meta: its sha256 is not"),
+    (copy_older, "it is of step 1"),
+  ],
+)
+def test_damage_is_told_with_the_older_ones_that_are_whole(
+  tmp_path, damage, told
+):
+  save(tmp_path, [1, 2, 3])
+  damage(tmp_path / "checkpoints" / "3")
+  empty(tmp_path / "checkpoints" / "2")
+  message = refused(tmp_path, 3, told, "whole: 1;", "--step=1")
+  assert "2" not in message.split("whole:")[1]
+  assert read(tmp_path, 1)[2]["step"] == 1
+
+
+def test_damage_of_the_only_one(tmp_path):
+  save(tmp_path, [3])
+  flip(tmp_path / "checkpoints" / "3")
+  refused(tmp_path, 3, "no older one is whole", "--workdir")
+
+
+@pytest.mark.parametrize(
+  ("params", "state", "told"),
+  [
+    ({**PARAMS, "span_logit": np.zeros(5, np.float32)}, STATE, "float32[5]"),
+    ({**PARAMS, "more": np.zeros(5, np.float32)}, STATE, "nothing at more"),
+    ({"span_logit": PARAMS["span_logit"]}, STATE, "block_0"),
+    (PARAMS, optax.sgd(0.1, momentum=0.9).init(PARAMS), "trace"),
+  ],
+)
+def test_another_model_or_optimizer_is_named(tmp_path, params, state, told):
+  save(tmp_path, [3])
+  with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
+    saved.restore(3, params, state)
+  assert told in str(error.value)
+  assert "damaged" not in str(error.value)
+
+
+def test_later_checkpoints_are_set_aside_not_lost(tmp_path):
+  for _ in range(2):
+    save(
+      tmp_path, [1, 2, 3] if not (tmp_path / "checkpoints").exists() else [2, 3]
+    )
+    with Checkpoints(tmp_path) as saved:
+      assert saved.set_aside_after(1) == [2, 3]
+      assert saved.steps() == [1]
+  assert sorted(p.name for p in (tmp_path / "set_aside").iterdir()) == [
+    "2",
+    "2-2",
+    "3",
+    "3-2",
+  ]
+
+
+def test_one_writer(tmp_path):
+  code = textwrap.dedent(
+    """
+    import sys, time
+    from adaptive_attention.training import resume
+    with resume.lock(sys.argv[1]):
+      print("held", flush=True)
+      time.sleep(60)
+    """
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+  assert holder.stdout.readline() == b"held\n"
+  with (
+    pytest.raises(CheckpointError, match=f"by process {holder.pid}"),
+    resume.lock(tmp_path),
+  ):
+    pass
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  with resume.lock(tmp_path):
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_one_writer_in_this_process_too(tmp_path):
+  with resume.lock(tmp_path):
+    for _ in range(2):
+      with (
+        pytest.raises(CheckpointError, match=f"by process {os.getpid()}"),
+        resume.lock(tmp_path / "." / "../" / tmp_path.name),
+      ):
+        pass
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  with resume.lock(tmp_path):
+    pass
+
+
+def test_the_lock_of_windows(tmp_path, monkeypatch):
+  """By a double of msvcrt, which locks a byte where the file stands."""
+  held = []
+
+  def locking(descriptor, mode, count):
+    place = os.lseek(descriptor, 0, os.SEEK_CUR), count
+    if mode != msvcrt.LK_NBLCK or place in held:
+      raise PermissionError(13, "Permission denied")
+    held.append(place)
+
+  msvcrt = types.ModuleType("msvcrt")
+  msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
+  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+  monkeypatch.delattr(os, "lockf")
+  with resume.lock(tmp_path):
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+  # As if another process had it: what it wrote can be read.
+  assert held[0][0] > 1 << 20
+  (tmp_path / "lock").write_text("123\n")
+  with (
+    pytest.raises(CheckpointError, match="by process 123;"),
+    resume.lock(tmp_path),
+  ):
+    pass
+
+
+def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
+  save(tmp_path, [1])
+  half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+  shutil.copytree(tmp_path / "checkpoints" / "1", half)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.resolve("latest") == 1
+  save(tmp_path, [2])
+  assert not half.exists()
+  assert read(tmp_path, 2)[2]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["2.removed", "2.orbax-checkpoint-tmp-17"])
+def test_nor_do_half_removed_ones(tmp_path, name):
+  save(tmp_path, [1])
+  (tmp_path / "checkpoints" / "2.mine").mkdir()
+  shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
+  save(tmp_path, [2])
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+    "1",
+    "2",
+    "2.mine",
+  }
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "lr[1]",
+    "a*",
+    "a?",
+    "a**b",
+    "back\\slash",
+    "gs:",
+    "{a,b}",
+    "\udce9",
+    "a\nb",
+    "~",
+    "$HOME",
+    "%41",
+    "caf\xe9",
+    "-a",
+    "a.",
+    "x" * 255,
+  ],
+)
+def test_folders_of_any_name(tmp_path, name):
+  """Those that are patterns too, next to a folder that they would match."""
+  save(tmp_path / "plain", [1], [1.0])
+  (tmp_path / "plain").rename(tmp_path / name)
+  shutil.copytree(tmp_path / name, tmp_path / "ab")
+  before = sorted(tmp_path.iterdir())
+  save(tmp_path / name, [2, 3], [3.0, 2.0], keep=1)
+  for step in (1, 3):
+    assert read(tmp_path / name, step)[0]["span_logit"][0] == step
+  assert sorted(tmp_path.iterdir()) == before
+  with Checkpoints(tmp_path / "ab") as saved:
+    assert saved.steps() == [1]
+
+
+def test_a_name_that_cannot_be_had_is_told_before_anything_is_done(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  (tmp_path / "[1]").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[1]"))
+  with Checkpoints(tmp_path / "plain"):
+    pass
+  with (
+    pytest.raises(CheckpointError, match="give a --workdir of letters"),
+    Checkpoints(tmp_path / "lr[2]"),
+  ):
+    pass
+  assert not list((tmp_path / "[1]").iterdir())
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, spoil_meta, empty])
+def test_what_cannot_be_read_back_drives_no_older_one_out(
+  tmp_path, monkeypatch, damage
+):
+  save(tmp_path, [1, 2], [1.0, 2.0])
+  write = Checkpoints._write
+
+  def write_badly(self, step, *args):
+    write(self, step, *args)
+    damage(tmp_path / "checkpoints" / str(step))
+
+  monkeypatch.setattr(Checkpoints, "_write", write_badly)
+  with pytest.raises(CheckpointError, match=r"whole: 1, 2; .*--step=2"):
+    save(tmp_path, [3], [0.5], keep=1)
+  for step in (1, 2):
+    read(tmp_path, step)
+
+
+def test_one_that_cannot_be_told_is_left_alone(tmp_path):
+  save(tmp_path, [1, 2])
+  spoil_meta(tmp_path / "checkpoints" / "1")
+  save(tmp_path, [3, 4], keep=1)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1, 4]
+
+
+def test_a_disk_that_is_full_costs_no_older_one(tmp_path):
+  """A largest size of files stands for it: it needs no disk of its own."""
+  save(tmp_path, [1], [2.0])
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+  try:
+    with pytest.raises(
+      CheckpointError,
+      match=r"step 2 cannot be written .*\(File too large\).*\(1 is kept",
+    ):
+      save(tmp_path, [2], [1.0])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1]
+  assert read(tmp_path, 1)[2]["step"] == 1
+  save(tmp_path, [2], [1.0])
+  assert read(tmp_path, 2)[2]["step"] == 2
+  names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+  assert names == ["1", "2"]
+
+
+def test_an_evaluation_may_come_after_the_save(tmp_path):
+  save(tmp_path, [1, 2])
+  with Checkpoints(tmp_path) as saved:
+    saved.record_evaluation(1, 2.5)
+    assert saved.resolve("best") == 1
+    assert saved.read_meta(1)["bits_per_char"] == 2.5
+  save(tmp_path, [3, 4, 5], keep=2)
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1, 4, 5]
+    assert saved.resolve("best") == 1
+    saved.restore_items(1)
+
+
+def test_outside_tools_read_the_parameters_alone(tmp_path):
+  import orbax.checkpoint as ocp
+
+  save(tmp_path, [7])
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(tmp_path / "checkpoints" / "7" / "params")
+  np.testing.assert_array_equal(
+    params["block_0"]["kernel"], PARAMS["block_0"]["kernel"]
+  )
+  meta = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
+  assert json.loads(meta.read_text())["step"] == 7

@@ -1,0 +1,102 @@
+"""The schedule, and what weight decay and the masks' own rate touch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive_attention.training import optimizer
+from configs import base
+
+
+@pytest.fixture
+def settings():
+  return base.get_config().optimizer
+
+
+def test_the_rate_rises_linearly_and_falls_as_a_cosine(settings):
+  rate = optimizer.learning_rate(settings, total_steps=1100)
+  for step, expected in (
+    (0, 0.0),
+    (50, 5e-4),
+    (100, 1e-3),
+    (600, (1e-3 + 1e-4) / 2),
+    (1100, 1e-4),
+    (2000, 1e-4),
+  ):
+    np.testing.assert_allclose(rate(step), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (100, 50)])
+def test_the_rate_of_odd_settings_is_finite(settings, warmup, total):
+  settings.warmup_steps = warmup
+  rate = optimizer.learning_rate(settings, total)
+  assert np.isfinite([rate(i) for i in range(total + 1)]).all()
+
+
+PARAMS = {
+  "kernel": jnp.ones((2, 2)),
+  "bias": jnp.ones(2),
+  "attention": {"span_logit": jnp.ones(2), "period_logit": jnp.ones(2)},
+}
+
+
+def update(settings, grads):
+  chain = optimizer.make(settings, 0.1)
+  return chain.update(grads, chain.init(PARAMS), PARAMS)[0]
+
+
+def test_only_matrices_decay(settings):
+  updates = update(settings, jax.tree.map(jnp.zeros_like, PARAMS))
+  np.testing.assert_allclose(updates["kernel"], -0.1 * 0.1)
+  assert not np.any(updates["bias"])
+  assert not np.any(updates["attention"]["span_logit"])
+
+
+def test_spans_and_waves_have_their_own_rate(settings):
+  settings.mask_lr_multiplier = 5.0
+  updates = update(settings, jax.tree.map(jnp.ones_like, PARAMS))
+  ratio = updates["attention"]["span_logit"] / updates["bias"]
+  np.testing.assert_allclose(ratio, 5.0, rtol=1e-6)
+  ratio = updates["attention"]["period_logit"] / updates["bias"]
+  np.testing.assert_allclose(ratio, 5.0, rtol=1e-6)
+
+
+def test_the_norm_of_each_is_clipped_alone(settings):
+  settings.clip, settings.clip_norm = "tensor", 3.0
+  chain = optimizer.make(settings, 0.1)
+  grads = jax.tree.map(lambda p: p, PARAMS) | {"kernel": 100 * jnp.ones((2, 2))}
+  _, state = chain.update(grads, chain.init(PARAMS), PARAMS)
+  mu = state[1][0].mu  # (1 - beta1) * clipped gradient
+  scale = 1 - settings.beta1
+  np.testing.assert_allclose(mu["kernel"], scale * 3 / 2, rtol=1e-5)
+  np.testing.assert_allclose(mu["bias"], scale, rtol=1e-5)
+
+
+def test_adagrad_divides_by_the_root_of_all_squares(settings):
+  settings.name, settings.weight_decay = "adagrad", 0.0
+  settings.clip_norm, settings.mask_lr_multiplier = 1e6, 2.0
+  chain = optimizer.make(settings, 0.1)
+  state = chain.init(PARAMS)
+  for gradient, total in ((3.0, 9.0), (4.0, 25.0), (0.0, 25.0)):
+    grads = jax.tree.map(lambda p, g=gradient: g * p, PARAMS)
+    updates, state = chain.update(grads, state, PARAMS)
+    expected = -0.1 * gradient / np.sqrt(total)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+      updates["attention"]["span_logit"], 2 * expected, rtol=1e-6
+    )
+  # A parameter that never had a gradient stays.
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  updates, _ = chain.update(zeros, chain.init(PARAMS), PARAMS)
+  assert not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
+def test_the_norm_over_all_is_clipped(settings):
+  settings.clip_norm = 1.0
+  chain = optimizer.make(settings, 0.1)
+  grads = jax.tree.map(lambda p: 100 * p, PARAMS)
+  _, state = chain.update(grads, chain.init(PARAMS), PARAMS)
+  mu = state[1][0].mu  # (1 - beta1) * clipped gradient
+  norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(mu)))
+  np.testing.assert_allclose(norm, 1 - settings.beta1, rtol=1e-5)

@@ -1,0 +1,323 @@
+"""One training step: on any number of devices, in any number of parts."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.training import (
+  batches,
+  parallel,
+  steps,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
+
+
+def windows(config, step, draw=batches.train_batch):
+  """(B, T + 1) of the whole batch, whoever takes it."""
+  return draw(
+    DATA,
+    seed=0,
+    step=step,
+    shard_index=0,
+    batch_size=config.batch_size,
+    context_tokens=config.model.context_tokens,
+  )
+
+
+def train(config, count, draw=windows):
+  """`count` steps, each on the same rows however these are dealt out."""
+  N, A = parallel.local_device_count(), config.accumulation_steps
+  T = config.model.context_tokens
+  state = parallel.replicate(jax.device_get(steps.init_state(config)))
+  step = steps.make_train_step(config)
+  memory = start_memory(config)
+  history = []
+  for i in range(count):
+    batch = make_batch(draw(config, i).reshape(N, A, -1, T + 1))
+    state, memory, metrics = step(state, memory, batch)
+    metrics.pop("masks")
+    history.append({name: float(value) for name, value in metrics.items()})
+  return state, history
+
+
+def start_memory(config):
+  return steps.start_memory(
+    ModelConfig(**config.model), steps.streams_per_device(config)
+  )
+
+
+def make_batch(tokens_NABT, restart=False):
+  N = len(tokens_NABT)
+  return steps.Batch(tokens_NABT, np.zeros(N, np.int32), np.full(N, restart))
+
+
+def empty_batch(config):
+  shapes = steps.batch_shapes(config)
+  return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+
+
+def flat(tree):
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def check_equal(found, expected, **tolerance):
+  found, expected = flat(found), flat(expected)
+  assert found.keys() == expected.keys()
+  for name, value in found.items():
+    np.testing.assert_allclose(value, expected[name], err_msg=name, **tolerance)
+
+
+def test_all_replicas_stay_equal_with_dropout_on(tiny):
+  state, _ = train(tiny, 5)
+  for name, leaf in [*jax.tree_util.tree_leaves_with_path(state)]:
+    shards = [np.asarray(s.data) for s in leaf.addressable_shards]
+    assert len(shards) == 2
+    np.testing.assert_array_equal(shards[0], shards[1], err_msg=str(name))
+
+
+def test_devices_draw_their_dropout_apart(tiny):
+  """The same rows on both devices: equal masks would give equal losses."""
+  rows = batches.train_batch(
+    DATA,
+    seed=0,
+    step=0,
+    shard_index=0,
+    batch_size=2,
+    context_tokens=tiny.model.context_tokens,
+  )
+  tokens = np.stack([rows, rows])[:, None]
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  step = steps.make_train_step(tiny)
+  *_, both = step(state, None, make_batch(tokens))
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  halves = np.stack([rows, np.roll(rows, 1, 0)])[:, None]
+  *_, rolled = step(state, None, make_batch(halves))
+  # Without dropout the order of rows is nothing to the mean; with a mask of
+  # its own for each row of each device it is.
+  assert both["cross_entropy"] != rolled["cross_entropy"]
+
+
+def test_accumulation_is_the_whole_batch(tiny):
+  tiny.model.dropout = 0.0
+  tiny.batch_size = 8
+  whole, whole_history = train(tiny, 3)
+  tiny.accumulation_steps = 4
+  parts, parts_history = train(tiny, 3)
+  check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+  check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
+
+
+def remembering(tiny):
+  """The same with a memory; positions tell tokens apart across segments."""
+  tiny.model.update(
+    memory_tokens=30, position="rotary", max_span=48, dropout=0.0
+  )
+  return tiny
+
+
+def stream(config, step):
+  return windows(config, step, batches.stream_batch)
+
+
+def test_accumulation_keeps_memories_apart(tiny):
+  config = remembering(tiny)
+  config.batch_size = 8
+  whole, whole_history = train(config, 3, draw=stream)
+  config.accumulation_steps = 4
+  parts, parts_history = train(config, 3, draw=stream)
+  check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+  check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
+  # They are not what the last segment says alone.
+  config.model.memory_tokens = 0
+  _, alone = train(config, 3, draw=stream)
+  assert alone[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-5)
+  assert alone[2]["loss"] != pytest.approx(whole_history[2]["loss"], rel=1e-5)
+
+
+def test_a_restart_forgets(tiny):
+  config = remembering(tiny)
+  step = steps.make_train_step(config)
+  shape = steps.batch_shapes(config).tokens.shape
+
+  def loss(memory, restart):
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    tokens = stream(config, 1).reshape(shape)
+    *_, metrics = step(state, memory, make_batch(tokens, restart))
+    return float(metrics["loss"])
+
+  def after_a_segment():
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    first = make_batch(stream(config, 0).reshape(shape), restart=True)
+    return step(state, start_memory(config), first)[1]
+
+  assert loss(after_a_segment(), True) == loss(start_memory(config), False)
+  assert loss(after_a_segment(), False) != loss(start_memory(config), False)
+
+
+def test_a_step_that_is_not_finite_is_not_remembered(tiny):
+  config = remembering(tiny)
+  state = jax.device_get(steps.init_state(config))
+  embed = state.params["embed"]["embedding"]
+  spoiled = state.replace(
+    params={**state.params, "embed": {"embedding": embed * np.nan}}
+  )
+  step = steps.make_train_step(config)
+  shape = steps.batch_shapes(config).tokens.shape
+  batch = make_batch(stream(config, 0).reshape(shape))
+  _, memory, _ = step(parallel.replicate(spoiled), start_memory(config), batch)
+  assert not np.asarray(memory.tokens_read).any()
+  *_, after = step(parallel.replicate(state), memory, batch)
+  *_, fresh = step(parallel.replicate(state), start_memory(config), batch)
+  assert float(after["loss"]) == float(fresh["loss"])
+
+
+def test_the_memory_stays_in_its_place(tiny):
+  """Nothing of its size is copied or returned anew."""
+  config = remembering(tiny)
+  config.model.attention = "span"
+  config.model.memory_tokens = 24 * 1000
+  memory = start_memory(config)
+  _, sizes = parallel.compile_step(
+    steps.make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(config)),
+    memory,
+    steps.batch_shapes(config),
+  )
+  layer = memory.k[0].nbytes / 2
+  assert sizes["results not in their place"] < layer / 100
+  config.model.memory_tokens = 24 * 100
+  _, short = parallel.compile_step(
+    steps.make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(config)),
+    start_memory(config),
+    steps.batch_shapes(config),
+  )
+  # One head's keys and values at a time are brought together: with H = 2 as
+  # much as the keys of one layer, for all layers.
+  assert sizes["temporary"] - short["temporary"] < 1.5 * layer
+
+
+@pytest.mark.parametrize(("remat", "most"), [("mlp", 0.7), ("block", 0.45)])
+def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
+  config = remembering(tiny) if remat == "mlp" else tiny
+  config.model.update(n_layer=4, context_tokens=96, dropout=0.3)
+  found = []
+  for config.model.remat in ("none", remat):
+    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    step, sizes = parallel.compile_step(
+      steps.make_train_step(config),
+      *(state, start_memory(config), steps.batch_shapes(config)),
+    )
+    tokens = stream(config, 0).reshape(steps.batch_shapes(config).tokens.shape)
+    state, memory, _ = step(
+      state, start_memory(config), make_batch(tokens, restart=True)
+    )
+    found.append(((state.params, memory), sizes["temporary"]))
+  (plain, plain_bytes), (again, again_bytes) = found
+  check_equal(again, plain, rtol=1e-5, atol=1e-7)
+  assert again_bytes < most * plain_bytes
+
+
+ONE_DEVICE = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 1)
+from ml_collections import ConfigDict
+import json
+from tests.training import test_steps
+config = ConfigDict(json.loads(sys.argv[1]))
+state, history = test_steps.train(config, 3)
+np.savez(sys.argv[2], **test_steps.flat(state.params))
+print(json.dumps(history))
+"""
+
+
+def test_two_devices_do_what_one_does(tiny, tmp_path):
+  tiny.model.dropout = 0.0
+  two, two_history = train(tiny, 3)
+  out = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      ONE_DEVICE,
+      json.dumps(tiny.to_dict()),
+      str(tmp_path / "one.npz"),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  with np.load(tmp_path / "one.npz") as one:
+    for name, value in flat(two.params).items():
+      np.testing.assert_allclose(
+        value, one[name], rtol=1e-4, atol=1e-6, err_msg=name
+      )
+  check_equal(two_history, json.loads(out), rtol=1e-5, atol=1e-6)
+
+
+def test_golden_steps(tiny):
+  """The numbers of this very program: a change of any of them is a change."""
+  golden = json.loads((ROOT / "tests" / "golden" / "steps.json").read_text())
+  for attention, expected in golden.items():
+    tiny.model.attention = attention
+    _, history = train(tiny, len(expected))
+    check_equal(history, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, 3e38])
+def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
+  state = jax.device_get(steps.init_state(tiny))
+  params = dict(state.params)
+  params["position_0"] = np.full_like(params["position_0"], spoil)
+  state = parallel.replicate(state.replace(params=params))
+  before = flat(state)
+  state, _, metrics = steps.make_train_step(tiny)(
+    state, None, empty_batch(tiny)
+  )
+  assert not math.isfinite(float(metrics["loss"] + metrics["grad_norm"]))
+  for name, value in flat(state).items():
+    np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_signal_on_one_device_is_seen_by_all(tiny):
+  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  batch = empty_batch(tiny)._replace(stop=np.array([0, 1], np.int32))
+  *_, metrics = steps.make_train_step(tiny)(state, None, batch)
+  assert metrics["stop"] == 1
+
+
+def test_metrics_are_those_of_the_parameters(tiny):
+  from adaptive_attention import masks
+  from adaptive_attention.model import mask_params
+
+  state, history = train(tiny, 1)
+  layers = mask_params(state.params, ModelConfig(**tiny.model))
+  spans = np.concatenate([mask.span for mask in layers])
+  np.testing.assert_allclose(history[0]["span_mean"], spans.mean(), rtol=1e-6)
+  T = tiny.model.context_tokens
+  counted = np.mean([masks.is_open(mask, np.arange(T)) for mask in layers])
+  np.testing.assert_allclose(history[0]["open_share"], counted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("period", ["real", "integer"])
+def test_blocked_trains_as_the_reference_does(tiny, period):
+  tiny.model.context_tokens = 96
+  tiny.model.period = period
+  histories = []
+  for implementation in ("blocked", "reference"):
+    tiny.model.implementation = implementation
+    histories.append(train(tiny, 20)[1])
+  losses = [[step["loss"] for step in history] for history in histories]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
