@@ -1,3 +1,33 @@
-"""Transformers whose attention heads learn what to look at."""
+"""Transformers whose attention heads learn what to look at.
 
-__version__ = "0.1.0"
+The names below are the library; `weights` reads and writes parameters of the
+published program, `accounting` counts what the masks save.
+"""
+
+from adaptive_attention.attention import attend, attend_ring
+from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.generation import generate
+from adaptive_attention.layer import AdaptiveSelfAttention
+from adaptive_attention.mask_parameters import mask_params, regularizer
+from adaptive_attention.masks import Mask, Wave
+from adaptive_attention.model import Transformer
+from adaptive_attention.state import State, init_cache, init_memory
+
+__version__ = "0.2.0"
+
+__all__ = [
+  "AdaptiveSelfAttention",
+  "Mask",
+  "ModelConfig",
+  "State",
+  "Transformer",
+  "Wave",
+  "WaveBounds",
+  "attend",
+  "attend_ring",
+  "generate",
+  "init_cache",
+  "init_memory",
+  "mask_params",
+  "regularizer",
+]

@@ -1,62 +1,194 @@
-"""The settings of a model and of its optimizer: the one place of defaults."""
+"""The settings of a model and of its parts: the one place of their defaults.
+
+configs/base.py is filled from here. Names end in `_tokens` for lengths and in
+`_coef` for weights of losses.
+"""
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
 
 
+def defaults(settings: type) -> dict[str, Any]:
+  """Returns the default of each field of a dataclass, as it is written."""
+  return {field.name: field.default for field in dataclasses.fields(settings)}
+
+
+def _require(settings, name: str, condition: bool, expected: str) -> None:
+  if not condition:
+    raise ValueError(
+      f"{name}={getattr(settings, name)!r} is not possible; expected {expected}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The settings of a model; each is explained in configs/base.py.
+class WaveBounds:
+  """Bounds of the waves that the heads of a layer can learn.
+
+  A head's period is P = P_min + (P_max - P_min) sigmoid(period_logit), its
+  ratio r = r_min + (r_max - r_min) sigmoid(ratio_logit).
+
+  Attributes:
+    period_min, period_max: in tokens.
+    ratio_min, ratio_max: shares of the period. At ratio_max = 1/2 a wave can
+      open fully.
+    harmonics: the highest harmonic of the wave's series, or None for the exact
+      wave.
+    integer: whether periods are rounded, so that a wave is a stride, of which
+      hidden pairs can be skipped in whole blocks.
 
   Raises:
-    ValueError: a setting that is out of bounds, or two that do not fit.
+    ValueError: a bound that is not possible.
   """
 
-  vocab_size: int = 256
-  n_layer: int = 12
-  n_head: int = 8
-  width: int = 512
-  context_tokens: int = 512
-  memory_tokens: int = 0
-  position: str = "learned"
-  attention: str = "span_wave"
-  max_span: int = 512
-  span_init: float = 0.5
-  ramp: float = 32.0
-  span_coef: float = 4e-6
-  period: str = "real"
   period_min: float = 2.0
   period_max: float = 8.0
   ratio_min: float = -0.25
   ratio_max: float = 0.25
+  harmonics: int | None = None
+  integer: bool = False
+
+  def __post_init__(self) -> None:
+    _require(
+      self,
+      "period_min",
+      1 <= self.period_min < math.inf,
+      "a period of at least 1 token",
+    )
+    _require(
+      self,
+      "period_max",
+      self.period_min < self.period_max < math.inf,
+      f"more than period_min={self.period_min}, and finite",
+    )
+    _require(
+      self,
+      "ratio_min",
+      -0.25 <= self.ratio_min < 0,
+      "-0.25 up to less than 0, so that a query can see itself",
+    )
+    _require(
+      self, "ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5"
+    )
+    _require(
+      self,
+      "harmonics",
+      self.harmonics is None or self.harmonics >= 1,
+      "at least 1, or None for the exact wave",
+    )
+
+
+class MaskBounds(NamedTuple):
+  """What makes masks of the parameters of a layer.
+
+  Attributes:
+    num_heads: H.
+    max_span: the longest span in tokens, or None where no span is learned.
+    ramp: R in tokens.
+    wave: the bounds of the waves, or None where there are none.
+    span_coef: nats per token of the penalty.
+    causal_span: how far a head looks where no span is learned, in tokens.
+  """
+
+  num_heads: int
+  max_span: float | None
+  ramp: float
+  wave: WaveBounds | None
+  span_coef: float
+  causal_span: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The settings of a `Transformer`.
+
+  Raises:
+    ValueError: a setting that is not possible, or two that do not fit.
+  """
+
+  # Bytes are the vocabulary.
+  vocab_size: int = 256
+  n_layer: int = 12
+  n_head: int = 8
+  width: int = 512
+  # Tokens of a training segment; positions are learned for as many.
+  context_tokens: int = 512
+  # Earlier tokens whose keys and values a layer holds. Training then reads
+  # streams, batch_size of them, and not random parts of the text.
+  memory_tokens: int = 0
+  # "learned": added before every block, as published. "rotary": queries and
+  # keys are turned, and there is no longest context. "relative": a learned
+  # vector for each distance, as in Sukhbaatar et al. 2019. With a memory
+  # "learned" is not possible.
+  position: str = "learned"
+  # "dense", "span" (a learned span) or "span_wave" (and a learned wave).
+  attention: str = "span_wave"
+  # The longest span that a head can learn, in tokens; 0 for context_tokens.
+  max_span: int = 0
+  # The share of max_span that spans begin with. A span that begins far from
+  # where it should end takes long: its logit moves by about a learning rate a
+  # step.
+  span_init: float = 0.5
+  # R, the soft end of a span in tokens, where it has its gradient.
+  ramp: float = 32.0
+  # Nats per token of mean span, per layer: what it costs to look far.
+  span_coef: float = 4e-6
+  # "integer" rounds periods, so that a wave is a stride that can be skipped.
+  period: str = "real"
+  # Bounds of the learned periods, in tokens.
+  period_min: float = WaveBounds.period_min
+  period_max: float = WaveBounds.period_max
+  # Bounds of the learned ratios; at ratio_max = 0.5 a wave can open fully.
+  ratio_min: float = WaveBounds.ratio_min
+  ratio_max: float = WaveBounds.ratio_max
+  # The highest harmonic of the wave's series (published: 5), 0 for the exact
+  # wave.
   harmonics: int = 5
+  # The share dropped of embeddings, attention weights and residual branches.
   dropout: float = 0.0
+  # Whether linear layers and norms have biases.
   bias: bool = False
+  # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
   dtype: str = "auto"
+  # What the backward pass computes again and does not keep: "none", "mlp" (most
+  # of the activations) or "block" (all but the input of each block; not with a
+  # memory).
   remat: str = "none"
+  # Of attention: a name to insist on, or "auto" for the best that serves.
   implementation: str = "auto"
 
-  def __post_init__(self):
-    def require(name, condition, expected):
-      if not condition:
-        raise ValueError(
-          f"model.{name}={getattr(self, name)!r} is not possible; expected "
-          f"{expected}"
-        )
+  def __post_init__(self) -> None:
+    if self.max_span == 0:
+      object.__setattr__(self, "max_span", self.context_tokens)
+    try:
+      self._check_sizes()
+      self._check_choices()
+      self._check_memory()
+      self._check_masks()
+    except ValueError as error:
+      raise ValueError(f"model.{error}") from None
 
+  def _check_sizes(self) -> None:
     for name in ("vocab_size", "n_layer", "n_head", "width", "context_tokens"):
-      require(name, getattr(self, name) >= 1, "an integer of at least 1")
-    require(
+      _require(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+    _require(
+      self,
       "width",
       self.width % self.n_head == 0,
       f"a multiple of model.n_head={self.n_head}",
     )
+    for name in ("max_span", "ramp"):
+      value = getattr(self, name)
+      _require(self, name, 0 < value < math.inf, "more than 0 tokens, finite")
+
+  def _check_choices(self) -> None:
     choices = {
       "position": ("learned", "rotary", "relative"),
       "attention": ("dense", "span", "span_wave"),
@@ -66,76 +198,100 @@ class ModelConfig:
       "implementation": ("auto", *IMPLEMENTATIONS),
     }
     for name, allowed in choices.items():
-      require(name, getattr(self, name) in allowed, f"one of {allowed}")
-    for name in ("max_span", "ramp"):
-      value = getattr(self, name)
-      require(name, 0 < value < math.inf, "more than 0 tokens, and finite")
-    require(
+      _require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
+    _require(
+      self,
       "position",
       self.position != "rotary" or self.width // self.n_head % 2 == 0,
       f"learned, as heads of an odd width (model.width={self.width} / "
       f"model.n_head={self.n_head}) cannot be turned in pairs",
     )
-    require("memory_tokens", self.memory_tokens >= 0, "0 for none, or more")
-    require(
+
+  def _check_memory(self) -> None:
+    _require(self, "memory_tokens", self.memory_tokens >= 0, "0 or more")
+    _require(
+      self,
       "position",
       self.position != "learned" or not self.memory_tokens,
       "rotary or relative, as learned positions do not tell a token from those "
       f"of the model.memory_tokens={self.memory_tokens} before",
     )
-    require(
+    _require(
+      self,
       "remat",
       self.remat != "block" or not self.memory_tokens,
-      "none or mlp, as computing attention again would append to a copy of the "
-      f"model.memory_tokens={self.memory_tokens}",
+      "none or mlp, as to compute attention again would append to a copy of "
+      f"the model.memory_tokens={self.memory_tokens}",
     )
-    require("span_init", 0 < self.span_init < 1, "a share between 0 and 1")
-    require("span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite")
-    require("dropout", 0 <= self.dropout < 1, "a share of at least 0, under 1")
-    require("harmonics", self.harmonics >= 0, "0 for the exact wave, or more")
-    require(
-      "period_min", 1 <= self.period_min < math.inf, "a period of 1 token up"
+
+  def _check_masks(self) -> None:
+    _require(self, "span_init", 0 < self.span_init < 1, "between 0 and 1")
+    _require(
+      self, "span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite"
     )
-    require(
-      "period_max",
-      self.period_min < self.period_max < math.inf,
-      f"more than model.period_min={self.period_min}, and finite",
+    _require(
+      self, "dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"
     )
-    require(
-      "ratio_min",
-      -0.25 <= self.ratio_min < 0,
-      "-0.25 up to less than 0, lest a query cannot see itself",
+    _require(
+      self, "harmonics", self.harmonics >= 0, "0 for the exact wave, or more"
     )
-    require("ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5")
+    self._wave_bounds()
+
+  def _wave_bounds(self) -> WaveBounds:
+    return WaveBounds(
+      self.period_min,
+      self.period_max,
+      self.ratio_min,
+      self.ratio_max,
+      self.harmonics or None,
+      self.period == "integer",
+    )
 
   @property
-  def reach_tokens(self) -> int:
-    """How many tokens a query can look at, at most: context and memory."""
+  def wave(self) -> WaveBounds | None:
+    """The bounds of the waves; None where the model has none."""
+    return self._wave_bounds() if self.attention == "span_wave" else None
+
+  @property
+  def mask_bounds(self) -> MaskBounds:
+    """What makes masks of the parameters of any of the layers."""
+    return MaskBounds(
+      self.n_head,
+      None if self.attention == "dense" else self.max_span,
+      self.ramp,
+      self.wave,
+      self.span_coef,
+      float(self.max_context_tokens),
+    )
+
+  @property
+  def max_context_tokens(self) -> int:
+    """How many tokens a query can see at most: the context and the memory."""
     return self.context_tokens + self.memory_tokens
 
   @property
   def relative_tokens(self) -> int:
     """How many distances have a vector where positions are "relative"."""
     if self.attention == "dense":
-      return self.reach_tokens
+      return self.max_context_tokens
     return math.ceil(self.max_span + self.ramp)
 
   @property
   def cache_tokens(self) -> int:
     """How many tokens back a head can look at most when a text is written.
 
-    As far as its span may go: no token is out of its reach for being old.
+    As far as its span may go: no token is out of its reach because it is old.
     Without spans it is context and memory; with learned positions the context.
     """
     if self.attention == "dense":
-      return self.reach_tokens
+      return self.max_context_tokens
     reach = math.ceil(self.max_span + self.ramp)
     if self.position == "learned":
       return min(reach, self.context_tokens)
     return reach
 
   @property
-  def compute_dtype(self):
+  def compute_dtype(self) -> np.dtype:
     """What activations are computed in: bfloat16 on GPU and TPU when auto."""
     if self.dtype != "auto":
       return jnp.dtype(self.dtype)
@@ -143,7 +299,7 @@ class ModelConfig:
     return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
 
 
-# Of the model's settings those that leave the function it computes as it is.
+# Those settings of a model that leave the function which it computes as it is.
 _FREE = (
   "span_init",
   "span_coef",
@@ -155,26 +311,23 @@ _FREE = (
 
 
 def fixes_the_model(name: str) -> bool:
-  """Whether a setting must stay what a checkpoint was trained with."""
+  """Returns whether a setting must stay what a checkpoint was trained with."""
   return name.startswith("model.") and name.split(".")[1] not in _FREE
 
 
-def model_config(model: Mapping) -> ModelConfig:
-  """The model that settings tell of, those of another version too.
+def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+  """Makes a ModelConfig of settings by name, of another version too.
 
-  What they lack is at its default, and the largest span at the context.
+  What the settings lack is at its default.
 
   Raises:
     ValueError: a setting that is not possible, or unknown.
   """
-  known = {field.name for field in dataclasses.fields(ModelConfig)}
-  for name, value in model.items():
+  known = defaults(ModelConfig)
+  for name, value in settings.items():
     if name not in known:
       raise ValueError(
-        f"model.{name}={value!r} is unknown to this version; use the "
-        "one that the model was trained with"
+        f"model.{name}={value!r} is unknown to this version; use the version "
+        "that the model was trained with"
       )
-  follows = {}
-  if "context_tokens" in model:
-    follows = {"max_span": model["context_tokens"]}
-  return ModelConfig(**(follows | dict(model)))
+  return ModelConfig(**settings)

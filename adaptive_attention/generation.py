@@ -5,176 +5,90 @@ theirs: see `attention.decode`. Every next-token distribution is that of a full
 forward pass.
 """
 
-import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import (
-  Transformer,
-  init_memory,
-  mask_params,
-)
+from adaptive_attention.model import Transformer
+from adaptive_attention.state import State, cache_groups, init_cache
 
-CACHES = ("spans", "dense")
 BYTES = 256  # tokens below are bytes
 _CHUNK = 64  # tokens that one call makes at most, between prints
 
 
-@flax.struct.dataclass
-class Cache:
-  """What all heads can still see of B sequences of one length.
-
-  `prefill` makes one, `step` goes on by a token; it is a pytree.
-
-  Attributes:
-    by_layer: the `decode.Rings` of each layer.
-    tokens_read: uint32, the position of the next token.
-    config: static; the model's.
-  """
-
-  by_layer: tuple[decode.Rings, ...]
-  tokens_read: jax.Array
-  config: ModelConfig = flax.struct.field(pytree_node=False)
-
-  @classmethod
-  def prefill(cls, params, config: ModelConfig, prompt_BT, cache="spans"):
-    """(logits_BV of the token after the prompt, the cache), in one pass.
-
-    Args:
-      params: concrete, as the sizes of the rings follow from the spans.
-      prompt_BT: B prompts of one length, at least 1.
-      cache: "spans", rings as long as each head's span, or "dense", all as long
-        as any head could look.
-
-    Raises:
-      ValueError: prompts that are empty, not alike or no tokens of the model,
-        another kind of cache, or a prompt longer than positions were learned
-        for.
-    """
-    prompt_BT = _prompt(prompt_BT, config)
-    return _prefill(params, prompt_BT, config, groups(params, config, cache))
-
-  def step(self, params, tokens_B):
-    """(logits_BV of the token after these, the cache with them in it).
-
-    Raises:
-      ValueError: tokens that are none of the model, or a position beyond the
-        learned ones; where that is traced logits are nan there.
-    """
-    tokens_B = _tokens(tokens_B, self.config)
-    if tokens_B.ndim != 1:
-      raise ValueError(
-        f"tokens of the shape {tokens_B.shape} are not one of each sequence; "
-        "give (B,)"
-      )
-    logits_BTV, cache = Transformer(self.config).apply(
-      {"params": params}, tokens_B[:, None], memory=self
-    )
-    return logits_BTV[:, 0], cache
-
-  @property
-  def nbytes(self) -> int:
-    """Of all keys and values."""
-    return sum(layer.nbytes for layer in self.by_layer)
-
-  def check(self, T: int):
-    if T != 1:
-      raise ValueError(
-        f"a cache goes on by one token a call, not {T}; fill it by prefill"
-      )
-
-  def layers(self, batch):
-    if isinstance(batch, jax.core.Tracer) or batch:
-      raise ValueError(
-        f"batch={batch} names no part of a cache, which is of one batch; leave "
-        "it out"
-      )
-    return [
-      decode.LayerCache(rings, self.tokens_read) for rings in self.by_layer
-    ]
-
-  def after(self, by_layer, T: int) -> "Cache":
-    return self.replace(
-      by_layer=tuple(by_layer), tokens_read=self.tokens_read + jnp.uint32(T)
-    )
-
-
-def _tokens(tokens, config):
-  """The tokens as an array, of integers that the model has vectors of.
+def check_tokens(tokens: Any, config: ModelConfig) -> jax.Array:
+  """Returns tokens as an array of integers that the model has vectors of.
 
   Raises:
-    ValueError: they are none; where they are traced only the type is known.
+    ValueError: there are others. Where they are traced only the type is known.
   """
   tokens = jnp.asarray(tokens)
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(
-      f"tokens of the type {tokens.dtype} are no integers; give the number of "
+      f"tokens of the type {tokens.dtype} are not integers; give the number of "
       "each token"
     )
   if not isinstance(tokens, jax.core.Tracer):
     V, known = config.vocab_size, np.asarray(tokens)
     for token in known[(known < 0) | (known >= V)][:1]:
       raise ValueError(
-        f"the token {token} is none of model.vocab_size={V}; give tokens from "
-        f"0 to {V - 1}"
+        f"the token {token} is not one of model.vocab_size={V}; give tokens "
+        f"from 0 to {V - 1}"
       )
   return tokens
 
 
-def _prompt(prompt_BT, config):
-  """Prompts as an array (B, T) of the model's tokens, T at least 1."""
+def _prompt(prompt_BT, config: ModelConfig) -> jax.Array:
+  """Returns prompts as an array (B, T) of the model's tokens, T at least 1."""
   shape = np.shape(prompt_BT)
   if len(shape) != 2:
     raise ValueError(
-      f"prompts of the shape {shape} are no batch of one length; give (B, T)"
+      f"prompts of the shape {shape} are not a batch of one length; give (B, T)"
     )
   if not shape[1]:
     raise ValueError("the prompt is empty; give at least one token")
-  return _tokens(prompt_BT, config)
+  return check_tokens(prompt_BT, config)
 
 
-def slides(config):
+def slides(config: ModelConfig) -> bool:
+  """Returns whether there is a longest context, which slides along a text."""
   return config.position == "learned"
 
 
-def groups(params, config: ModelConfig, cache="spans"):
-  """The groups of rings of each layer."""
-  match cache:
-    case "spans":
-      return tuple(
-        decode.groups_of(jax.tree.map(np.asarray, mask), config.cache_tokens)
-        for mask in mask_params(params, config)
-      )
-    case "dense":
-      dense = decode.dense_groups(config.n_head, config.cache_tokens)
-      return (dense,) * config.n_layer
-    case _:
-      raise ValueError(f"cache={cache!r} is unknown; choose one of {CACHES}")
+def prefill(
+  params: Mapping, config: ModelConfig, prompt_BT: Any, cache: str = "spans"
+) -> tuple[jax.Array, State]:
+  """Returns (logits_BV of the token after a prompt, the KV cache), in one pass.
+
+  Args:
+    params: concrete, as the sizes of the cache follow from the spans.
+    prompt_BT: B prompts of one length, at least 1.
+    cache: as of `state.cache_groups`.
+
+  Raises:
+    ValueError: prompts that are empty, not alike or not tokens of the model,
+      another kind of cache, or more tokens than positions were learned for.
+  """
+  prompt_BT = _prompt(prompt_BT, config)
+  return _prefill(
+    params, prompt_BT, config, cache_groups(params, config, cache)
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "groups"))
 def _prefill(params, prompt_BT, config, groups):
-  B, T = prompt_BT.shape
-  # Rings of one segment: all keys and values of the prompt, in order.
-  memory = init_memory(dataclasses.replace(config, memory_tokens=0), B, T)
-  logits_BTV, memory = Transformer(config).apply(
-    {"params": params}, prompt_BT, memory=memory
+  state = init_cache(params, config, len(prompt_BT), groups=groups)
+  logits_BTV, state = Transformer(config).apply(
+    {"params": params}, prompt_BT, state=state
   )
-  by_layer = tuple(
-    decode.filled(mask, of_layer, k, v)
-    for mask, of_layer, k, v in zip(
-      mask_params(params, config), groups, memory.k, memory.v, strict=True
-    )
-  )
-  return logits_BTV[:, -1], Cache(by_layer, jnp.uint32(T), config)
+  return logits_BTV[:, -1], state
 
 
 def sample(logits_BV, key_B, temperature, top_k, top_p):
@@ -204,53 +118,84 @@ def sample(logits_BV, key_B, temperature, top_k, top_p):
 
 
 @functools.partial(
-  jax.jit, donate_argnames=("cache",), static_argnames=("draw_below",)
+  jax.jit,
+  donate_argnames=("state",),
+  static_argnames=("config", "draw_below"),
 )
 def go_on(
-  params, cache, logits_BV, key_B, first, count, sampling, draw_below=None
+  params,
+  config: ModelConfig,
+  state: State,
+  logits_BV,
+  key_B,
+  first,
+  count,
+  sampling,
+  draw_below: int | None = None,
 ):
-  """(tokens (B, _CHUNK), logits_BV, cache) after `count` more tokens.
+  """Returns (tokens (B, _CHUNK), logits_BV, state) after `count` more tokens.
 
-  One loop on the device; the first of them is the token number `first` of its
+  One loop on the device. The first of them is the token number `first` of its
   text, which is what it is drawn by. See `generate` for `draw_below`.
   """
   B = len(logits_BV)
 
   def one(i, carry):
-    tokens, logits_BV, cache = carry
+    tokens, logits_BV, state = carry
     own_B = jax.vmap(lambda key: jax.random.fold_in(key, first + i))(key_B)
     tokens_B = sample(logits_BV[:, :draw_below], own_B, *sampling)
     tokens_B = tokens_B.astype(jnp.int32)
-    logits_BV, cache = step(tokens_B, logits_BV, cache)
-    return tokens.at[:, i].set(tokens_B), logits_BV, cache
+    logits_BV, state = written(tokens_B, logits_BV, state)
+    return tokens.at[:, i].set(tokens_B), logits_BV, state
 
-  def step(tokens_B, logits_BV, cache):
-    if not slides(cache.config):
-      return cache.step(params, tokens_B)
+  def written(tokens_B, logits_BV, state):
+    if not slides(config):
+      return step(params, config, tokens_B, state)
     # The token after a full context has no position in it.
     return lax.cond(
-      cache.tokens_read < cache.config.context_tokens,
-      lambda: cache.step(params, tokens_B),
-      lambda: (logits_BV, cache),
+      state.tokens_read < config.context_tokens,
+      lambda: step(params, config, tokens_B, state),
+      lambda: (logits_BV, state),
     )
 
-  start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, cache)
+  start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, state)
   return lax.fori_loop(0, count, one, start)
 
 
+def step(
+  params: Mapping, config: ModelConfig, tokens_B: Any, state: State
+) -> tuple[jax.Array, State]:
+  """Returns (logits_BV of the token after these, the state with them).
+
+  Raises:
+    ValueError: what are not tokens of the model, one of each sequence, or a
+      position beyond the learned ones; where that is traced logits are nan.
+  """
+  tokens_B = check_tokens(tokens_B, config)
+  if tokens_B.ndim != 1:
+    raise ValueError(
+      f"tokens of the shape {tokens_B.shape} are not one of each sequence; "
+      "give (B,)"
+    )
+  logits_BTV, state = Transformer(config).apply(
+    {"params": params}, tokens_B[:, None], state=state
+  )
+  return logits_BTV[:, 0], state
+
+
 def generate(
-  params,
+  params: Mapping,
   config: ModelConfig,
-  prompt_BT,
+  prompt_BT: Any,
   steps: int,
-  key,
+  key: jax.Array,
   *,
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
   cache: str = "spans",
   draw_below: int | None = None,
-  on_tokens=None,
+  on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
   """(B, steps) tokens that go on from B prompts of one length.
 
@@ -263,7 +208,7 @@ def generate(
   Args:
     params: the model's, concrete.
     temperature, top_k, top_p: see `sample`.
-    cache: see `Cache.prefill`.
+    cache: as of `state.cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text; None for
       any token of the model.
     on_tokens: called with each (B, n) new tokens as they come.
@@ -287,13 +232,12 @@ def generate(
   made = 0
   while made < steps:
     window_BT, room = _window(config, text_BT, steps - made)
-    logits_BV, kept = Cache.prefill(params, config, window_BT, cache)
+    logits_BV, state = prefill(params, config, window_BT, cache)
     while room:
       count = min(room, _CHUNK)
-      tokens, logits_BV, kept = go_on(
-        *(params, kept, logits_BV, key_B, prompt_length + made, count),
-        sampling,
-        draw_below,
+      tokens, logits_BV, state = go_on(
+        *(params, config, state, logits_BV, key_B),
+        *(prompt_length + made, count, sampling, draw_below),
       )
       new_BT = np.asarray(tokens)[:, :count]
       text_BT = np.concatenate([text_BT, new_BT], axis=1)

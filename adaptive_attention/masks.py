@@ -60,11 +60,6 @@ class Mask:
   wave: Wave | None = None
 
 
-def bounded(logit_H, low, high):
-  """low + (high - low) * sigmoid(logit): how parameters become lengths."""
-  return low + (high - low) * jax.nn.sigmoid(logit_H)
-
-
 def _aligned(distance, *values_H):
   """Distances and values of heads, of ranks that broadcast to (H, ...)."""
   d = jnp.asarray(distance, jnp.float32)

@@ -154,15 +154,15 @@ def _rank_apart(path) -> int | None:
 
 
 def _is_dense_layer(tree) -> bool:
-  """Whether these are the qkv (D, 3 D) and out (D, D) of one layer, or many."""
+  """Whether these are the qkv (D, 3 H K) and out (H K, ...) of layers."""
   kernels = []
   for name in ("qkv", "out"):
     child = tree.get(name)
     if not isinstance(child, Mapping) or np.ndim(child.get("kernel")) < 2:
       return False
     kernels.append(np.shape(child["kernel"])[-2:])
-  (D, triple), out = kernels
-  return triple == 3 * D and out == (D, D)
+  (_, three), (features, _) = kernels
+  return three == 3 * features
 
 
 def _natural_order(name):

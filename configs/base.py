@@ -7,6 +7,8 @@ is about; flags change the rest: `--config.model.n_layer=4`. Names end in
 
 from ml_collections import ConfigDict
 
+from adaptive_attention.config import ModelConfig, defaults
+
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
@@ -60,54 +62,8 @@ def get_config() -> ConfigDict:
   # Where a downloaded corpus is kept.
   config.data.cache_dir = "data/cache"
 
-  config.model = ConfigDict()
-  # Bytes are the vocabulary.
-  config.model.vocab_size = 256
-  config.model.n_layer = 12
-  config.model.n_head = 8
-  config.model.width = 512
-  # Tokens of a training sequence; positions are learned for as many.
-  config.model.context_tokens = 512
-  # Earlier tokens whose keys and values are kept: training then reads streams,
-  # batch_size of them, rather than random windows.
-  config.model.memory_tokens = 0
-  # "learned" (added before every block, as published), "rotary" (queries and
-  # keys are turned; without a longest context) or "relative" (a learned vector
-  # for each distance, as in Sukhbaatar et al. 2019). With a memory the
-  # first will not do.
-  config.model.position = "learned"
-  # "dense", "span" (a learned window), "span_wave" (and a learned comb).
-  config.model.attention = "span_wave"
-  # The longest span that a head can learn, in tokens; the context unless set.
-  config.model.max_span = config.model.get_oneway_ref("context_tokens")
-  # The spans' initial share of max_span. One far from where it should end takes
-  # long: the logit moves by about a learning rate a step.
-  config.model.span_init = 0.5
-  # R, the soft end of the window in tokens: where a span has its gradient.
-  config.model.ramp = 32.0
-  # Nats per token of mean span, per layer: what looking far costs.
-  config.model.span_coef = 4e-6
-  # "integer" rounds periods, so that a comb is a stride that can be skipped.
-  config.model.period = "real"
-  # Bounds of the learned periods, in tokens.
-  config.model.period_min = 2.0
-  config.model.period_max = 8.0
-  # Bounds of the lift of the teeth; at ratio_max = 0.5 a comb can open fully.
-  config.model.ratio_min = -0.25
-  config.model.ratio_max = 0.25
-  # Highest harmonic of the wave's series (published: 5); 0 for the exact wave.
-  config.model.harmonics = 5
-  # Share dropped of embeddings, attention weights and residual branches.
-  config.model.dropout = 0.0
-  # Biases in linear layers and norms.
-  config.model.bias = False
-  # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
-  config.model.dtype = "auto"
-  # What the backward pass computes again rather than keeps: "none", "mlp" (most
-  # of the activations) or "block" (all but each block's input; no memory then).
-  config.model.remat = "none"
-  # Of attention: a name to insist on, or "auto" for the best that serves.
-  config.model.implementation = "auto"
+  # Each field with its reason in adaptive_attention/config.py.
+  config.model = ConfigDict(defaults(ModelConfig))
 
   config.optimizer = ConfigDict()
   # "adamw", or "adagrad" as Sukhbaatar et al. 2019 have it (rate 0.07, clip

@@ -10,7 +10,8 @@ import pytest
 from adaptive_attention import accounting, masks
 from adaptive_attention.attention import tiles
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import Transformer, mask_params
+from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import console
 
 CONFIG = ModelConfig(

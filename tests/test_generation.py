@@ -16,9 +16,11 @@ from adaptive_attention import (
 )
 from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask, Wave
-from adaptive_attention.model import Transformer, mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.modes import sample
+from adaptive_attention.state import init_cache
 from adaptive_attention.training import console
 from tests.test_model import randomized
 
@@ -109,9 +111,7 @@ def model_of(name):
   return config, params, all_logits(config, params)
 
 
-@jax.jit
-def step(params, kept, tokens):
-  return kept.step(params, tokens)
+step = jax.jit(generation.step, static_argnames="config")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,45 @@ def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
   """Past the ends of the rings; prompts shorter and longer than these."""
   config, params, expected = model_of(model)
   assert np.isfinite(expected).all()
-  logits, kept = generation.Cache.prefill(
-    params, config, TEXT[:, :prompt], cache
-  )
+  logits, kept = generation.prefill(params, config, TEXT[:, :prompt], cache)
   for t in range(prompt, LENGTH):
     np.testing.assert_allclose(logits, expected[:, t - 1], atol=1e-4)
-    logits, kept = step(params, kept, TEXT[:, t])
+    logits, kept = step(params, config, TEXT[:, t], kept)
   np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
   assert kept.tokens_read == LENGTH
+
+
+@pytest.mark.parametrize("cache", ["spans", "dense"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_text_is_read_in_parts_of_any_length(model, cache):
+  """One call for all of them, traced and not, from an empty cache on."""
+  config, params, expected = model_of(model)
+  apply = Transformer(config).apply
+  traced = jax.jit(apply)
+  state = init_cache(params, config, batch=len(TEXT), cache=cache)
+  start = 0
+  for length, call in ((3, traced), (1, apply), (41, traced), (30, apply)):
+    tokens = TEXT[:, start : start + length]
+    logits, state = call({"params": params}, tokens, state=state)
+    np.testing.assert_allclose(
+      logits, expected[:, start : start + length], atol=1e-4
+    )
+    start += length
+    assert state.tokens_read == start
+
+
+def test_a_loop_on_the_device_starts_with_an_empty_cache():
+  config, params, expected = model_of("integer waves")
+  state = init_cache(params, config, batch=len(TEXT))
+
+  def one(state, tokens_B):
+    logits, state = Transformer(config).apply(
+      {"params": params}, tokens_B[:, None], state=state
+    )
+    return state, logits[:, 0]
+
+  _, logits = jax.lax.scan(one, state, jnp.asarray(TEXT.T))
+  np.testing.assert_allclose(logits.swapaxes(0, 1), expected, atol=1e-4)
 
 
 def test_closed_waves_leave_queries_without_a_key():
@@ -201,11 +232,9 @@ def test_the_cache_takes_the_bytes_that_are_counted():
   layers = mask_params(params, config)
   counted = accounting.cache_bytes(layers, config)
   for kind, name in (("spans", "head"), ("dense", "dense")):
-    _, kept = generation.Cache.prefill(params, config, TEXT[:, :5], kind)
+    _, kept = generation.prefill(params, config, TEXT[:, :5], kind)
     assert kept.nbytes == 3 * counted[name]
-    held = sum(
-      x.nbytes for layer in kept.by_layer for x in (*layer.k, *layer.v)
-    )
+    held = sum(x.nbytes for layer in kept.layers for x in (*layer.k, *layer.v))
     assert held == kept.nbytes
   seen = sum(math.ceil(z + 4) for z in SPANS) * 2  # of two layers
   assert counted["seen"] == seen * 2 * 8 * 2
@@ -348,29 +377,23 @@ def test_sampling_that_cannot_be_is_named(bad):
 def test_what_a_cache_refuses():
   params = parameters(CONFIG)
   with pytest.raises(ValueError, match="prompt is empty"):
-    generation.Cache.prefill(params, CONFIG, TEXT[:, :0])
+    generation.prefill(params, CONFIG, TEXT[:, :0])
   with pytest.raises(ValueError, match="cache='ring' is unknown"):
-    generation.Cache.prefill(params, CONFIG, TEXT, "ring")
-  _, kept = generation.Cache.prefill(params, CONFIG, TEXT[:, :3])
-  with pytest.raises(ValueError, match="one token a call, not 2"):
-    Transformer(CONFIG).apply({"params": params}, TEXT[:, :2], memory=kept)
-  with pytest.raises(
-    ValueError, match="of each of its 3 sequences, not 1 of 1"
-  ):
-    kept.step(params, TEXT[:1, 3])
+    generation.prefill(params, CONFIG, TEXT, "ring")
+  _, kept = generation.prefill(params, CONFIG, TEXT[:, :3])
+  with pytest.raises(ValueError, match=r"of 3 sequence\(s\), not of 1"):
+    generation.step(params, CONFIG, TEXT[:1, 3], kept)
   with pytest.raises(ValueError, match=r"\(3, 1\) are not one of each"):
-    kept.step(params, TEXT[:, 3:4])
-  with pytest.raises(ValueError, match="batch=1 names no part"):
-    Transformer(CONFIG).apply(
-      {"params": params}, TEXT[:, :1], memory=kept, batch=1
-    )
+    generation.step(params, CONFIG, TEXT[:, 3:4], kept)
+  with pytest.raises(ValueError, match="batch=-1 is not possible"):
+    init_cache(params, CONFIG, batch=-1)
   dropping = changed(dropout=0.5)
   with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
     Transformer(dropping).apply(
       {"params": params},
       TEXT[:, :1],
       train=True,
-      memory=kept,
+      state=kept,
       rngs={"dropout": jax.random.key(0)},
     )
 
@@ -378,16 +401,16 @@ def test_what_a_cache_refuses():
 @pytest.mark.parametrize(
   ("prompt", "told"),
   [
-    ([[1, 256]], "token 256 is none of model.vocab_size=256"),
-    ([[-1, 3]], "token -1 is none"),
-    ([[1.0, 2.0]], "float32 are no integers"),
-    ([1, 2], r"\(2,\) are no batch"),
+    ([[1, 256]], "token 256 is not one of model.vocab_size=256"),
+    ([[-1, 3]], "token -1 is not one"),
+    ([[1.0, 2.0]], "float32 are not integers"),
+    ([1, 2], r"\(2,\) are not a batch"),
     ([[]], "prompt is empty"),
   ],
 )
 def test_prompts_that_are_none_are_named(prompt, told):
   for read in (
-    lambda: generation.Cache.prefill({}, CONFIG, prompt),
+    lambda: generation.prefill({}, CONFIG, prompt),
     lambda: write(CONFIG, {}, prompt, 1),
   ):
     with pytest.raises(ValueError, match=told) as error:
@@ -397,9 +420,9 @@ def test_prompts_that_are_none_are_named(prompt, told):
 
 def test_tokens_that_are_none_are_named():
   params = parameters(CONFIG)
-  _, kept = generation.Cache.prefill(params, CONFIG, TEXT[:, :3])
-  with pytest.raises(ValueError, match="token 256 is none"):
-    kept.step(params, np.array([1, 256, 2]))
+  _, kept = generation.prefill(params, CONFIG, TEXT[:, :3])
+  with pytest.raises(ValueError, match="token 256 is not one"):
+    generation.step(params, CONFIG, np.array([1, 256, 2]), kept)
   for tokens in ([97, 256 + 98], [97, -1]):
     with pytest.raises(ValueError, match="is no byte; expected 0 to 255"):
       console.text_of(tokens)
@@ -412,14 +435,14 @@ def test_no_position_is_taken_for_another():
   """Beyond those that were learned: refused, or nan where it is traced."""
   config = changed(position="learned", context_tokens=8)
   params = parameters(config)
-  logits, kept = generation.Cache.prefill(params, config, TEXT[:, :7])
-  logits, kept = step(params, kept, TEXT[:, 7])
+  logits, kept = generation.prefill(params, config, TEXT[:, :7])
+  logits, kept = step(params, config, TEXT[:, 7], kept)
   assert np.isfinite(logits).all()
   with pytest.raises(ValueError, match="9 tokens are more than the 8"):
-    kept.step(params, TEXT[:, 8])
-  assert np.isnan(step(params, kept, TEXT[:, 8])[0]).all()
+    generation.step(params, config, TEXT[:, 8], kept)
+  assert np.isnan(step(params, config, TEXT[:, 8], kept)[0]).all()
   with pytest.raises(ValueError, match="9 tokens are more than the 8"):
-    generation.Cache.prefill(params, config, TEXT[:, :9])
+    generation.prefill(params, config, TEXT[:, :9])
 
 
 @pytest.mark.parametrize("model", ["integer waves, relative", "span, learned"])

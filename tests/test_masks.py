@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import masks
+from adaptive_attention.mask_parameters import to_length
 from adaptive_attention.masks import Mask, Wave
 from tests import oracle
 
@@ -495,7 +496,7 @@ def test_vmap_over_layers():
 def test_bounded_parameters():
   logit = np.array([-100.0, 0.0, 1.5, 100.0], np.float32)
   expected = 2 + 6 / (1 + np.exp(-logit.astype(np.float64)))
-  np.testing.assert_allclose(masks.bounded(logit, 2, 8), expected, rtol=1e-6)
+  np.testing.assert_allclose(to_length(logit, 2, 8), expected, rtol=1e-6)
 
 
 # On odd steps, so that hardly any distance meets an end of a clip.

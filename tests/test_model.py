@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 
 from adaptive_attention import masks
-from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import (
-  MASK_PARAMETERS,
-  AdaptiveSelfAttention,
-  Transformer,
-  mask_params,
-  regularizer,
-)
+from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.layer import AdaptiveSelfAttention
+from adaptive_attention.mask_parameters import mask_params, regularizer
+from adaptive_attention.model import Transformer
+from adaptive_attention.parameters import MASK_PARAMETERS
 from adaptive_attention.training.steps import cross_entropy
 
 SMALL = ModelConfig(
@@ -76,8 +73,7 @@ def test_no_logit_depends_on_a_later_token(attention, position):
 
 
 def test_a_layer_looks_no_further_than_its_span_by_gradient():
-  config = small(attention="span", n_layer=1)
-  module = AdaptiveSelfAttention(config)
+  module = AdaptiveSelfAttention(num_heads=2, max_span=24, ramp=4.0)
   x_BTD = jax.random.normal(jax.random.key(0), (1, 24, 16))
   params = randomized(module.init(jax.random.key(0), x_BTD)["params"])
   # z = 24 sigmoid(logit) = 6 for both heads; with R = 4, d = 9 is the last.
@@ -169,32 +165,34 @@ def test_biases():
   assert "bias" not in init(SMALL)["norm"]
 
 
-class SomebodysModel(nn.Module):
-  """Not ours: an attention layer of ours inside."""
+LAYER = AdaptiveSelfAttention(
+  num_heads=2, max_span=100, ramp=4.0, span_coef=1e-3, wave=WaveBounds()
+)
 
-  config: ModelConfig
+
+class SomebodysModel(nn.Module):
+  """Not ours: attention layers of ours inside."""
 
   @nn.compact
   def __call__(self, x_BTD):
     for _ in range(12):
-      x_BTD += AdaptiveSelfAttention(self.config)(nn.LayerNorm()(x_BTD))
+      x_BTD += LAYER.copy()(nn.LayerNorm()(x_BTD))
     return nn.Dense(3)(x_BTD)
 
 
 def test_the_module_and_the_penalty_serve_other_models():
-  config = small(max_span=100)
   x_BTD = jnp.ones((1, 7, 32))
-  params = SomebodysModel(config).init(jax.random.key(0), x_BTD)["params"]
+  params = SomebodysModel().init(jax.random.key(0), x_BTD)["params"]
   for i in range(12):
     params[f"AdaptiveSelfAttention_{i}"]["span_logit"] = jnp.full(2, i / 10)
-  spans = [float(mask.span[0]) for mask in mask_params(params, config)]
+  spans = [float(mask.span[0]) for mask in mask_params(params, LAYER)]
   assert spans == sorted(spans)  # layer 2 before layer 10
   assert len(spans) == 12
-  expected = sum(masks.penalty(m) for m in mask_params(params, config))
+  expected = sum(masks.penalty(m) for m in mask_params(params, LAYER))
   np.testing.assert_allclose(
-    regularizer(params, config), 1e-3 * expected, rtol=1e-6
+    regularizer(params, LAYER), 1e-3 * expected, rtol=1e-6
   )
-  grads = jax.grad(regularizer)(params, config)
+  grads = jax.grad(regularizer)(params, LAYER)
   assert (grads["AdaptiveSelfAttention_3"]["span_logit"] > 0).all()
 
 
@@ -248,7 +246,7 @@ def test_longer_than_the_context_is_refused():
     ("period", "rational"),
     ("dtype", "float16"),
     ("implementation", "fast"),
-    ("max_span", 0),
+    ("max_span", -1),
     ("ramp", 0.0),
     ("ramp", math.nan),
     ("span_coef", -1.0),

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention import memory as memories
 from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import Transformer, init_memory
+from adaptive_attention.model import Transformer
+from adaptive_attention.state import init_memory, ring_rows, tokens_before
 from adaptive_attention.training.steps import cross_entropy
 from tests.test_model import randomized
 
@@ -51,6 +51,18 @@ def with_spans(params, config, span):
   )
 
 
+def rows(memory):
+  """(keys, values) of each layer."""
+  return [x.k for x in memory.layers], [x.v for x in memory.layers]
+
+
+def with_rows(memory, keys, values):
+  layers = zip(memory.layers, keys, values, strict=True)
+  return memory.replace(
+    layers=tuple(layer.replace(k=k, v=v) for layer, k, v in layers)
+  )
+
+
 def by_segments(config, params, stream=STREAM, tokens_read=0):
   """(segments, B, T) nats of a stream that is read segment by segment."""
   memory = init_memory(config, len(stream), T)
@@ -59,7 +71,7 @@ def by_segments(config, params, stream=STREAM, tokens_read=0):
   @jax.jit
   def read(memory, tokens):
     logits, memory = Transformer(config).apply(
-      {"params": params}, tokens[:, :-1], memory=memory
+      {"params": params}, tokens[:, :-1], state=memory
     )
     return memory, cross_entropy(logits, tokens[:, 1:])
 
@@ -142,7 +154,7 @@ def test_how_far_logits_depend_on_what_was_before(memory_tokens, reaches):
       for key in range(query + 1)
       if query - key < reach and key >= query // 7 * 7 - memory_tokens
     )
-  found = memories.tokens_before(reaches, memory_tokens, 7)
+  found = tokens_before(reaches, memory_tokens, 7)
   assert found == start - needed
 
 
@@ -161,13 +173,15 @@ def test_a_stream_starts_anew_by_its_count_alone():
   config, params = CONFIG, parameters(CONFIG)
   apply = jax.jit(Transformer(config).apply)
   memory = init_memory(config, 2, T)
-  spoiled = memory.replace(
-    k=tuple(jnp.full_like(k, 9.0) for k in memory.k),
-    v=tuple(jnp.full_like(v, -9.0) for v in memory.v),
+  keys, values = rows(memory)
+  spoiled = with_rows(
+    memory,
+    [jnp.full_like(k, 9.0) for k in keys],
+    [jnp.full_like(v, -9.0) for v in values],
   )
   tokens = STREAM[:, :T]
   for kept in (memory, spoiled):
-    logits, after = apply({"params": params}, tokens, memory=kept)
+    logits, after = apply({"params": params}, tokens, state=kept)
     alone = apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, alone, atol=1e-5)
     assert after.tokens_read == T
@@ -178,15 +192,17 @@ def test_what_is_kept_belongs_to_its_own_streams():
   apply = jax.jit(Transformer(config).apply)
   memory = init_memory(config, 5, T)
   logits, after = apply(
-    {"params": params}, STREAM[:, :T], memory=memory, batch=2
+    {"params": params}, STREAM[:, :T], state=memory.of_streams(2)
   )
-  for before, now in zip((*memory.k, *memory.v), (*after.k, *after.v)):
+  for before, now in zip(
+    jax.tree.leaves(rows(memory)), jax.tree.leaves(rows(after))
+  ):
     np.testing.assert_array_equal(now[:2], before[:2])
     np.testing.assert_array_equal(now[4:], before[4:])
     assert np.abs(now[2:4, :T]).min() > 0
     assert not now[2:4, T:].any()
   own = init_memory(config, 2, T)
-  expected, _ = apply({"params": params}, STREAM[:, :T], memory=own)
+  expected, _ = apply({"params": params}, STREAM[:, :T], state=own)
   np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
@@ -196,32 +212,33 @@ def test_earlier_segments_are_seen_but_take_no_gradient(implementation):
   params = parameters(config)
   apply = jax.jit(Transformer(config).apply)
   _, memory = apply(
-    {"params": params}, STREAM[:, :T], memory=init_memory(config, 2, T)
+    {"params": params}, STREAM[:, :T], state=init_memory(config, 2, T)
   )
 
   def loss(params, k, v):
     logits, _ = apply(
       {"params": params},
       STREAM[:, T : 2 * T],
-      memory=memory.replace(k=k, v=v),
+      state=with_rows(memory, k, v),
     )
     return logits[:, 0].sum()
 
-  to_keys, to_values = jax.grad(loss, (1, 2))(params, memory.k, memory.v)
+  to_keys, to_values = jax.grad(loss, (1, 2))(params, *rows(memory))
   for gradient in (*to_keys, *to_values):
     assert not np.asarray(gradient).any()
   # The first token of a segment does see the last of the one before.
-  other = tuple(v.at[:, T - 1].add(1.0) for v in memory.v)
-  assert abs(loss(params, memory.k, other) - loss(params, memory.k, memory.v))
+  keys, values = rows(memory)
+  other = [v.at[:, T - 1].add(1.0) for v in values]
+  assert abs(loss(params, keys, other) - loss(params, keys, values)) > 1e-3
 
 
 def test_a_memory_for_other_calls_is_refused():
   config, params = CONFIG, parameters(CONFIG)
   memory = init_memory(config, 2, T)
-  assert memory.k[0].shape[1] == memories.ring_rows(5 * T, T) == 6 * T
+  assert memory.layers[0].k.shape[1] == ring_rows(5 * T, T) == 6 * T
   with pytest.raises(ValueError, match="144 rows do not serve calls with 23"):
     Transformer(config).apply(
-      {"params": params}, STREAM[:, : T - 1], memory=memory
+      {"params": params}, STREAM[:, : T - 1], state=memory
     )
   with pytest.raises(ValueError, match="rotary or relative, as learned"):
     changed(position="learned")
@@ -232,11 +249,11 @@ def test_one_token_at_a_time():
   config = changed(memory_tokens=30)
   params = with_spans(parameters(config), config, 20.0)
   memory = init_memory(config, 2, 1)
-  assert memory.k[0].shape[1] == 31
+  assert memory.layers[0].k.shape[1] == 31
 
   @jax.jit
   def step(memory, tokens):
-    return Transformer(config).apply({"params": params}, tokens, memory=memory)
+    return Transformer(config).apply({"params": params}, tokens, state=memory)
 
   logits = []
   for t in range(60):

@@ -222,3 +222,10 @@ def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
       f"the {H} heads of q",
     )
   _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
+
+
+def attend_ring(ring, q_BTHK, k_BTHK, v_BTHK, mask, **options):
+  from adaptive_attention.attention.ring import append
+
+  ring = append(ring, k_BTHK, v_BTHK)
+  return attend(q_BTHK, k_BTHK, v_BTHK, mask, ring=ring, **options), ring

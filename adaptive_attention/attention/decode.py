@@ -11,7 +11,6 @@ Axes: G heads of one group, P classes, Y rows of each, r open residues.
 import functools
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,125 +123,73 @@ def _parted(heads, rows):
       ]
 
 
-@flax.struct.dataclass
-class Rings:
-  """What one layer's heads can still see.
-
-  Attributes:
-    k, v: of each group (B, G, P, Y, K); position p stands in class p mod P and
-      there in row (p // P) mod Y.
-    bias: of each group (G, r, Y) log m + log w by distance; -inf where hidden.
-    groups: static.
-  """
-
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  bias: tuple[jax.Array, ...]
-  groups: tuple[Group, ...] = flax.struct.field(pytree_node=False)
-
-  @property
-  def nbytes(self) -> int:
-    """Of keys and values."""
-    return sum(x.nbytes for x in (*self.k, *self.v))
-
-
-@flax.struct.dataclass
-class LayerCache:
-  """One layer's rings, and the position of the next token."""
-
-  rings: Rings
-  tokens_read: jax.Array
-
-  def positions(self, B: int, T: int):
-    """(T,) of the next T tokens."""
-    del B
-    return jnp.arange(T, dtype=jnp.uint32) + self.tokens_read
-
-  def attend(
-    self,
-    q_BTHK,
-    k_BTHK,
-    v_BTHK,
-    mask,
-    *,
-    relative_RK=None,
-    dropout_rate=0.0,
-    dropout_seed=None,
-    implementation=None,
-  ):
-    """(out_BTHK, the rings with the token appended), for T = 1.
-
-    softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold, or
-    zeros where that is nothing. The masks are those the cache was made with,
-    and there is one implementation.
-
-    Raises:
-      ValueError: not one token of each of the cache's sequences.
-      NotImplementedError: dropout.
-    """
-    del mask, dropout_seed, implementation
-    B, T, H, K = q_BTHK.shape
-    sequences = self.rings.k[0].shape[0]
-    if (B, T) != (sequences, 1):
-      raise ValueError(
-        f"a cache of rings takes one token of each of its {sequences} "
-        f"sequences, not {T} of {B}; fill one by prefill"
-      )
-    if dropout_rate:
-      raise NotImplementedError(
-        f"dropout_rate={dropout_rate} cannot be served out of a cache; call "
-        "with train=False"
-      )
-    position = self.tokens_read.astype(jnp.int32)
-    out_BHK = jnp.zeros((B, H, K), jnp.float32)
-    old, new = self.rings, []
-    for group, k, v, bias in zip(
-      old.groups, old.k, old.v, old.bias, strict=True
-    ):
-      heads = np.array(group.heads)
-      k = _put(k, k_BTHK[:, 0, heads], position)
-      v = _put(v, v_BTHK[:, 0, heads], position)
-      new.append((k, v))
-      out_BGK = _read(
-        group, q_BTHK[:, 0, heads], k, v, bias, position, relative_RK
-      )
-      out_BHK = out_BHK.at[:, heads].set(out_BGK)
-    k, v = zip(*new, strict=True)
-    return out_BHK[:, None].astype(q_BTHK.dtype), old.replace(k=k, v=v)
-
-
-def filled(mask, groups, k_BTHK, v_BTHK) -> Rings:
-  """The rings of a layer that has read the T tokens of a prompt."""
-  T = k_BTHK.shape[1]
-
-  def ring(x_BTHK, group):
-    P, Y = group.period, group.rows
-    # The newest position of each class and row.
-    c_P1, y_Y = np.arange(P)[:, None], np.arange(Y)
-    newest_P1 = (T - 1 - c_P1) // P
-    position_PY = P * (newest_P1 - (newest_P1 - y_Y) % Y) + c_P1
-    x_BGTK = x_BTHK[:, :, np.array(group.heads)].swapaxes(1, 2)
-    rows = x_BGTK[:, :, np.maximum(position_PY, 0)]
-    return jnp.where((position_PY >= 0)[..., None], rows, 0)
-
-  def bias(group):
-    return masks.log_weight(mask, group.distances())[np.array(group.heads)]
-
-  return Rings(
-    k=tuple(ring(k_BTHK, group) for group in groups),
-    v=tuple(ring(v_BTHK, group) for group in groups),
-    bias=tuple(bias(group) for group in groups),
-    groups=groups,
+def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:
+  """Returns of each group (G, r, Y) log m + log w by distance."""
+  return tuple(
+    masks.log_weight(mask, group.distances())[np.array(group.heads)]
+    for group in groups
   )
 
 
-def _put(ring_BGPYK, new_BGK, position):
+def put(ring_BGPYK, new_BGK, tokens_read):
+  """Returns the ring with one token in the row of its oldest, in place."""
   _, _, P, Y, _ = ring_BGPYK.shape
+  position = jnp.asarray(tokens_read).astype(jnp.int32)
   row = (position // P) % Y
   at = [jnp.asarray(i, jnp.int32) for i in (0, 0, position % P, row, 0)]
   return lax.dynamic_update_slice(
     ring_BGPYK, new_BGK[:, :, None, None].astype(ring_BGPYK.dtype), at
   )
+
+
+def put_all(group: Group, ring_BGPYK, new_BTGK, tokens_read):
+  """Returns the ring with T tokens in the rows of its oldest.
+
+  The tokens stand at the positions from `tokens_read` on.
+  """
+  P, Y, T = group.period, group.rows, new_BTGK.shape[1]
+  first = jnp.asarray(tokens_read).astype(jnp.int32)
+  # The newest position of each class and row.
+  c_P1, y_1Y = np.arange(P)[:, None], np.arange(Y)[None]
+  newest_P1 = (first + T - 1 - c_P1) // P
+  t_PY = P * (newest_P1 - (newest_P1 - y_1Y) % Y) + c_P1 - first
+  rows = new_BTGK.swapaxes(1, 2)[:, :, jnp.maximum(t_PY, 0)]
+  rows = rows.astype(ring_BGPYK.dtype)
+  return jnp.where((t_PY >= 0)[..., None], rows, ring_BGPYK)
+
+
+def in_order(group: Group, ring_BGPYK, tokens_read):
+  """Returns (B, P Y, G, K): the rows of the ring from the oldest to the newest.
+
+  What stands before the first token of the text may be anything.
+  """
+  P, Y = group.period, group.rows
+  first = jnp.asarray(tokens_read).astype(jnp.int32)
+  position_L = first + np.arange(-P * Y, 0)
+  rows = ring_BGPYK[:, :, position_L % P, (position_L // P) % Y]
+  return rows.swapaxes(1, 2)
+
+
+def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
+  """Returns out_B1HK of one query a sequence, whose key is in the rings.
+
+  softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold, or
+  zeros where that is nothing.
+
+  Args:
+    groups: of the layer's heads.
+    q_B1HK: the queries of the token at the position `tokens_read`.
+    k, v, bias: of each group, as in `state.KVCache`.
+    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
+  """
+  B, _, H, K = q_B1HK.shape
+  position = jnp.asarray(tokens_read).astype(jnp.int32)
+  out_BHK = jnp.zeros((B, H, K), jnp.float32)
+  for group, *arrays in zip(groups, k, v, bias, strict=True):
+    heads = np.array(group.heads)
+    out_BGK = _read(group, q_B1HK[:, 0, heads], *arrays, position, relative_RK)
+    out_BHK = out_BHK.at[:, heads].set(out_BGK)
+  return out_BHK[:, None].astype(q_B1HK.dtype)
 
 
 def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):

@@ -18,8 +18,9 @@ from adaptive_attention import accounting, generation
 from adaptive_attention.attention import IMPLEMENTATIONS, attend
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask, Wave
-from adaptive_attention.model import Transformer, mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -371,9 +372,9 @@ def _step_runner(config, shape, name):
   share_H = np.clip(np.array(shape.spans) / seen, 1e-6, 1 - 1e-6)
   params = _with_span_logits(state.params, np.log(share_H / (1 - share_H)))
   memory = steps.start_memory(model, steps.streams_per_device(config))
-  if memory is not None:
+  if jax.tree.leaves(memory):
     memory = memory.replace(
-      tokens_read=memory.tokens_read + np.uint32(memory.k[0].shape[2])
+      tokens_read=memory.tokens_read + np.uint32(memory.layers[0].k.shape[2])
     )
   carried = [parallel.replicate(state.replace(params=params)), memory]
   shapes = steps.batch_shapes(config)
@@ -425,12 +426,13 @@ def _decode_runner(shape, name):
 
     call()
     return _Runner(shape.name, name, "token", call, time.perf_counter() - start)
-  logits_BV, kept = generation.Cache.prefill(params, config, tokens_BT, cache)
+  logits_BV, kept = generation.prefill(params, config, tokens_BT, cache)
   carried = [logits_BV, kept.replace(tokens_read=jnp.uint32(position))]
 
   def call():
     _, *carried[:] = generation.go_on(
       params,
+      config,
       carried[1],
       carried[0],
       jax.random.split(jax.random.key(0), shape.B),

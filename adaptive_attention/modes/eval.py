@@ -5,7 +5,7 @@ import dataclasses
 
 from adaptive_attention import accounting
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import mask_params
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import (
   checkpoint,
   console,

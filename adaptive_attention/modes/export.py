@@ -1,14 +1,10 @@
 """A checkpoint as a file for others, and as a model whose masks are whole."""
 
-import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from adaptive_attention import masks, weights
+from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import hardened
 from adaptive_attention.modes import train
 from adaptive_attention.training import (
   checkpoint,
@@ -19,31 +15,6 @@ from adaptive_attention.training import (
   resume,
   settings,
 )
-
-
-def hardened(params, config: ModelConfig):
-  """(params, config) with spans of whole tokens and integer periods.
-
-  Then a comb is a stride, whose hidden keys generation does not read. Ratios
-  stay as they are.
-  """
-  bounds = {
-    "span_logit": (0.0, config.max_span),
-    "period_logit": (config.period_min, config.period_max),
-  }
-
-  def visit(path, leaf):
-    if path[-1].key not in bounds:
-      return leaf
-    low, high = bounds[path[-1].key]
-    length = np.asarray(masks.bounded(jnp.asarray(leaf), low, high), np.float64)
-    # A hair inside the bounds, where the logit is finite.
-    share = np.clip((np.round(length) - low) / (high - low), 1e-7, 1 - 1e-7)
-    return np.log(share / (1 - share)).astype(np.float32)
-
-  if config.attention == "span_wave":
-    config = dataclasses.replace(config, period="integer")
-  return jax.tree_util.tree_map_with_path(visit, params), config
 
 
 def run(config, workdir, corpus, *, step, harden, finetune_steps):

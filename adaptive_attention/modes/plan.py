@@ -4,7 +4,7 @@ import jax
 
 from adaptive_attention import accounting
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import mask_params
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import (
   checkpoint,
   console,

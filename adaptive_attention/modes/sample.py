@@ -10,7 +10,7 @@ import numpy as np
 from adaptive_attention import generation
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error, SettingsError
-from adaptive_attention.model import mask_params
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import checkpoint, console, logbook
 
 

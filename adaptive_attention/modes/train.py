@@ -166,7 +166,7 @@ def _start_memory(config, saved, first_step):
   memory = steps.start_memory(
     ModelConfig(**config.model), steps.streams_per_device(config)
   )
-  if memory is None or not first_step:
+  if not jax.tree.leaves(memory) or not first_step:
     return memory
   N = parallel.device_count()
   like = jax.tree.map(
@@ -177,7 +177,7 @@ def _start_memory(config, saved, first_step):
     console.say(
       "memory     empty: the streams restart, as the checkpoint's are not "
       f"those of {N} device(s) with {steps.streams_per_device(config)} "
-      f"sequences each in {like.k[0].dtype}"
+      f"sequences each in {like.layers[0].k.dtype}"
     )
     return memory
   return parallel.deal(

@@ -143,7 +143,7 @@ class Checkpoints:
     """
     params, opt_state, memory = jax.device_get((params, opt_state, memory))
     items = {"params": params, "opt_state": _flat(opt_state)}
-    if memory is not None:
+    if jax.tree.leaves(memory):
       items["memory"] = _flat(memory)
     meta = {
       **meta,

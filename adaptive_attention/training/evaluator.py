@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 
-from adaptive_attention import memory as memories
 from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error, SettingsError
-from adaptive_attention.model import mask_params
+from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.state import Stateless, tokens_before
 from adaptive_attention.training import (
   batches,
   parallel,
@@ -161,7 +161,7 @@ class Evaluator:
     """As many streams as can be had for twice the cost of one."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
-    warm_tokens = memories.tokens_before(
+    warm_tokens = tokens_before(
       [decode.reach(mask, T + M).max() for mask in mask_params(params, config)],
       *(M, T),
     )
@@ -178,7 +178,7 @@ class Evaluator:
     """(len(data) - 1,) nats in float32, of those bytes that this reads."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
-    memory = None
+    memory = Stateless(self._config.n_layer)
     if protocol == "memory":
       first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
       memory = steps.start_memory(self._config, first_NB.shape[1])

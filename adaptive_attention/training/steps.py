@@ -9,12 +9,9 @@ from flax.training.train_state import TrainState
 
 from adaptive_attention import masks
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import (
-  Transformer,
-  init_memory,
-  mask_params,
-  regularizer,
-)
+from adaptive_attention.mask_parameters import mask_params, regularizer
+from adaptive_attention.model import Transformer
+from adaptive_attention.state import Stateless, init_memory
 from adaptive_attention.training import optimizer, parallel
 
 
@@ -68,36 +65,31 @@ def make_train_step(config):
   schedule = optimizer.learning_rate(config.optimizer, config.steps)
   seed = config.seed
 
-  def loss_fn(params, tokens, memory, batch, key, apply_fn):
+  def loss_fn(params, tokens, memory, first_stream, key, apply_fn):
     tokens = tokens.astype(jnp.int32)
-    out = apply_fn(
+    logits_BTV, memory = apply_fn(
       {"params": params},
       tokens[:, :-1],
       train=True,
-      memory=memory,
-      batch=batch,
+      state=memory.of_streams(first_stream),
       rngs={"dropout": key},
     )
-    logits_BTV, memory = (out, None) if memory is None else out
     nats_BT = cross_entropy(logits_BTV, tokens[:, 1:])
     mean = jnp.mean(nats_BT)
     penalty = regularizer(params, model_config)
-    return mean + penalty, ((mean, penalty), memory)
+    return mean + penalty, ((mean, penalty), memory.of_streams(None))
 
   def step(state, memory, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     key = jax.random.fold_in(key, parallel.device_index())
 
     A, B, _ = batch.tokens.shape
-    tokens_read = None
-    if memory is not None:
-      tokens_read = jnp.where(batch.restart, 0, memory.tokens_read)
+    tokens_read = jnp.where(batch.restart, jnp.uint32(0), memory.tokens_read)
 
     def accumulate(carry, part):
       total, memory = carry
       index, tokens_BT = part
-      if memory is not None:  # each part's streams begin where all do
-        memory = memory.replace(tokens_read=tokens_read)
+      memory = memory.at(tokens_read)  # Each part's streams begin where all do.
       (_, (aux, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.params,
         tokens_BT,
@@ -128,12 +120,9 @@ def make_train_step(config):
       "stop": parallel.total(batch.stop),
       "masks": mask_params(updated.params, model_config),
     } | mask_metrics(updated.params, model_config)
-    if memory is not None:
-      # What was written stands where nothing is looked at: to go back is to
-      # have read nothing.
-      memory = memory.replace(
-        tokens_read=jnp.where(finite, memory.tokens_read, tokens_read)
-      )
+    # What was written stands where nothing is visible: to go back is to have
+    # read nothing.
+    memory = memory.at(jnp.where(finite, memory.tokens_read, tokens_read))
     return updated, memory, metrics
 
   return parallel.train_step(step)
@@ -142,7 +131,7 @@ def make_train_step(config):
 def start_memory(config: ModelConfig, streams: int):
   """The memory of this process' devices, of so many streams each, or None."""
   if not config.memory_tokens:
-    return None
+    return Stateless(config.n_layer)
   return parallel.on_each_device(
     lambda: init_memory(config, streams, config.context_tokens)
   )
@@ -168,7 +157,7 @@ def batch_shapes(config) -> Batch:
 def mask_metrics(params, config: ModelConfig):
   """Means over all heads: span in tokens, open share of the distances."""
   layers = mask_params(params, config)
-  T = config.reach_tokens
+  T = config.max_context_tokens
   return {
     "span_mean": jnp.mean(jnp.stack([mask.span for mask in layers])),
     "open_share": jnp.mean(
@@ -187,8 +176,9 @@ def make_eval_step(config: ModelConfig):
 
   def step(params, memory, tokens):
     tokens = tokens.astype(jnp.int32)
-    out = model.apply({"params": params}, tokens[:, :-1], memory=memory)
-    logits_BTV, memory = (out, None) if memory is None else out
+    logits_BTV, memory = model.apply(
+      {"params": params}, tokens[:, :-1], state=memory
+    )
     return memory, cross_entropy(logits_BTV, tokens[:, 1:])
 
   return parallel.eval_step(step)

@@ -1,4 +1,4 @@
-"""A run of an earlier version evaluates, samples and resumes as it did there."""
+"""A run of an earlier version evaluates, samples and resumes as it did."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def run(tmp_path):
 
 def test_evaluates_as_it_did(main, run, text):
   for expected in lines(OLDER / "then" / "evals.jsonl"):
-    code, out, err = main(
+    code, _, err = main(
       "--mode=eval",
       f"--workdir={run}",
       "--split=test",

@@ -8,7 +8,7 @@ import pytest
 
 from adaptive_attention import accounting
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import mask_params
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.modes import bench
 from adaptive_attention.training import (
   checkpoint,

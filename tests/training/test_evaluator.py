@@ -10,7 +10,8 @@ import pytest
 
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import SettingsError
-from adaptive_attention.model import Transformer, init_memory
+from adaptive_attention.model import Transformer
+from adaptive_attention.state import init_memory
 from adaptive_attention.training import evaluator, parallel
 from adaptive_attention.training.steps import cross_entropy
 

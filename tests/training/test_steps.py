@@ -300,7 +300,7 @@ def test_a_signal_on_one_device_is_seen_by_all(tiny):
 
 def test_metrics_are_those_of_the_parameters(tiny):
   from adaptive_attention import masks
-  from adaptive_attention.model import mask_params
+  from adaptive_attention.mask_parameters import mask_params
 
   state, history = train(tiny, 1)
   layers = mask_params(state.params, ModelConfig(**tiny.model))

@@ -1,0 +1,260 @@
+"""Self-attention whose heads learn spans and waves, as a Flax (linen) layer."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import masks, positions, state
+from adaptive_attention.config import MaskBounds, ModelConfig, WaveBounds
+from adaptive_attention.mask_parameters import (
+  initializer,
+  mask_from_logits,
+  parameter_names,
+)
+
+Initializer = jax.nn.initializers.Initializer
+_RELATIVE_INIT = nn.initializers.normal(0.02)
+POSITIONS = (None, "rotary", "relative")
+
+
+def flat_dot_general(x, kernel, dimension_numbers, precision=None, **kwargs):
+  """Returns x_...D @ kernel_DF as one product of two matrices, for `nn.Dense`.
+
+  The same product over more than one leading axis has a gradient of the kernel
+  for which XLA's CPU backend transposes all activations, element by element.
+  """
+  y = jax.lax.dot_general(
+    x.reshape(-1, x.shape[-1]),
+    kernel,
+    (((1,), (0,)), ((), ())),
+    precision,
+    **kwargs,
+  )
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def relative_vectors(module: nn.Module, distances: int, K: int) -> jax.Array:
+  """Returns (R, K), a vector for each distance, parameters of the module."""
+  return module.param("relative", _RELATIVE_INIT, (distances, K), jnp.float32)
+
+
+class AdaptiveSelfAttention(nn.Module):
+  """Causal self-attention; each head learns how far and at what it looks.
+
+  y = out(attend(q, k, v, mask)), (q, k, v) = qkv(x), with the mask of each head
+  out of its own parameters: see `attention.attend` and `masks` for the formulas
+  (Sukhbaatar et al. 2019, "Adaptive Attention Span in Transformers", for the
+  span). Fields that `flax.linen.MultiHeadDotProductAttention` has too mean the
+  same and have the same defaults.
+
+  Attributes:
+    num_heads: H.
+    qkv_features: of queries, keys and values over all heads, H K; by default
+      the last axis of the input.
+    out_features: of the output; by default the last axis of the input.
+    dropout_rate: the share of attention weights to drop.
+    deterministic: whether nothing is dropped; here or at the call.
+    dtype: what is computed in, float32 or bfloat16; by default that of inputs
+      and parameters together. Masks and the softmax are float32 always.
+    param_dtype: of the linear layers; spans and waves are float32 always.
+    precision: of the linear layers.
+    kernel_init, out_kernel_init, bias_init: the initializers; that of the
+      output's kernel is `kernel_init` if it is not given.
+    use_bias: whether the linear layers have biases.
+    max_span: the longest span that a head can learn, in tokens. Without one the
+      heads have no masks and look at all earlier tokens.
+    ramp: R, the soft end of a span, in tokens.
+    span_init: the share of max_span that spans begin with.
+    span_coef: nats per token of the penalty, for `regularizer`.
+    wave: the bounds of the waves, or None for heads without waves.
+    position: "rotary", "relative" (a vector for each distance, which is a
+      parameter of the layer unless it is given at the call), or None.
+    out_dropout_rate: the share of the output to drop.
+    window_tokens: without spans, over how many tokens a head looks back, itself
+      included; None for all.
+    implementation: of attention, as of `attend`; None for the best one.
+
+  Raises:
+    ValueError: fields that are not possible or do not fit each other.
+  """
+
+  num_heads: int
+  qkv_features: int | None = None
+  out_features: int | None = None
+  dropout_rate: float = 0.0
+  deterministic: bool | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  precision: Any = None
+  kernel_init: Initializer = nn.linear.default_kernel_init
+  out_kernel_init: Initializer | None = None
+  bias_init: Initializer = nn.initializers.zeros_init()
+  use_bias: bool = True
+  max_span: float | None = None
+  ramp: float = ModelConfig.ramp
+  span_init: float = ModelConfig.span_init
+  span_coef: float = ModelConfig.span_coef
+  wave: WaveBounds | None = None
+  position: str | None = None
+  out_dropout_rate: float = 0.0
+  window_tokens: int | None = None
+  implementation: str | None = None
+
+  @property
+  def mask_bounds(self) -> MaskBounds:
+    """What makes masks of the parameters."""
+    return MaskBounds(
+      self.num_heads, self.max_span, self.ramp, self.wave, self.span_coef
+    )
+
+  def __call__(
+    self, x_BTD: jax.Array, *, deterministic: bool | None = None
+  ) -> jax.Array:
+    """Returns y_BTD of a sequence: each token looks at itself and earlier ones.
+
+    Args:
+      x_BTD: B sequences of T tokens.
+      deterministic: whether nothing is dropped; here or as a field, where there
+        is dropout. Otherwise `rngs={"dropout": key}` is needed.
+    """
+    return self.extend(x_BTD, deterministic)[0]
+
+  @nn.compact
+  def extend(
+    self,
+    x_BTD: jax.Array,
+    deterministic: bool | None = None,
+    layer_state: state.LayerState | None = None,
+    tokens_read: jax.Array | np.uint32 | int = 0,
+    position: jax.Array | None = None,
+    relative_RK: jax.Array | None = None,
+  ) -> tuple[jax.Array, state.LayerState | None]:
+    """Returns (y_BTD, the state with these tokens) of the next T tokens.
+
+    Args:
+      layer_state: what is kept of earlier tokens, or None.
+      tokens_read: how many tokens of each sequence came before.
+      position: (T,) or (B, T), where these tokens stand if it is not there.
+      relative_RK: the vectors of distances, in place of the layer's own.
+    """
+    B, T, D = x_BTD.shape
+    features = self.qkv_features or D
+    self._check(features)
+    drops = self._drops(deterministic)
+    qkv = self._dense(3 * features, self.kernel_init, "qkv")(x_BTD)
+    q_BTHK, k_BTHK, v_BTHK = (
+      x.reshape(B, T, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1)
+    )
+    if position is None:
+      position = jnp.arange(T, dtype=jnp.uint32) + tokens_read
+    if self.position == "rotary":
+      q_BTHK, k_BTHK = (positions.rotate(x, position) for x in (q_BTHK, k_BTHK))
+    elif self.position == "relative" and relative_RK is None:
+      relative_RK = self._relative(features // self.num_heads)
+    y_BTHK, layer_state = state.attend(
+      layer_state,
+      *(q_BTHK, k_BTHK, v_BTHK),
+      self._mask(T, layer_state is None),
+      tokens_read=tokens_read,
+      relative_RK=relative_RK,
+      implementation=self.implementation,
+      **self._dropout(drops),
+    )
+    out_init = self.out_kernel_init or self.kernel_init
+    y_BTD = self._dense(self.out_features or D, out_init, "out")(
+      y_BTHK.reshape(B, T, features)
+    )
+    y_BTD = nn.Dropout(self.out_dropout_rate)(y_BTD, deterministic=not drops)
+    return y_BTD, layer_state
+
+  def _drops(self, deterministic: bool | None) -> bool:
+    """Returns whether anything is dropped in this call."""
+    if not max(self.dropout_rate, self.out_dropout_rate):
+      return False
+    return not nn.merge_param(
+      "deterministic", self.deterministic, deterministic
+    )
+
+  def _relative(self, K: int) -> jax.Array:
+    if self.max_span is None:
+      raise ValueError(
+        "position='relative' needs max_span, which says of how many distances "
+        "vectors are learned; give it, or relative_RK at the call"
+      )
+    return relative_vectors(self, math.ceil(self.max_span + self.ramp), K)
+
+  def _dense(self, features, kernel_init, name):
+    return nn.Dense(
+      features,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      precision=self.precision,
+      dot_general=flat_dot_general,
+      kernel_init=kernel_init,
+      bias_init=self.bias_init,
+      name=name,
+    )
+
+  def _dropout(self, drops: bool) -> dict[str, Any]:
+    """Returns the options of `attend` that drop attention weights."""
+    if not drops or not self.dropout_rate:
+      return {}
+    seed = jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
+    return {"dropout_rate": self.dropout_rate, "dropout_seed": seed}
+
+  def _mask(self, T: int, alone: bool) -> masks.Mask | None:
+    """Returns the mask of the T tokens, alone or after others; None for all."""
+    if self.max_span is None:
+      window = self.window_tokens
+      if window is None or (alone and T <= window):
+        return None
+      # m(d) is one up to the last distance, and zero at the next.
+      last_H = jnp.full(self.num_heads, window - 1.0)
+      return masks.Mask(last_H, ramp=1.0)
+    logits = {
+      name: self.param(
+        name,
+        initializer(name, self.span_init, self.wave),
+        (self.num_heads,),
+        jnp.float32,
+      )
+      for name in parameter_names(self.mask_bounds)
+    }
+    return mask_from_logits(logits, self.mask_bounds)
+
+  def _check(self, features: int) -> None:
+    def require(name, condition, expected, value=None):
+      if not condition:
+        value = getattr(self, name) if value is None else value
+        raise ValueError(
+          f"{name}={value!r} is not possible; expected {expected}"
+        )
+
+    H = self.num_heads
+    require("num_heads", H >= 1, "an integer of at least 1")
+    require(
+      "qkv_features", features % H == 0, f"a multiple of {H} heads", features
+    )
+    for name in ("dropout_rate", "out_dropout_rate"):
+      require(name, 0 <= getattr(self, name) < 1, "at least 0, less than 1")
+    require("position", self.position in POSITIONS, f"one of {POSITIONS}")
+    require(
+      "position",
+      self.position != "rotary" or features // H % 2 == 0,
+      f"another, as heads of an odd width, {features // H}, cannot be turned",
+    )
+    require(
+      "wave",
+      self.wave is None or self.max_span is not None,
+      "None where there is no max_span",
+    )
+    if self.max_span is None:
+      return
+    require("max_span", 0 < self.max_span < math.inf, "more than 0 tokens")
+    require("ramp", 0 < self.ramp < math.inf, "more than 0 tokens")
+    require("span_init", 0 < self.span_init < 1, "between 0 and 1")

@@ -1,0 +1,206 @@
+"""Logits to lengths and back: the one place where masks meet parameters.
+
+A length x between two bounds is low + (high - low) * sigmoid(logit); its logit
+is log(share / (1 - share)) with share = (x - low) / (high - low).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import masks, parameters
+from adaptive_attention.config import MaskBounds, ModelConfig, WaveBounds
+from adaptive_attention.parameters import MASK_PARAMETERS
+
+_EDGE = 1e-7  # of a share: at 0 and 1 there is no finite logit
+
+
+class HasMasks(Protocol):
+  """What has bounds for its masks: a layer, or a `ModelConfig`."""
+
+  @property
+  def mask_bounds(self) -> MaskBounds: ...
+
+
+def to_length(logit: jax.Array, low: float, high: float) -> jax.Array:
+  """Returns low + (high - low) * sigmoid(logit), in the units of the bounds."""
+  return low + (high - low) * jax.nn.sigmoid(logit)
+
+
+def to_logit(length: Any, low: float, high: float) -> np.ndarray:
+  """Returns the float32 logit of a length, the inverse of `to_length`.
+
+  Computed in float64 on the host. A length at a bound or beyond it gets the
+  logit of one a hair inside.
+  """
+  share = (np.asarray(length, np.float64) - low) / (high - low)
+  share = np.clip(share, _EDGE, 1 - _EDGE)
+  return np.log(share / (1 - share)).astype(np.float32)
+
+
+def _bounds_of(name: str, bounds: MaskBounds) -> tuple[float, float]:
+  """Returns (low, high) of the length that a mask parameter stands for."""
+  match name:
+    case "span_logit":
+      return 0.0, bounds.max_span
+    case "period_logit":
+      return bounds.wave.period_min, bounds.wave.period_max
+    case "ratio_logit":
+      return bounds.wave.ratio_min, bounds.wave.ratio_max
+  raise ValueError(f"{name!r} is no mask parameter; expected {MASK_PARAMETERS}")
+
+
+def parameter_names(bounds: MaskBounds) -> tuple[str, ...]:
+  """Returns the names of the mask parameters that a layer has."""
+  if bounds.max_span is None:
+    return ()
+  return MASK_PARAMETERS if bounds.wave else MASK_PARAMETERS[:1]
+
+
+def initializer(name: str, span_init: float, wave: WaveBounds | None):
+  """Returns the Flax initializer of a mask parameter.
+
+  Spans begin at the share `span_init` of the longest one, periods uniformly
+  between their bounds, and ratios at zero wherever that lies between theirs.
+  """
+  match name:
+    case "period_logit":
+      # The logit of a uniform share has the logistic distribution.
+      return lambda key, shape, dtype=jnp.float32: jax.random.logistic(
+        key, shape, dtype
+      )
+    case "span_logit":
+      share = span_init
+    case "ratio_logit":
+      share = -wave.ratio_min / (wave.ratio_max - wave.ratio_min)
+  return jax.nn.initializers.constant(math.log(share / (1 - share)))
+
+
+def mask_from_logits(
+  logits: Mapping[str, jax.Array], bounds: MaskBounds
+) -> masks.Mask:
+  """Returns the mask of one layer out of its own parameters by name."""
+  lengths = {
+    name: to_length(logits[name], *_bounds_of(name, bounds))
+    for name in parameter_names(bounds)
+  }
+  wave = None
+  if bounds.wave:
+    wave = masks.Wave(
+      lengths["period_logit"],
+      lengths["ratio_logit"],
+      bounds.wave.harmonics,
+      bounds.wave.integer,
+    )
+  return masks.Mask(lengths["span_logit"], bounds.ramp, wave)
+
+
+def mask_params(
+  params: Mapping, layer_or_config: HasMasks
+) -> tuple[masks.Mask, ...]:
+  """Returns one Mask per attention layer, first to last, from parameters alone.
+
+  Works for any tree that holds `AdaptiveSelfAttention` layers, of somebody
+  else's model too, apart or stacked by `nn.scan`. Their order is that of
+  `parameters.attention_layers`. Where no span is learned a head looks at all
+  that there is: the span is then context and memory of a ModelConfig, and
+  infinite of a layer by itself.
+
+  Args:
+    params: the tree of parameters.
+    layer_or_config: an `AdaptiveSelfAttention` whose fields all layers share,
+      or the ModelConfig.
+
+  Raises:
+    ValueError: there is no such layer, or one has other parameters.
+  """
+  bounds = layer_or_config.mask_bounds
+  dense = bounds.max_span is None
+  layers = parameters.attention_layers(params, dense)
+  if not layers:
+    kind = "without spans" if dense else "with spans"
+    raise ValueError(
+      f"the parameters hold no attention layer {kind}; give those of a model "
+      "that has AdaptiveSelfAttention layers of these settings"
+    )
+  if dense:
+    span_H = jnp.full(bounds.num_heads, bounds.causal_span)
+    return tuple(masks.Mask(span_H, bounds.ramp) for _ in layers)
+  for path, layer in layers:
+    _check_layer(path, layer, bounds)
+  return tuple(mask_from_logits(layer, bounds) for _, layer in layers)
+
+
+def _check_layer(path, layer, bounds):
+  names = parameter_names(bounds)
+  for name in names:
+    shape = jnp.shape(layer[name]) if name in layer else None
+    if shape != (bounds.num_heads,):
+      raise ValueError(
+        f"the attention layer {path!r} has {name} of the shape {shape}; "
+        f"expected ({bounds.num_heads},), one for each head, after the axes "
+        "that stack layers; give the settings that it was made with"
+      )
+  if extra := layer.keys() - {*names}:
+    raise ValueError(
+      f"the attention layer {path!r} has {', '.join(sorted(extra))} too; give "
+      "the settings that it was made with"
+    )
+
+
+def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
+  """Returns nats: span_coef * masks.penalty, summed over all layers.
+
+  A function of the parameters alone, added to the loss in training only; zero
+  where no spans are learned. See `masks.penalty` for the formula.
+
+  Args, Raises: as of `mask_params`.
+  """
+  bounds = layer_or_config.mask_bounds
+  layers = mask_params(params, layer_or_config)
+  if bounds.max_span is None:
+    return jnp.float32(0.0)
+  return bounds.span_coef * sum(masks.penalty(mask) for mask in layers)
+
+
+def with_lengths(params, layer_or_config: HasMasks, change):
+  """Returns the parameters with other lengths of spans and waves.
+
+  Args:
+    params: the tree of parameters.
+    layer_or_config: what they are of.
+    change: (name of a mask parameter, its lengths in float64) -> new lengths.
+  """
+  bounds = layer_or_config.mask_bounds
+
+  def of_leaf(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    if name not in parameter_names(bounds):
+      return leaf
+    low, high = _bounds_of(name, bounds)
+    length = np.asarray(to_length(jnp.asarray(leaf), low, high), np.float64)
+    changed = change(name, length)
+    return leaf if changed is length else to_logit(changed, low, high)
+
+  return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def hardened(params, config: ModelConfig):
+  """Returns (params, config) with spans of whole tokens and integer periods.
+
+  Then a wave is a stride, whose hidden keys generation does not read. Ratios
+  stay as they are.
+  """
+
+  def rounded(name, length):
+    return length if name == "ratio_logit" else np.round(length)
+
+  whole = with_lengths(params, config, rounded)
+  if config.attention == "span_wave":
+    config = dataclasses.replace(config, period="integer")
+  return whole, config
