@@ -33,11 +33,6 @@ _INIT_STD = 0.02
 _KERNEL_INIT = nn.initializers.normal(_INIT_STD)
 
 
-def _residual_init(config: ModelConfig) -> Initializer:
-  """Each block adds two branches to the stream: keep its variance at start."""
-  return nn.initializers.normal(_INIT_STD / math.sqrt(2 * config.n_layer))
-
-
 def _recomputed(module, method: str):
   """Returns a module whose method (x, deterministic, ...) keeps inputs only.
 
@@ -89,11 +84,54 @@ def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
   )
 
 
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)).
+def _branch_fields(config: ModelConfig) -> dict[str, Any]:
+  """Returns the fields that both branches of a block have."""
+  return {
+    "use_bias": config.bias,
+    "dtype": config.compute_dtype,
+    "kernel_init": _KERNEL_INIT,
+    # Each block adds two branches to the stream: keep its variance at start.
+    "out_kernel_init": nn.initializers.normal(
+      _INIT_STD / math.sqrt(2 * config.n_layer)
+    ),
+  }
 
-  The one place where a model's settings become fields of modules.
-  """
+
+def attention_layer(
+  config: ModelConfig, name: str | None = None
+) -> AdaptiveSelfAttention:
+  """Returns the attention layer of a model of these settings."""
+  return AdaptiveSelfAttention(
+    num_heads=config.n_head,
+    dropout_rate=config.dropout,
+    out_dropout_rate=config.dropout,
+    max_span=config.mask_bounds.max_span,
+    ramp=config.ramp,
+    span_init=config.span_init,
+    span_coef=config.span_coef,
+    wave=config.wave,
+    position=None if config.position == "learned" else config.position,
+    window_tokens=config.max_context_tokens,
+    implementation=None
+    if config.implementation == "auto"
+    else config.implementation,
+    name=name,
+    **_branch_fields(config),
+  )
+
+
+def _mlp(config: ModelConfig) -> MLP:
+  mlp = _recomputed(MLP, "__call__") if config.remat == "mlp" else MLP
+  return mlp(
+    hidden_features=4 * config.width,
+    dropout_rate=config.dropout,
+    name="mlp",
+    **_branch_fields(config),
+  )
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
 
   config: ModelConfig
 
@@ -109,7 +147,8 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, LayerState | None]:
     """Returns (y_BTD, the layer's state with these tokens); see the layer."""
     normed_BTD = _layer_norm(self.config, "norm_1")(x_BTD)
-    y_BTD, layer_state = self._attention().extend(
+    attention = attention_layer(self.config, name="attention")
+    y_BTD, layer_state = attention.extend(
       normed_BTD,
       deterministic,
       layer_state,
@@ -119,49 +158,11 @@ class Block(nn.Module):
     )
     x_BTD += y_BTD
     normed_BTD = _layer_norm(self.config, "norm_2")(x_BTD)
-    x_BTD += self._mlp()(normed_BTD, deterministic)
+    x_BTD += _mlp(self.config)(normed_BTD, deterministic)
     return x_BTD, layer_state
 
   def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
     return self.extend(x_BTD, deterministic)[0]
-
-  def _shared(self) -> dict[str, Any]:
-    """Returns the fields that both branches have."""
-    return {
-      "use_bias": self.config.bias,
-      "dtype": self.config.compute_dtype,
-      "kernel_init": _KERNEL_INIT,
-      "out_kernel_init": _residual_init(self.config),
-    }
-
-  def _attention(self) -> AdaptiveSelfAttention:
-    cfg = self.config
-    return AdaptiveSelfAttention(
-      num_heads=cfg.n_head,
-      dropout_rate=cfg.dropout,
-      out_dropout_rate=cfg.dropout,
-      max_span=cfg.mask_bounds.max_span,
-      ramp=cfg.ramp,
-      span_init=cfg.span_init,
-      span_coef=cfg.span_coef,
-      wave=cfg.wave,
-      position=None if cfg.position == "learned" else cfg.position,
-      window_tokens=cfg.max_context_tokens,
-      implementation=None
-      if cfg.implementation == "auto"
-      else cfg.implementation,
-      name="attention",
-      **self._shared(),
-    )
-
-  def _mlp(self) -> MLP:
-    mlp = _recomputed(MLP, "__call__") if self.config.remat == "mlp" else MLP
-    return mlp(
-      hidden_features=4 * self.config.width,
-      dropout_rate=self.config.dropout,
-      name="mlp",
-      **self._shared(),
-    )
 
 
 class Transformer(nn.Module):

@@ -11,12 +11,8 @@ import pytest
 
 from adaptive_attention import parameters
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import (
-  AdaptiveSelfAttention,
-  Block,
-  mask_params,
-  regularizer,
-)
+from adaptive_attention.mask_parameters import mask_params, regularizer
+from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer
 from configs import base
 from tests.test_model import randomized
@@ -41,7 +37,7 @@ class Pair(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, _):
     x_BTD = Block(self.config, name="block")(x_BTD)
-    attention = AdaptiveSelfAttention(self.config, name="cross_10")
+    attention = attention_layer(self.config, name="cross_10")
     return attention(x_BTD), None
 
 
@@ -53,7 +49,7 @@ class Stacked(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD):
-    x_BTD = AdaptiveSelfAttention(self.config, name="attention_0")(x_BTD)
+    x_BTD = attention_layer(self.config, name="attention_0")(x_BTD)
     body = Pair
     for length in reversed(self.lengths):
       body = nn.scan(

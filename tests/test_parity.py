@@ -12,12 +12,8 @@ from adaptive_attention import (
   masks,
   weights,
 )
-from adaptive_attention.model import (
-  AdaptiveSelfAttention,
-  Transformer,
-  mask_params,
-  regularizer,
-)
+from adaptive_attention.mask_parameters import mask_params, regularizer
+from adaptive_attention.model import Transformer, attention_layer
 from adaptive_attention.training import optimizer
 from adaptive_attention.training.steps import cross_entropy
 from configs import base
@@ -91,7 +87,7 @@ def test_masks_and_penalty(golden):
 
 
 def test_attention_alone_with_its_gradients(golden):
-  module = AdaptiveSelfAttention(golden.config)
+  module = attention_layer(golden.config)
   params = golden.params["block_0"]["attention"]
 
   def objective(params, x_BTD):

@@ -194,9 +194,8 @@ def test_what_is_kept_belongs_to_its_own_streams():
   logits, after = apply(
     {"params": params}, STREAM[:, :T], state=memory.of_streams(2)
   )
-  for before, now in zip(
-    jax.tree.leaves(rows(memory)), jax.tree.leaves(rows(after))
-  ):
+  held = (jax.tree.leaves(rows(x)) for x in (memory, after))
+  for before, now in zip(*held, strict=True):
     np.testing.assert_array_equal(now[:2], before[:2])
     np.testing.assert_array_equal(now[4:], before[4:])
     assert np.abs(now[2:4, :T]).min() > 0

@@ -10,11 +10,8 @@ import safetensors
 
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import (
-  Transformer,
-  mask_params,
-)
-from adaptive_attention.modes import export
+from adaptive_attention.mask_parameters import hardened, mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.training.checkpoint import Checkpoints
 from tests.modes.test_train import flags_with
 
@@ -66,7 +63,7 @@ def test_a_file_that_is_no_such_file_is_told(tmp_path):
 
 def test_hardened_masks_are_whole_and_the_rest_is_as_it_was():
   params = some_params()
-  whole, config = export.hardened(params, SMALL)
+  whole, config = hardened(params, SMALL)
   assert config.period == "integer"
   for before, after in zip(
     mask_params(params, SMALL), mask_params(whole, config)
@@ -80,7 +77,7 @@ def test_hardened_masks_are_whole_and_the_rest_is_as_it_was():
     np.testing.assert_array_equal(before.wave.ratio, after.wave.ratio)
   for name in ("embed", "norm", "position_0"):
     jax.tree.map(np.testing.assert_array_equal, params[name], whole[name])
-  again, _ = export.hardened(whole, config)
+  again, _ = hardened(whole, config)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
     again,

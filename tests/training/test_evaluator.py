@@ -182,7 +182,7 @@ def test_by_memory_it_is_what_one_stream_says(changes):
   memory, nats = init_memory(config, 1, 12), []
   for start in range(0, 396, 12):
     tokens = DATA[None, start : start + 13].astype(int)
-    logits, memory = apply({"params": params}, tokens[:, :-1], memory=memory)
+    logits, memory = apply({"params": params}, tokens[:, :-1], state=memory)
     nats.append(cross_entropy(logits, tokens[:, 1:]))
   placed = parallel.replicate(params)
   for batch_size in (1, 4, 32):
