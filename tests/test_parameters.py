@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from adaptive_attention import parameters
-from adaptive_attention.config import ModelConfig
+from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.layer import AdaptiveSelfAttention
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer
@@ -108,7 +109,7 @@ def test_layers_that_are_mapped_are_layers():
     AdaptiveSelfAttention,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-  )(CONFIG)
+  )(num_heads=2, max_span=40, wave=WaveBounds(), use_bias=False)
   params = members.init(jax.random.key(0), jnp.stack([X] * 4))["params"]
   assert params["span_logit"].shape == (4, 2)
   assert len(mask_params(params, CONFIG)) == 4
