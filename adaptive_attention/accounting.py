@@ -14,7 +14,7 @@ import numpy as np
 from adaptive_attention import masks
 from adaptive_attention.attention import decode, tiles
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.state import ring_rows
+from adaptive_attention.segment_memory import ring_rows
 
 
 def parameter_count(params) -> int:

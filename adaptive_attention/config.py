@@ -21,7 +21,7 @@ def defaults(settings: type) -> dict[str, Any]:
   return {field.name: field.default for field in dataclasses.fields(settings)}
 
 
-def _require(settings, name: str, condition: bool, expected: str) -> None:
+def _require(settings: Any, name: str, condition: bool, expected: str) -> None:
   if not condition:
     raise ValueError(
       f"{name}={getattr(settings, name)!r} is not possible; expected {expected}"

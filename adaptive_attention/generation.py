@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.kv_cache import cache_groups
 from adaptive_attention.model import Transformer
-from adaptive_attention.state import State, cache_groups, init_cache
+from adaptive_attention.state import State, init_cache
 
 BYTES = 256  # tokens below are bytes
 _CHUNK = 64  # tokens that one call makes at most, between prints
@@ -91,7 +92,13 @@ def _prefill(params, prompt_BT, config, groups):
   return logits_BTV[:, -1], state
 
 
-def sample(logits_BV, key_B, temperature, top_k, top_p):
+def sample(
+  logits_BV: jax.Array,
+  key_B: jax.Array,
+  temperature: Any,
+  top_k: Any,
+  top_p: Any,
+) -> jax.Array:
   """(B,) tokens drawn from softmax(logits / temperature), cut to the likeliest.
 
   Args:
@@ -123,16 +130,16 @@ def sample(logits_BV, key_B, temperature, top_k, top_p):
   static_argnames=("config", "draw_below"),
 )
 def go_on(
-  params,
+  params: Mapping,
   config: ModelConfig,
   state: State,
-  logits_BV,
-  key_B,
-  first,
-  count,
-  sampling,
+  logits_BV: jax.Array,
+  key_B: jax.Array,
+  first: Any,
+  count: Any,
+  sampling: tuple[Any, Any, Any],
   draw_below: int | None = None,
-):
+) -> tuple[jax.Array, jax.Array, State]:
   """Returns (tokens (B, _CHUNK), logits_BV, state) after `count` more tokens.
 
   One loop on the device. The first of them is the token number `first` of its
@@ -177,9 +184,10 @@ def step(
       f"tokens of the shape {tokens_B.shape} are not one of each sequence; "
       "give (B,)"
     )
-  logits_BTV, state = Transformer(config).apply(
+  called: Any = Transformer(config).apply(
     {"params": params}, tokens_B[:, None], state=state
   )
+  logits_BTV, state = called
   return logits_BTV[:, 0], state
 
 
@@ -197,18 +205,16 @@ def generate(
   draw_below: int | None = None,
   on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
-  """(B, steps) tokens that go on from B prompts of one length.
+  """Returns (B, steps) tokens that follow B prompts of one length.
 
-  Row b of any batch is drawn with its own key, fold_in(key, b), a token with
-  its place in the text: a text that is cut anywhere and gone on with from there
-  is the same. With rotary or relative positions there is no longest text. With
+  Row b is drawn with its own key, fold_in(key, b), and a token with its place
+  in the text, so that a text that is cut anywhere goes on the same. With rotary or relative positions there is no longest text. With
   learned ones the context slides: where it is full its later half is read anew
   as a prompt, at places that are the same for all texts.
 
   Args:
     params: the model's, concrete.
-    temperature, top_k, top_p: see `sample`.
-    cache: as of `state.cache_groups`.
+    temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text; None for
       any token of the model.
     on_tokens: called with each (B, n) new tokens as they come.
@@ -217,34 +223,35 @@ def generate(
     ValueError: arguments out of bounds.
   """
   check_sampling(temperature, top_k, top_p)
-  for name, value, least in (
-    ("steps", steps, 0),
-    ("draw_below", draw_below, 1),
-  ):
-    if value is not None and value < least:
-      raise ValueError(
-        f"{name}={value} is not possible; expected {least} or more"
-      )
+  _check_least("steps", steps, 0)
+  _check_least("draw_below", draw_below, 1)
   sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
   text_BT = np.asarray(_prompt(prompt_BT, config))
   B, prompt_length = text_BT.shape
   key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
-  made = 0
-  while made < steps:
-    window_BT, room = _window(config, text_BT, steps - made)
-    logits_BV, state = prefill(params, config, window_BT, cache)
-    while room:
-      count = min(room, _CHUNK)
-      tokens, logits_BV, state = go_on(
-        *(params, config, state, logits_BV, key_B),
-        *(prompt_length + made, count, sampling, draw_below),
-      )
-      new_BT = np.asarray(tokens)[:, :count]
-      text_BT = np.concatenate([text_BT, new_BT], axis=1)
-      made, room = made + count, room - count
-      if on_tokens:
-        on_tokens(new_BT)
+  end = prompt_length + steps
+  room = 0  # How many tokens can follow before the window is read anew.
+  while (length := text_BT.shape[1]) < end:
+    if not room:
+      window_BT, room = _window(config, text_BT, end - length)
+      logits_BV, state = prefill(params, config, window_BT, cache)
+    count = min(room, _CHUNK)
+    tokens, logits_BV, state = go_on(
+      *(params, config, state, logits_BV, key_B),
+      *(length, count, sampling, draw_below),
+    )
+    new_BT = np.asarray(tokens)[:, :count]
+    text_BT, room = np.concatenate([text_BT, new_BT], axis=1), room - count
+    if on_tokens:
+      on_tokens(new_BT)
   return text_BT[:, prompt_length:]
+
+
+def _check_least(name: str, value: int | None, least: int) -> None:
+  if value is not None and value < least:
+    raise ValueError(
+      f"{name}={value} is not possible; expected {least} or more"
+    )
 
 
 def _window(config, text_BT, steps):
@@ -261,7 +268,7 @@ def _window(config, text_BT, steps):
   return text_BT[:, start:], min(steps, start + N - length + 1)
 
 
-def check_sampling(temperature, top_k, top_p):
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
   """That they can be drawn with.
 
   Raises:

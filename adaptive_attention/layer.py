@@ -1,12 +1,12 @@
 """Self-attention whose heads learn spans and waves, as a Flax (linen) layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adaptive_attention import masks, positions, state
 from adaptive_attention.config import MaskBounds, ModelConfig, WaveBounds
@@ -16,12 +16,18 @@ from adaptive_attention.mask_parameters import (
   parameter_names,
 )
 
-Initializer = jax.nn.initializers.Initializer
+Initializer = Callable[..., jax.Array]
 _RELATIVE_INIT = nn.initializers.normal(0.02)
 POSITIONS = (None, "rotary", "relative")
 
 
-def flat_dot_general(x, kernel, dimension_numbers, precision=None, **kwargs):
+def flat_dot_general(
+  x: jax.Array,
+  kernel: jax.Array,
+  dimension_numbers: Any,
+  precision: Any = None,
+  **options: Any,
+) -> jax.Array:
   """Returns x_...D @ kernel_DF as one product of two matrices, for `nn.Dense`.
 
   The same product over more than one leading axis has a gradient of the kernel
@@ -32,7 +38,7 @@ def flat_dot_general(x, kernel, dimension_numbers, precision=None, **kwargs):
     kernel,
     (((1,), (0,)), ((), ())),
     precision,
-    **kwargs,
+    **options,
   )
   return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -129,7 +135,7 @@ class AdaptiveSelfAttention(nn.Module):
     x_BTD: jax.Array,
     deterministic: bool | None = None,
     layer_state: state.LayerState | None = None,
-    tokens_read: jax.Array | np.uint32 | int = 0,
+    tokens_read: state.TokensRead = 0,
     position: jax.Array | None = None,
     relative_RK: jax.Array | None = None,
   ) -> tuple[jax.Array, state.LayerState | None]:
@@ -187,7 +193,9 @@ class AdaptiveSelfAttention(nn.Module):
       )
     return relative_vectors(self, math.ceil(self.max_span + self.ramp), K)
 
-  def _dense(self, features, kernel_init, name):
+  def _dense(
+    self, features: int, kernel_init: Initializer, name: str
+  ) -> nn.Dense:
     return nn.Dense(
       features,
       use_bias=self.use_bias,
@@ -219,7 +227,7 @@ class AdaptiveSelfAttention(nn.Module):
     logits = {
       name: self.param(
         name,
-        initializer(name, self.span_init, self.wave),
+        initializer(name, self.span_init, self.mask_bounds),
         (self.num_heads,),
         jnp.float32,
       )
@@ -228,7 +236,9 @@ class AdaptiveSelfAttention(nn.Module):
     return mask_from_logits(logits, self.mask_bounds)
 
   def _check(self, features: int) -> None:
-    def require(name, condition, expected, value=None):
+    def require(
+      name: str, condition: bool, expected: str, value: Any = None
+    ) -> None:
       if not condition:
         value = getattr(self, name) if value is None else value
         raise ValueError(

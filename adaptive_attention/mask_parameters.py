@@ -6,7 +6,7 @@ is log(share / (1 - share)) with share = (x - low) / (high - low).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -45,14 +45,17 @@ def to_logit(length: Any, low: float, high: float) -> np.ndarray:
 
 def _bounds_of(name: str, bounds: MaskBounds) -> tuple[float, float]:
   """Returns (low, high) of the length that a mask parameter stands for."""
+  wave = bounds.wave or WaveBounds()
   match name:
     case "span_logit":
-      return 0.0, bounds.max_span
+      return 0.0, bounds.max_span or 0.0
     case "period_logit":
-      return bounds.wave.period_min, bounds.wave.period_max
+      return wave.period_min, wave.period_max
     case "ratio_logit":
-      return bounds.wave.ratio_min, bounds.wave.ratio_max
-  raise ValueError(f"{name!r} is no mask parameter; expected {MASK_PARAMETERS}")
+      return wave.ratio_min, wave.ratio_max
+  raise ValueError(
+    f"{name!r} is not a mask parameter; expected one of {MASK_PARAMETERS}"
+  )
 
 
 def parameter_names(bounds: MaskBounds) -> tuple[str, ...]:
@@ -62,22 +65,21 @@ def parameter_names(bounds: MaskBounds) -> tuple[str, ...]:
   return MASK_PARAMETERS if bounds.wave else MASK_PARAMETERS[:1]
 
 
-def initializer(name: str, span_init: float, wave: WaveBounds | None):
+def initializer(
+  name: str, span_init: float, bounds: MaskBounds
+) -> Callable[..., jax.Array]:
   """Returns the Flax initializer of a mask parameter.
 
   Spans begin at the share `span_init` of the longest one, periods uniformly
   between their bounds, and ratios at zero wherever that lies between theirs.
   """
-  match name:
-    case "period_logit":
-      # The logit of a uniform share has the logistic distribution.
-      return lambda key, shape, dtype=jnp.float32: jax.random.logistic(
-        key, shape, dtype
-      )
-    case "span_logit":
-      share = span_init
-    case "ratio_logit":
-      share = -wave.ratio_min / (wave.ratio_max - wave.ratio_min)
+  if name == "period_logit":
+    # The logit of a uniform share has the logistic distribution.
+    return jax.random.logistic
+  share = span_init
+  if name == "ratio_logit":
+    low, high = _bounds_of(name, bounds)
+    share = -low / (high - low)
   return jax.nn.initializers.constant(math.log(share / (1 - share)))
 
 
@@ -136,7 +138,9 @@ def mask_params(
   return tuple(mask_from_logits(layer, bounds) for _, layer in layers)
 
 
-def _check_layer(path, layer, bounds):
+def _check_layer(
+  path: str, layer: Mapping[str, jax.Array], bounds: MaskBounds
+) -> None:
   names = parameter_names(bounds)
   for name in names:
     shape = jnp.shape(layer[name]) if name in layer else None
@@ -168,7 +172,11 @@ def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
   return bounds.span_coef * sum(masks.penalty(mask) for mask in layers)
 
 
-def with_lengths(params, layer_or_config: HasMasks, change):
+def with_lengths(
+  params: Any,
+  layer_or_config: HasMasks,
+  change: Callable[[str, np.ndarray], np.ndarray],
+) -> Any:
   """Returns the parameters with other lengths of spans and waves.
 
   Args:
@@ -178,7 +186,7 @@ def with_lengths(params, layer_or_config: HasMasks, change):
   """
   bounds = layer_or_config.mask_bounds
 
-  def of_leaf(path, leaf):
+  def of_leaf(path: Any, leaf: Any) -> Any:
     name = jax.tree_util.keystr(path[-1:], simple=True)
     if name not in parameter_names(bounds):
       return leaf
@@ -190,14 +198,14 @@ def with_lengths(params, layer_or_config: HasMasks, change):
   return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def hardened(params, config: ModelConfig):
+def hardened(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
   """Returns (params, config) with spans of whole tokens and integer periods.
 
   Then a wave is a stride, whose hidden keys generation does not read. Ratios
   stay as they are.
   """
 
-  def rounded(name, length):
+  def rounded(name: str, length: np.ndarray) -> np.ndarray:
     return length if name == "ratio_logit" else np.round(length)
 
   whole = with_lengths(params, config, rounded)

@@ -25,7 +25,6 @@ from adaptive_attention.state import (
   LayerState,
   State,
   Stateless,
-  known,
 )
 
 _NORM_EPSILON = 1e-5
@@ -33,7 +32,7 @@ _INIT_STD = 0.02
 _KERNEL_INIT = nn.initializers.normal(_INIT_STD)
 
 
-def _recomputed(module, method: str):
+def _recomputed(module: Any, method: str) -> Any:
   """Returns a module whose method (x, deterministic, ...) keeps inputs only.
 
   The backward pass computes what is inside again.
@@ -59,7 +58,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
-    def dense(features, kernel_init, name):
+    def dense(features: int, kernel_init: Initializer, name: str) -> nn.Dense:
       return nn.Dense(
         features,
         use_bias=self.use_bias,
@@ -179,8 +178,8 @@ class Transformer(nn.Module):
     tokens_BT: jax.Array,
     *,
     train: bool = False,
-    state: State | None = None,
-  ):
+    state: State | Stateless | None = None,
+  ) -> Any:
     """Returns logits_BTV, or (logits_BTV, state) where a state is given.
 
     Args:
@@ -196,8 +195,8 @@ class Transformer(nn.Module):
         logits of positions beyond the learned ones are nan.
     """
     if state is None:
-      state = Stateless(self.config.n_layer)
-      return self.extend(tokens_BT, not train, state)[0]
+      alone = Stateless(self.config.n_layer)
+      return self.extend(tokens_BT, not train, alone)[0]
     return self.extend(tokens_BT, not train, state)
 
   @nn.compact
@@ -239,7 +238,7 @@ class Transformer(nn.Module):
       layers.append(layer_state)
     return self._logits(x_BTD, embed), state.after(layers, T)
 
-  def _logits(self, x_BTD, embed: nn.Embed) -> jax.Array:
+  def _logits(self, x_BTD: jax.Array, embed: nn.Embed) -> jax.Array:
     return jnp.einsum(
       "btd,vd->btv",
       _layer_norm(self.config, "norm")(x_BTD),
@@ -247,7 +246,9 @@ class Transformer(nn.Module):
       preferred_element_type=jnp.float32,
     )
 
-  def _learned_positions(self, layer: int, T: int, state: State) -> jax.Array:
+  def _learned_positions(
+    self, layer: int, T: int, state: State | Stateless
+  ) -> jax.Array:
     """Returns (T, D) of the next T positions; nan where there are none."""
     table = self.param(
       f"position_{layer}",
@@ -255,15 +256,15 @@ class Transformer(nn.Module):
       (self.config.context_tokens, self.config.width),
       jnp.float32,
     )
-    read = known(state.tokens_read)
+    read = state.known_tokens_read
     if read is not None:
       return table[read : read + T]
     position_T = state.tokens_read + jnp.arange(T, dtype=jnp.uint32)
     return table.at[position_T].get(mode="fill", fill_value=jnp.nan)
 
-  def _check_length(self, T: int, state: State) -> None:
+  def _check_length(self, T: int, state: State | Stateless) -> None:
     cfg = self.config
-    end = (known(state.tokens_read) or 0) + T  # or more, where that is traced
+    end = (state.known_tokens_read or 0) + T  # or more, where that is traced
     if cfg.position == "learned" and end > cfg.context_tokens:
       raise ValueError(
         f"{end} tokens are more than the {cfg.context_tokens} for which "

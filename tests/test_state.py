@@ -11,7 +11,8 @@ import pytest
 from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import Transformer
-from adaptive_attention.state import init_memory, ring_rows, tokens_before
+from adaptive_attention.segment_memory import ring_rows, tokens_before
+from adaptive_attention.state import init_memory
 from adaptive_attention.training.steps import cross_entropy
 from tests.test_model import randomized
 

@@ -131,31 +131,33 @@ def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:
   )
 
 
-def put(ring_BGPYK, new_BGK, tokens_read):
-  """Returns the ring with one token in the row of its oldest, in place."""
-  _, _, P, Y, _ = ring_BGPYK.shape
-  position = jnp.asarray(tokens_read).astype(jnp.int32)
-  row = (position // P) % Y
-  at = [jnp.asarray(i, jnp.int32) for i in (0, 0, position % P, row, 0)]
-  return lax.dynamic_update_slice(
-    ring_BGPYK, new_BGK[:, :, None, None].astype(ring_BGPYK.dtype), at
-  )
-
-
-def put_all(group: Group, ring_BGPYK, new_BTGK, tokens_read):
+def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
   """Returns the ring with T tokens in the rows of its oldest.
 
-  The tokens stand at the positions from `tokens_read` on.
+  The tokens stand at the positions from `tokens_read` on. One token is written
+  in place.
   """
-  P, Y, T = group.period, group.rows, new_BTGK.shape[1]
   first = jnp.asarray(tokens_read).astype(jnp.int32)
+  new_BGTK = new_BTGK.swapaxes(1, 2).astype(ring_BGPYK.dtype)
+  if new_BGTK.shape[2] == 1:
+    return _put_one(group, ring_BGPYK, new_BGTK, first)
+  P, Y, T = group.period, group.rows, new_BGTK.shape[2]
   # The newest position of each class and row.
   c_P1, y_1Y = np.arange(P)[:, None], np.arange(Y)[None]
   newest_P1 = (first + T - 1 - c_P1) // P
   t_PY = P * (newest_P1 - (newest_P1 - y_1Y) % Y) + c_P1 - first
-  rows = new_BTGK.swapaxes(1, 2)[:, :, jnp.maximum(t_PY, 0)]
-  rows = rows.astype(ring_BGPYK.dtype)
+  rows = new_BGTK[:, :, jnp.maximum(t_PY, 0)]
   return jnp.where((t_PY >= 0)[..., None], rows, ring_BGPYK)
+
+
+def _put_one(group, ring_BGPYK, new_BG1K, position):
+  P, Y = group.period, group.rows
+  at = (0, 0, position % P, (position // P) % Y, 0)
+  return lax.dynamic_update_slice(
+    ring_BGPYK,
+    new_BG1K[:, :, None],
+    [jnp.asarray(i, jnp.int32) for i in at],
+  )
 
 
 def in_order(group: Group, ring_BGPYK, tokens_read):

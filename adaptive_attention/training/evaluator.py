@@ -12,7 +12,8 @@ from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.state import Stateless, tokens_before
+from adaptive_attention.segment_memory import tokens_before
+from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   batches,
   parallel,

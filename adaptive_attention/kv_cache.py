@@ -1,0 +1,162 @@
+"""The KV cache of texts that are written: what each head can still see.
+
+After training spans and waves are numbers, and they give the cache its shape:
+see `attention.decode`.
+"""
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import masks
+from adaptive_attention.attention import attend, decode
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import mask_params
+
+CACHES = ("spans", "dense")
+
+
+class KVCache(flax.struct.PyTreeNode):
+  """What a layer's heads can still see, of sequences that are written.
+
+  Attributes:
+    k, v: of each group (B, G, P, Y, K), as `attention.decode` has them.
+    bias: of each group (G, r, Y) log m + log w by distance; -inf where hidden.
+    groups: static; the groups of heads.
+  """
+
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+  bias: tuple[jax.Array, ...]
+  groups: tuple[decode.Group, ...] = flax.struct.field(pytree_node=False)
+
+  def attend(
+    self,
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    mask: masks.Mask | None,
+    *,
+    tokens_read: jax.Array | np.uint32 | int,
+    relative_RK: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    implementation: str | None = None,
+  ) -> tuple[jax.Array, "KVCache"]:
+    """Appends T tokens, and attends over what the heads can see.
+
+    One token looks into the cache, by masks as they were when it was made; more
+    of them look at each other too, by `mask`. An `implementation` is that of
+    the latter.
+
+    Raises:
+      ValueError: another number of sequences than the cache has.
+      NotImplementedError: dropout.
+    """
+    del dropout_seed  # There is no dropout here.
+    B, T = q_BTHK.shape[:2]
+    if (sequences := self.k[0].shape[0]) != B:
+      raise ValueError(
+        f"the cache is of {sequences} sequence(s), not of {B}; make one by "
+        f"init_cache(params, config, batch={B})"
+      )
+    if dropout_rate:
+      raise NotImplementedError(
+        f"dropout_rate={dropout_rate} cannot be served out of a cache; call "
+        "the model without train=True"
+      )
+    k, v = (
+      self._appended(rings, x_BTHK, tokens_read)
+      for rings, x_BTHK in ((self.k, k_BTHK), (self.v, v_BTHK))
+    )
+    if T == 1:
+      out_BTHK = decode.attend_one(
+        self.groups, q_BTHK, k, v, self.bias, tokens_read, relative_RK
+      )
+    else:
+      out_BTHK = self._attend_to_all(
+        *(q_BTHK, k_BTHK, v_BTHK, mask, tokens_read),
+        relative_RK=relative_RK,
+        implementation=implementation,
+      )
+    return out_BTHK, self.replace(k=k, v=v)
+
+  def _appended(
+    self,
+    rings: tuple[jax.Array, ...],
+    x_BTHK: jax.Array,
+    tokens_read: jax.Array | np.uint32 | int,
+  ) -> tuple[jax.Array, ...]:
+    """Returns the rings of all groups with T more tokens."""
+    return tuple(
+      decode.put(group, ring, x_BTHK[:, :, np.array(group.heads)], tokens_read)
+      for group, ring in zip(self.groups, rings, strict=True)
+    )
+
+  def _attend_to_all(
+    self, q_BTHK, k_BTHK, v_BTHK, mask, tokens_read, **options
+  ):
+    """Attends to what is in the cache and to the new tokens."""
+    if known(tokens_read) == 0:  # Then nothing in the cache is visible.
+      return attend(q_BTHK, k_BTHK, v_BTHK, mask, **options)
+    out_BTHK = jnp.zeros_like(q_BTHK)
+    for group, k, v in zip(self.groups, self.k, self.v, strict=True):
+      heads = np.array(group.heads)
+      k_BSGK, v_BSGK = (
+        jnp.concatenate(
+          [decode.in_order(group, ring, tokens_read), x[:, :, heads]], axis=1
+        )
+        for ring, x in ((k, k_BTHK), (v, v_BTHK))
+      )
+      older = group.ring_rows
+      read = jnp.minimum(tokens_read, older).astype(jnp.int32)
+      out_BTGK = attend(
+        q_BTHK[:, :, heads],
+        k_BSGK,
+        v_BSGK,
+        jax.tree.map(lambda x_H, heads=heads: x_H[heads], mask),
+        memory=older,
+        first_key=older - read,
+        **options,
+      )
+      out_BTHK = out_BTHK.at[:, :, heads].set(out_BTGK)
+    return out_BTHK
+
+  @property
+  def nbytes(self) -> int:
+    return sum(x.nbytes for x in (*self.k, *self.v))
+
+
+def known(tokens_read: jax.Array | np.uint32 | int) -> int | None:
+  """Returns how many tokens were read; None where that is traced."""
+  if isinstance(tokens_read, jax.core.Tracer):
+    return None
+  return int(tokens_read)
+
+
+def cache_groups(
+  params: Mapping, config: ModelConfig, cache: str = "spans"
+) -> tuple[tuple[decode.Group, ...], ...]:
+  """Returns the groups of heads of each layer, whose rings are of one size.
+
+  Args:
+    params: concrete, as the sizes follow from the spans.
+    cache: "spans", rings as long as each head's reach, or "dense", all as long
+      as any head could look.
+
+  Raises:
+    ValueError: another kind of cache.
+  """
+  match cache:
+    case "spans":
+      return tuple(
+        decode.groups_of(jax.tree.map(np.asarray, mask), config.cache_tokens)
+        for mask in mask_params(params, config)
+      )
+    case "dense":
+      dense = decode.dense_groups(config.n_head, config.cache_tokens)
+      return (dense,) * config.n_layer
+  raise ValueError(f"cache={cache!r} is unknown; choose one of {CACHES}")

@@ -1,0 +1,93 @@
+"""Segment memory: the keys and values of the tokens before a segment.
+
+As in Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019; no gradient
+flows through what is older than the segment.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import masks
+from adaptive_attention.attention import attend_ring
+from adaptive_attention.attention.ring import Ring
+
+
+class SegmentKV(flax.struct.PyTreeNode):
+  """The keys and values of a layer's streams, in rows of rings.
+
+  Attributes:
+    k, v: (N, S, H, K) of N streams, as in a `Ring`.
+    memory_tokens: static; how many tokens before a segment can be seen.
+    first_stream: which of the N streams a call begins with; None for the first.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  memory_tokens: int = flax.struct.field(pytree_node=False)
+  first_stream: jax.Array | int | None = None
+
+  def attend(
+    self,
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    mask: masks.Mask | None,
+    *,
+    tokens_read: jax.Array | np.uint32 | int,
+    **options: Any,
+  ) -> tuple[jax.Array, "SegmentKV"]:
+    """Appends T tokens in place of the oldest, and attends over what is there.
+
+    Raises:
+      ValueError: another number of tokens than it was made for.
+    """
+    T, S = k_BTHK.shape[1], self.k.shape[1]
+    if ring_rows(self.memory_tokens, T) != S:
+      raise ValueError(
+        f"rings of {S} rows do not serve calls with {T} tokens over a memory "
+        f"of {self.memory_tokens}, which need "
+        f"{ring_rows(self.memory_tokens, T)}; make the state by "
+        f"init_memory(config, streams, {T})"
+      )
+    stream = 0 if self.first_stream is None else self.first_stream
+    tokens_read = jnp.asarray(tokens_read, jnp.uint32)
+    first_row = (tokens_read % S).astype(jnp.int32)
+    read = jnp.minimum(tokens_read, self.memory_tokens).astype(jnp.int32)
+    out_BTHK, ring = attend_ring(
+      Ring(self.k, self.v, first_row, stream),
+      *(q_BTHK, k_BTHK, v_BTHK, mask),
+      first_key=S - T - read,
+      **options,
+    )
+    return out_BTHK, self.replace(k=ring.k_NSHK, v=ring.v_NSHK)
+
+  @property
+  def nbytes(self) -> int:
+    return self.k.nbytes + self.v.nbytes
+
+
+def ring_rows(memory_tokens: int, T: int) -> int:
+  """S: room for the memory, in whole segments of T tokens, and for one more."""
+  return (-(-memory_tokens // T) + 1) * T
+
+
+def tokens_before(reach_L: Sequence[int], memory_tokens: int, T: int) -> int:
+  """How many tokens before a segment its logits depend on, through all layers.
+
+  A layer looks as far back as its longest reach, at most as far as the memory
+  before the segment of the query. What it finds there has looked back itself.
+
+  Args:
+    reach_L: over how many tokens each layer looks back, first to last.
+    memory_tokens, T: tokens before a segment, and of one.
+  """
+  first = 0
+  for reach in reversed(reach_L):
+    segment_start = first // T * T
+    first = max(segment_start - memory_tokens, first - (reach - 1))
+  return -first
