@@ -208,9 +208,9 @@ def generate(
   """Returns (B, steps) tokens that follow B prompts of one length.
 
   Row b is drawn with its own key, fold_in(key, b), and a token with its place
-  in the text, so that a text that is cut anywhere goes on the same. With rotary or relative positions there is no longest text. With
-  learned ones the context slides: where it is full its later half is read anew
-  as a prompt, at places that are the same for all texts.
+  in the text, so that a text that is cut anywhere goes on the same. Learned
+  positions have a longest context, which slides: where it is full its later
+  half is read anew, at places that are the same for all texts.
 
   Args:
     params: the model's, concrete.
@@ -223,8 +223,7 @@ def generate(
     ValueError: arguments out of bounds.
   """
   check_sampling(temperature, top_k, top_p)
-  _check_least("steps", steps, 0)
-  _check_least("draw_below", draw_below, 1)
+  _check_counts(steps, draw_below)
   sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
   text_BT = np.asarray(_prompt(prompt_BT, config))
   B, prompt_length = text_BT.shape
@@ -247,10 +246,12 @@ def generate(
   return text_BT[:, prompt_length:]
 
 
-def _check_least(name: str, value: int | None, least: int) -> None:
-  if value is not None and value < least:
+def _check_counts(steps: int, draw_below: int | None) -> None:
+  if steps < 0:
+    raise ValueError(f"steps={steps} is not possible; expected 0 or more")
+  if draw_below is not None and draw_below < 1:
     raise ValueError(
-      f"{name}={value} is not possible; expected {least} or more"
+      f"draw_below={draw_below} is not possible; expected 1 or more"
     )
 
 
