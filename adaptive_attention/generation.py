@@ -213,10 +213,9 @@ def generate(
   half is read anew, at places that are the same for all texts.
 
   Args:
-    params: the model's, concrete.
-    temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
-    draw_below: only tokens below it are drawn, as `BYTES` for a text; None for
-      any token of the model.
+    params: concrete; temperature, top_k, top_p: as of `sample`; cache: as of
+      `cache_groups`.
+    draw_below: only tokens below it are drawn, as `BYTES` for a text.
     on_tokens: called with each (B, n) new tokens as they come.
 
   Raises:
@@ -235,12 +234,10 @@ def generate(
       window_BT, room = _window(config, text_BT, end - length)
       logits_BV, state = prefill(params, config, window_BT, cache)
     count = min(room, _CHUNK)
-    tokens, logits_BV, state = go_on(
-      *(params, config, state, logits_BV, key_B),
-      *(length, count, sampling, draw_below),
-    )
-    new_BT = np.asarray(tokens)[:, :count]
-    text_BT, room = np.concatenate([text_BT, new_BT], axis=1), room - count
+    args = params, config, state, logits_BV, key_B, length, count
+    tokens, logits_BV, state = go_on(*args, sampling, draw_below)
+    new_BT, room = np.asarray(tokens)[:, :count], room - count
+    text_BT = np.concatenate([text_BT, new_BT], axis=1)
     if on_tokens:
       on_tokens(new_BT)
   return text_BT[:, prompt_length:]
