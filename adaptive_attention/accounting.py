@@ -8,6 +8,8 @@ the last term being attention's: one MAC per pair and head width for the score,
 one for the value.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import jax
 import numpy as np
 
@@ -17,7 +19,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.segment_memory import ring_rows
 
 
-def parameter_count(params) -> int:
+def parameter_count(params: Mapping) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -29,20 +31,22 @@ def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
   return open_HS.astype(np.int64) @ np.minimum(T, memory + T - distance)
 
 
-def computed_pairs(mask: masks.Mask, T: int, implementation: str, memory=0):
+def computed_pairs(
+  mask: masks.Mask, T: int, implementation: str, memory: int = 0
+) -> np.ndarray:
   """(H,) integers: the pairs of T tokens and a memory that are computed."""
   S = ring_rows(memory, T) if memory else T
   match implementation:
     case "reference":
       return np.full(len(mask.span), T * S, np.int64)
-    case "blocked" | "auto":
+    case _:
       tiles_H = tiles.touched(mask, T, S, first_key=S - T - memory)
       return np.asarray(tiles_H, np.int64) * tiles.TILE**2
 
 
 def attention_macs_per_token(
-  layers, config: ModelConfig, T: int, memory: int = 0
-) -> dict:
+  layers: Sequence[masks.Mask], config: ModelConfig, T: int, memory: int = 0
+) -> dict[str, float]:
   """Multiply-adds per token of attention, over all layers and heads.
 
   Args:
@@ -65,7 +69,9 @@ def attention_macs_per_token(
   return {name: float(macs_per_pair * n / T) for name, n in pairs.items()}
 
 
-def cache_bytes(layers, config: ModelConfig) -> dict:
+def cache_bytes(
+  layers: Sequence[masks.Mask], config: ModelConfig
+) -> dict[str, int]:
   """Bytes of keys and values that one sequence keeps for its next token.
 
   Returns:
@@ -87,7 +93,9 @@ def cache_bytes(layers, config: ModelConfig) -> dict:
   return {name: int(count) * row for name, count in rows.items()}
 
 
-def cache_reads(layers, config: ModelConfig) -> dict:
+def cache_reads(
+  layers: Sequence[masks.Mask], config: ModelConfig
+) -> dict[str, int]:
   """Keys that are read for one token, over all layers and heads.
 
   Returns:
@@ -111,7 +119,7 @@ def cache_reads(layers, config: ModelConfig) -> dict:
   }
 
 
-def _groups(layers, config):
+def _groups(layers, config) -> Iterator[decode.Group]:
   for mask in layers:
     yield from decode.groups_of(mask, config.cache_tokens)
 
@@ -124,6 +132,5 @@ def train_flops_per_token(config: ModelConfig) -> float:
   is not taken off: that is in `attention_macs_per_token`.
   """
   D, L, V = config.width, config.n_layer, config.vocab_size
-  macs = L * (4 * D**2 + 2 * D * 4 * D) + D * V
-  macs += 2 * D * L * ((config.context_tokens + 1) / 2 + config.memory_tokens)
-  return 6 * macs
+  keys = (config.context_tokens + 1) / 2 + config.memory_tokens  # of a query
+  return 6 * (L * (4 * D**2 + 2 * D * 4 * D) + D * V + 2 * D * L * keys)

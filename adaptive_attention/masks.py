@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
 
@@ -63,11 +64,11 @@ class Mask:
 def _aligned(distance, *values_H):
   """Distances and values of heads, of ranks that broadcast to (H, ...)."""
   d = jnp.asarray(distance, jnp.float32)
-  values_H = [jnp.asarray(value_H, jnp.float32) for value_H in values_H]
-  heads = max(value_H.ndim for value_H in values_H)
+  arrays_H = [jnp.asarray(value_H, jnp.float32) for value_H in values_H]
+  heads = max(array_H.ndim for array_H in arrays_H)
   return (
     d.reshape((1,) * heads + d.shape),
-    *(value_H.reshape(value_H.shape + (1,) * d.ndim) for value_H in values_H),
+    *(array_H.reshape(array_H.shape + (1,) * d.ndim) for array_H in arrays_H),
   )
 
 
@@ -86,14 +87,18 @@ def _periods(wave: Wave):
   return rounded_H + (period_H - jax.lax.stop_gradient(period_H)), rounded_H
 
 
-def span_weight(distance, span_H, ramp):
+def span_weight(
+  distance: ArrayLike, span_H: ArrayLike, ramp: ArrayLike
+) -> jax.Array:
   """m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
   d, span = _aligned(distance, span_H)
   ramp = jnp.asarray(ramp, jnp.float32)
   return _clip((ramp + span - d) / ramp)
 
 
-def triangle_wave(distance, period_H, harmonics=None):
+def triangle_wave(
+  distance: ArrayLike, period_H: ArrayLike, harmonics: int | None = None
+) -> jax.Array:
   """The wave tri(d) of period P, amplitude A = P / 4 and crest at d = 0.
 
   Exact: tri(d) = A - dist(d, P Z), slope one per token.
@@ -128,7 +133,7 @@ def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
   return amplitude * (8 / jnp.pi**2) * series
 
 
-def wave_weight(distance, wave: Wave):
+def wave_weight(distance: ArrayLike, wave: Wave) -> jax.Array:
   """w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
   amplitude_period_H, phase_period_H = _periods(wave)
   lift_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
@@ -144,12 +149,12 @@ def _weights(mask: Mask, distance):
   return span, wave, lowest > HIDDEN
 
 
-def is_open(mask: Mask, distance):
+def is_open(mask: Mask, distance: ArrayLike) -> jax.Array:
   """Whether a pair at this distance is looked at: min(m, w) > 1e-6."""
   return _weights(mask, distance)[2]
 
 
-def log_weight(mask: Mask, distance):
+def log_weight(mask: Mask, distance: ArrayLike) -> jax.Array:
   """log m(d) + log w(d), added to the logits; -inf where the pair is hidden.
 
   Hidden pairs have no gradient.
@@ -162,13 +167,13 @@ def log_weight(mask: Mask, distance):
   return jnp.where(is_open, log, -jnp.inf)
 
 
-def open_share(mask: Mask, length: int):
+def open_share(mask: Mask, length: int) -> jax.Array:
   """(H,) the share of the distances 0, 1, ..., length - 1 that are open."""
   open_HS = is_open(mask, jnp.arange(length))
   return jnp.mean(open_HS, axis=-1, dtype=jnp.float32)
 
 
-def open_fraction(wave: Wave):
+def open_fraction(wave: Wave) -> jax.Array:
   """(H,) f, the open share of a continuous period, continued beyond one.
 
   f = u if u < 1 else 1 + (1/2 + P r - A), with u = 1/P + 2 r + 1/2. It is the
@@ -181,7 +186,7 @@ def open_fraction(wave: Wave):
   return jnp.where(share_H < 1, share_H, beyond_H)
 
 
-def penalty(mask: Mask):
+def penalty(mask: Mask) -> jax.Array:
   """What one layer pays for looking far, in tokens, a mean over its heads.
 
   mean_h[(z + R) f] with the wave, mean_h[z] without (the latter as in

@@ -1,12 +1,14 @@
 """Positions as turns of queries and keys, exact however long the stream is."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 _BASE = 10_000.0
 
 
-def rotate(x_BTHK, position):
+def rotate(x_BTHK: jax.Array, position: ArrayLike) -> jax.Array:
   """Turns queries or keys by their positions (Su et al. 2021, "RoFormer").
 
   The pair (x[j], x[j + K/2]) is turned by the angle position * base^(-2j/K),

@@ -6,6 +6,7 @@ no child starts with a backend.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -16,10 +17,12 @@ import traceback
 
 from jax._src import xla_bridge
 
-import adaptive_attention.modes.plan
-import adaptive_attention.modes.train  # noqa: F401
+from adaptive_attention.command_line import flags as command_line
+from adaptive_attention.command_line import prepare  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
+for mode in command_line.MODES:
+  importlib.import_module(f"adaptive_attention.modes.{mode}")
 
 
 def child(flags, out, err, started):

@@ -1,24 +1,50 @@
-"""Imports go down, floor by floor, and some words belong to one file."""
+"""Imports go down, floor by floor; some words belong to one file; files are
+short; an import does nothing but to define names."""
 
 import ast
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from tests.conftest import ROOT
 
-PACKAGE = ROOT / "adaptive_attention"
-FILES = sorted(PACKAGE.rglob("*.py"))
-# The folders that are floors of their own; everything else is the library.
-FLOORS = {"command_line": 3, "modes": 2, "bench": 1, "report": 1, "training": 1}
-# What a word may be said in, as code; prose and settings may speak of it.
-OWNERS = {
-  "pmap": "training/parallel.py",
-  "orbax": "training/checkpoint.py",
-  "matplotlib": "report/figures.py",
-  "wandb": "training/logbook.py",
-  "tensorboardX": "training/logbook.py",
+PACKAGE = "adaptive_attention"
+# The floors, by folder. What is in no folder is the library, as `attention` is.
+FLOORS = {
+  "attention": 0,
+  "training": 1,
+  "bench": 1,
+  "report": 1,
+  "modes": 2,
+  "command_line": 3,
 }
+# Parts of one floor that do not import each other, in this direction.
+APART = (
+  ("training", "bench"),
+  ("training", "report"),
+  ("bench", "report"),
+  ("report", "bench"),
+)
+# Of each package the files or folders that may import it.
+OWNERS = {
+  "orbax": ("training/checkpoint.py",),
+  "matplotlib": ("report/",),
+  "wandb": ("training/logbook.py",),
+  "tensorboardX": ("training/logbook.py",),
+  "absl": ("command_line/",),
+  "ml_collections": ("training/settings.py", "command_line/"),
+  "importlib": ("command_line/uses.py", "training/logbook.py"),
+}
+# Packages that a user need not have, imported where they are used alone.
+OPTIONAL = ("torch", "wandb", "matplotlib")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
+
+
+def files(folder: str) -> list[pathlib.Path]:
+  return sorted((ROOT / folder).rglob("*.py"))
 
 
 def module(path: pathlib.Path) -> str:
@@ -27,60 +53,122 @@ def module(path: pathlib.Path) -> str:
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module(path): path for path in FILES}
+SOURCES = [*files(PACKAGE), *files("configs"), *files("data"), ROOT / "main.py"]
+MODULES = {module(path): path for path in SOURCES}
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+OURS = [name for name in MODULES if name.split(".")[0] == PACKAGE]
+in_each_module = pytest.mark.parametrize("name", MODULES)
+in_each_of_ours = pytest.mark.parametrize("name", OURS)
 
 
-def floor(name: str) -> int:
-  return FLOORS.get([*name.split("."), ""][1], 0)
+def imports(tree: ast.AST) -> set[str]:
+  """The dotted names of all that is imported, in functions too.
 
-
-def imported(path: pathlib.Path) -> set[str]:
-  """What a file imports, anywhere in it, as whole module names."""
+  Both `import a.b` and `from a import b` are "a.b", where b may be a module or
+  a name out of one.
+  """
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-      assert not node.level, f"{path} has a relative import"
-      names = {f"{node.module}.{alias.name}" for alias in node.names}
-      inside = names & MODULES.keys()
-      found |= inside
-      if len(inside) < len(names):
-        found.add(node.module)
+  for node in ast.walk(tree):
+    match node:
+      case ast.Import(names=names):
+        found |= {alias.name for alias in names}
+      case ast.ImportFrom(module=source, names=names, level=level):
+        assert not level, f"line {node.lineno} has a relative import"
+        found |= {f"{source}.{alias.name}" for alias in names}
   return found
 
 
-def named(path: pathlib.Path) -> set[str]:
-  """The words of the imports and attributes of a file."""
-  words = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+def imported_modules(name: str) -> set[str]:
+  """Which of our modules a module imports."""
+  found = set()
+  for other in imports(TREES[MODULES[name]]):
+    if other not in MODULES:
+      other = other.rpartition(".")[0]  # a name out of a module
+    if other in MODULES:
+      found.add(other)
+  return found
+
+
+def packages(tree: ast.AST) -> set[str]:
+  """The top-level packages that are imported."""
+  return {name.split(".")[0] for name in imports(tree)}
+
+
+def part(name: str) -> str:
+  """The folder of the package that a module is in; "" if in none."""
+  words = name.split(".")
+  inner = [*words, ""][1]
+  if MODULES[name] == ROOT / PACKAGE / f"{inner}.py":
+    return ""
+  return inner
+
+
+def floor(name: str) -> int:
+  """The library is 0, main.py on top; configs and data stand beside."""
+  if name == "main":
+    return 4
+  return FLOORS.get(part(name), 0)
+
+
+def test_each_folder_has_its_floor():
+  folders = {part(name) for name in OURS} - {""}
+  assert folders <= FLOORS.keys(), "a new folder; say which floor it is"
+
+
+@in_each_module
+def test_what_is_imported_of_ours_exists(name):
+  for other in imports(TREES[MODULES[name]]):
+    if other.split(".")[0] == PACKAGE and other not in MODULES:
+      source, _, bound = other.rpartition(".")
+      assert source in MODULES, f"{name} imports {other}, which does not exist"
+      tree = TREES[MODULES[source]]
+      assert bound in names_of(tree), f"{source} has no {bound} for {name}"
+
+
+def names_of(tree: ast.Module) -> set[str]:
+  """The names that a module binds, if no condition matters."""
+  bound = set()
+  for node in ast.walk(tree):
     match node:
-      case ast.Attribute():
-        words.add(node.attr)
-      case ast.Import():
-        words |= {w for a in node.names for w in a.name.split(".")}
-      case ast.ImportFrom():
-        words |= {*node.module.split("."), *(a.name for a in node.names)}
-  return words
+      case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+        bound.add(name)
+      case ast.Name(id=name, ctx=ast.Store()):
+        bound.add(name)
+      case ast.alias(name=name, asname=asname):
+        bound.add(asname or name.split(".")[0])
+  return bound
 
 
-@pytest.mark.parametrize("name", MODULES)
+@in_each_of_ours
 def test_imports_go_down(name):
-  for other in imported(MODULES[name]):
+  for other in imported_modules(name):
     root = other.split(".")[0]
-    assert root not in ("configs", "data", "main", "tests"), (name, other)
-    if root != "adaptive_attention":
-      continue
-    assert other in MODULES, f"{name} imports {other}, which is no module"
+    assert root == PACKAGE, f"{name} imports {other}, which is no part of it"
     assert floor(other) <= floor(name), f"{name} imports {other}, which is up"
-    if name.startswith("adaptive_attention.modes."):
-      assert ".modes" not in other, f"the mode {name} imports {other}"
+
+
+@in_each_of_ours
+def test_the_tests_are_not_imported(name):
+  assert not packages(TREES[MODULES[name]]) & {"tests", "pytest", "hypothesis"}
+
+
+@in_each_of_ours
+def test_a_mode_imports_no_mode(name):
+  if part(name) == "modes":
+    for other in imported_modules(name):
+      assert part(other) != "modes", f"the mode {name} imports {other}"
+
+
+@pytest.mark.parametrize(("one", "other"), APART)
+def test_parts_of_one_floor_stand_apart(one, other):
+  for name in OURS:
+    if part(name) == one:
+      parts = {part(found) for found in imported_modules(name)}
+      assert other not in parts, f"{name} imports {other}/"
 
 
 def test_there_is_no_circle():
-  below = {
-    name: imported(path) & MODULES.keys() for name, path in MODULES.items()
-  }
+  below = {name: imported_modules(name) for name in MODULES}
   while free := {name for name, others in below.items() if not others}:
     below = {
       name: others - free for name, others in below.items() if name not in free
@@ -88,24 +176,186 @@ def test_there_is_no_circle():
   assert not below, f"these import each other: {below}"
 
 
-@pytest.mark.parametrize("word", OWNERS)
-def test_a_library_has_one_owner(word):
-  for path in FILES:
-    if path != PACKAGE / OWNERS[word]:
-      assert word not in named(path), f"{path} says {word}"
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_has_one_owner(package):
+  users = {n for n in OURS if package in packages(TREES[MODULES[n]])}
+  for name in users:
+    path = MODULES[name].relative_to(ROOT / PACKAGE).as_posix()
+    assert path.startswith(OWNERS[package]), f"{path} imports {package}"
 
 
-def test_bench_and_report_stand_beside_training():
-  for name, path in MODULES.items():
-    if name.startswith("adaptive_attention.training"):
-      for other in imported(path):
-        assert ".bench" not in other and ".report" not in other, (name, other)
+@in_each_of_ours
+def test_one_file_says_pmap(name):
+  """As a name or an attribute, however it was imported, or as a string."""
+  if name == f"{PACKAGE}.training.parallel":
+    return
+  for node in ast.walk(TREES[MODULES[name]]):
+    match node:
+      case ast.Attribute(attr="pmap") | ast.alias(name="pmap"):
+        pytest.fail(f"{name} says pmap in line {node.lineno}")
+      case ast.Name(id="pmap") | ast.Constant(value="pmap"):
+        pytest.fail(f"{name} says pmap in line {node.lineno}")
+
+
+@in_each_of_ours
+def test_what_is_optional_is_imported_where_it_is_used(name):
+  """But in bench/torch.py and report/, which are themselves imported so."""
+  if name == f"{PACKAGE}.bench.torch" or part(name) == "report":
+    return
+  for node in TREES[MODULES[name]].body:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      assert not packages(ast.Module([node], [])) & {*OPTIONAL}, name
+
+
+def test_words_are_owned_where_they_are_used():
+  """Were an owner renamed, its check would pass over everything."""
+  for package, owners in OWNERS.items():
+    if package == "matplotlib":  # of a floor to come
+      continue
+    for owner in owners:
+      found = [p for p in TREES if p.is_relative_to(ROOT / PACKAGE / owner)]
+      assert any(package in packages(TREES[p]) for p in found), (owner, package)
+  assert "pmap" in (ROOT / PACKAGE / "training" / "parallel.py").read_text()
+
+
+def test_configs_need_only_the_settings_of_the_library():
+  allowed = {"ml_collections", "configs", *sys.stdlib_module_names}
+  for path in files("configs"):
+    others = packages(TREES[path]) - allowed
+    assert others <= {PACKAGE}, (path.name, others)
+    if others:
+      used = imported_modules(module(path))
+      assert used - {"configs", "configs.base"} <= {f"{PACKAGE}.config"}
 
 
 def test_data_needs_only_numpy_and_the_standard_library():
-  import sys
-
   allowed = {*sys.stdlib_module_names, "numpy", "data"}
-  for path in (ROOT / "data").glob("*.py"):
-    roots = {name.split(".")[0] for name in imported(path)}
-    assert roots <= allowed, (path.name, roots - allowed)
+  for path in files("data"):
+    found = packages(TREES[path])
+    assert found <= allowed, (path.name, found - allowed)
+
+
+def test_the_oracle_needs_nothing_of_ours():
+  tree = ast.parse((ROOT / "tests" / "oracle.py").read_text())
+  assert not packages(tree) & {PACKAGE, "tests", "jax", "flax"}
+
+
+@in_each_module
+def test_files_are_short(name):
+  lines = len(MODULES[name].read_text().splitlines())
+  assert lines <= MAX_FILE_LINES, f"{MODULES[name]} has {lines} lines"
+
+
+@in_each_module
+def test_functions_are_short(name):
+  """From `def` to the last line, comments and docstring included."""
+  long = {}
+  for node in ast.walk(TREES[MODULES[name]]):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      lines = node.end_lineno - node.lineno + 1
+      if lines > MAX_FUNCTION_LINES:
+        long[node.name] = lines
+  assert not long, f"{MODULES[name]} has functions of so many lines: {long}"
+
+
+def acts(statement: ast.stmt, own: set[str]) -> bool:
+  """Whether a statement of a module does more than to define names of its own.
+
+  Args:
+    own: the functions of the module, of which methods may be called, as
+      `f.defvjp(...)`.
+  """
+  match statement:
+    case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
+      return False
+    case ast.Assign(targets=targets):
+      nodes = [node for target in targets for node in ast.walk(target)]
+      return any(isinstance(n, ast.Attribute | ast.Subscript) for n in nodes)
+    case ast.AnnAssign(target=ast.Name()) | ast.Expr(value=ast.Constant()):
+      return False
+    case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+      return name not in own
+    case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+      return False
+  return True
+
+
+@in_each_of_ours
+def test_a_module_only_defines_names(name):
+  body = TREES[MODULES[name]].body
+  own = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+  found = [ast.unparse(node) for node in body if acts(node, own)]
+  assert not found, f"{name} does this when it is imported: {found}"
+
+
+# Prints what the process has in common, before and after all of ours was
+# imported; other packages are imported first, whatever these may do.
+_IMPORT_ALL = """
+import importlib, json, logging, os, signal, sys, threading, warnings
+theirs, ours = json.load(sys.stdin)
+
+def state():
+  names = ["root", *logging.root.manager.loggerDict]
+  loggers = {name: logging.getLogger(name) for name in names}
+  plain = ([], [], 0, True, False)
+  found = {
+    f"logger {name}": (
+      x.filters, x.handlers, 0 if x is logging.root else x.level,
+      x.propagate, x.disabled,
+    )
+    for name, x in loggers.items()
+  }
+  found = {name: value for name, value in found.items() if value != plain}
+  found |= {
+    "root level": logging.root.level,
+    "warnings": len(warnings.filters),
+    "hooks": (sys.excepthook, sys.unraisablehook, sys.displayhook),
+    "threads": (threading.excepthook, threading.active_count()),
+    "signals": [signal.getsignal(n) for n in (1, 2, 15)],
+    "environment": dict(os.environ),
+    "path": list(sys.path),
+    "streams": (sys.stdout, sys.stderr),
+    "folder": os.getcwd(),
+    "jax": dict(jax.config.values),
+    "backends": list(xla_bridge._backends),
+  }
+  return {name: repr(value) for name, value in found.items()}
+
+import jax
+from jax._src import xla_bridge
+for name in theirs:
+  importlib.import_module(name)
+before = state()
+for name in ours:
+  importlib.import_module(name)
+after = state()
+print(json.dumps({
+  name: (before.get(name), after.get(name))
+  for name in {**before, **after} if before.get(name) != after.get(name)
+}))
+"""
+
+
+def test_imports_have_no_side_effect():
+  """Logging, hooks, signals, settings of jax: as they are without ours."""
+  theirs = set()
+  for path in TREES:
+    for node in TREES[path].body:
+      if isinstance(node, ast.Import):
+        theirs |= {alias.name for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        theirs.add(node.module)
+  roots = {PACKAGE, "configs", "data", *OPTIONAL}
+  theirs = sorted(n for n in theirs if n.split(".")[0] not in roots)
+  ours = [n for n in MODULES if n != f"{PACKAGE}.bench.torch"]
+  process = subprocess.run(
+    [sys.executable, "-c", _IMPORT_ALL],
+    cwd=ROOT,
+    input=json.dumps([theirs, ours]),
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stderr == ""
+  changed = json.loads(process.stdout)  # nothing else was printed either
+  assert not changed

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from adaptive_attention.command_line import workdirs
 from adaptive_attention.config import ModelConfig
 from tests.conftest import TINY, serving
 
@@ -44,7 +45,7 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.steps=", "--config.steps="),
     ("--confg=x", "confg"),
     ("--mode=fly", "--mode=fly"),
-    ("model.n_layer=4", "'model.n_layer=4' is no flag"),
+    ("model.n_layer=4", "'model.n_layer=4' is not a flag"),
     ("--split=train", "--split=train"),
     # Negatives, zeros and nan.
     ("--config.steps=0", "config.steps=0"),
@@ -80,7 +81,7 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.data.corpus=books", "config.data.corpus='books'"),
     # Several processes that are not told of each other.
     ("--config.process_count=2", "0 without distributed=True"),
-    # Flags that the verb would pass over.
+    # Flags that the mode would pass over.
     ("--protocol=window", "--protocol=window means nothing to --mode=train"),
   ],
 )
@@ -102,7 +103,7 @@ def test_what_is_needed(refused):
   assert "needs --config=FILE" in refused(2)
   assert "needs --workdir=DIR" in refused(2, "--mode=eval")
   assert "needs --config=FILE or" in refused(2, "--mode=plan")
-  assert "is no file" in refused(2, "--config=configs/none.py")
+  assert "does not exist" in refused(2, "--config=configs/none.py")
 
 
 @pytest.mark.parametrize(
@@ -216,10 +217,8 @@ def test_no_run_is_written_into_the_source(refused, tmp_path, workdir):
 
 
 def test_a_folder_of_that_name_elsewhere_will_do(tmp_path):
-  import main as program
-
   for workdir in (tmp_path / "data", ROOT / "runs" / "data", ROOT / "runs"):
-    program._check_folder(workdir)
+    workdirs.check(workdir, ROOT)
 
 
 def test_what_is_not_there(refused, tmp_path):

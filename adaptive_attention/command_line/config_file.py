@@ -7,15 +7,15 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from adaptive_attention.errors import Error
+from adaptive_attention.errors import SettingsError
 
 
-class ConfigFileError(Error):
+class ConfigFileError(SettingsError):
   """A file of settings that is missing, fails or has other settings."""
 
 
 def file_and_argument(given: str) -> tuple[str, list[str]]:
-  """What --config names: a file, and what to hand its get_config, if any."""
+  """Parts what --config names: a file, and the arguments of its get_config."""
   if os.path.isfile(given):  # False too for a name that no file may have
     return given, []
   file, *argument = given.split(":", 1)
@@ -23,7 +23,7 @@ def file_and_argument(given: str) -> tuple[str, list[str]]:
 
 
 def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
-  """What the get_config of a file returns, locked.
+  """Returns the settings of a file, locked.
 
   Args:
     given: FILE.py, or FILE.py:ARGUMENT.
@@ -31,13 +31,15 @@ def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
     defaults: a config with all the settings that there are.
 
   Raises:
-    ConfigFileError: no such file, one that fails, or settings of another kind.
+    ConfigFileError: the file does not exist, fails, or has other settings.
   """
   file, argument = file_and_argument(given)
   if not os.path.isfile(file) or not file.endswith(".py"):
-    kind = "file of Python" if os.path.exists(file) else "file"
+    exists = os.path.exists(file)
     raise ConfigFileError(
-      f"--config={given} is no {kind}; give one of configs/: "
+      f"--config={given} "
+      + ("is not a Python file" if exists else "does not exist")
+      + "; give one of configs/: "
       + ", ".join(sorted(p.name for p in folder.glob("[!_]*.py")))
     )
   try:
@@ -76,7 +78,7 @@ def _called(given, file, argument):
 
 
 def _typed(config, prefix="") -> dict[str, type]:
-  """The type of each setting; a section's too, before its fields."""
+  """Returns the type of each setting; a section stands before its fields."""
   found = {}
   for name, value in config.items():
     found[prefix + name] = type(value)

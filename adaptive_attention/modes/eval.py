@@ -16,7 +16,7 @@ from adaptive_attention.training import (
 )
 
 
-def run(config, workdir, corpus, *, step, split, protocol):
+def run(config, workdir, *, corpus, step, split="valid", protocol=None):
   """Evaluates a checkpoint; writes eval_SPLIT.json and adds to evals.jsonl.
 
   Args:

@@ -17,13 +17,14 @@ from adaptive_attention.training import (
 )
 
 
-def run(config, workdir, corpus, *, step, harden, finetune_steps):
+def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
   """Writes model.safetensors beside the checkpoints it is made of.
 
   Args:
     config: the checkpoint's settings, under those that flags change.
     workdir, step: the run's folder and the checkpoint.
-    corpus: the data, to measure what hardening costs and to train on.
+    corpus: the data, to measure what hardening costs and to train on; None
+      without it.
     harden: makes WORKDIR/hardened, a run whose first checkpoint is the
       `hardened` one, and exports that.
     finetune_steps: trains it on for so many steps, masks as they are.
@@ -38,7 +39,7 @@ def run(config, workdir, corpus, *, step, harden, finetune_steps):
     tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
-      train.run(tuned, workdir, corpus, step=str(step))
+      train.run(tuned, workdir, corpus=corpus, step=str(step))
       step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:
     params, meta = saved.restore_params(step)

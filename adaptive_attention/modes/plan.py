@@ -13,14 +13,16 @@ from adaptive_attention.training import (
 )
 
 
-def run(config, workdir=None, step=None):
+def run(config, workdir, *, step=None):
   """Prints parameters, FLOPs and the compiled memory of one training step.
 
   Args:
     config: all settings, checked.
-    workdir, step: a checkpoint, whose masks are then counted; the initial ones
-      where there is none.
+    workdir: the run's folder, or the one that a training would write.
+    step: the checkpoint whose masks are counted; the initial ones if None.
   """
+  if step is None:
+    console.say(f"{'workdir':<10} {workdir}")
   model_config = ModelConfig(**config.model)
   state = jax.eval_shape(lambda: steps.init_state(config))
   T = model_config.context_tokens

@@ -18,8 +18,63 @@ class GenerationError(Error):
   """A prompt that cannot be used."""
 
 
-def read_prompt(prompt, prompt_file) -> np.ndarray:
-  """(T,) the bytes to go on from.
+def run(
+  config,
+  workdir,
+  *,
+  step,
+  prompt=None,
+  prompt_file=None,
+  tokens=500,
+  temperature=0.8,
+  top_k=0,
+  top_p=1.0,
+  num=1,
+  seed=0,
+):
+  """Prints texts that a checkpoint writes, the first as it comes; sample.txt.
+
+  Args:
+    config: the checkpoint's settings.
+    workdir, step: the run's folder and the checkpoint.
+    prompt, prompt_file: as of `read_prompt`.
+    tokens, num: how many bytes to write, and how many texts side by side.
+    temperature, top_k, top_p: as of `generation.generate`.
+    seed: text b of the same seed is the same for any number of them.
+
+  Raises:
+    SettingsError: flags that are out of bounds, or not one prompt.
+    GenerationError: a prompt that cannot be used.
+  """
+  prompt = read_prompt(prompt, prompt_file)
+  drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+  _check_drawing(drawing)
+  model_config = ModelConfig(**config.model)
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    params, _ = checkpoints.restore_params(step)
+  began = time.perf_counter()
+  made_BT, rest = _generate(
+    params, model_config, np.tile(prompt, (num, 1)), tokens, seed, drawing
+  )
+  seconds = time.perf_counter() - began
+  texts = [console.text_of(np.concatenate([prompt, row])) for row in made_BT]
+  layers = mask_params(params, model_config)
+  _tell_and_keep(
+    texts,
+    rest,
+    f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included",
+    f"cache: {console.cache_text(layers, model_config)}",
+    path=pathlib.Path(workdir) / "sample.txt",
+    step=step,
+  )
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
+  """Returns (T,) the bytes to go on from, as uint8.
+
+  Args:
+    prompt: a text as it was typed, UTF-8 or not; None if it is in a file.
+    prompt_file: the file's path.
 
   Raises:
     SettingsError: both were given, or neither.
@@ -30,7 +85,6 @@ def read_prompt(prompt, prompt_file) -> np.ndarray:
       "--mode=sample needs one of --prompt=TEXT and --prompt_file=FILE"
     )
   if prompt is not None:
-    # The bytes that were typed, whether or not they are UTF-8.
     data, source = os.fsencode(prompt), "--prompt"
   else:
     source = f"--prompt_file={prompt_file}"
@@ -45,82 +99,59 @@ def read_prompt(prompt, prompt_file) -> np.ndarray:
   return np.frombuffer(data, np.uint8)
 
 
-def run(
-  config,
-  workdir,
-  *,
-  step,
-  prompt,
-  tokens,
-  temperature,
-  top_k,
-  top_p,
-  num,
-  seed,
-):
-  """Prints texts that a checkpoint writes, the first as it comes; sample.txt.
+def _check_drawing(drawing):
+  """Refuses what cannot be drawn with, as a wrong flag.
 
-  Args:
-    config: the checkpoint's settings.
-    workdir, step: the run's folder and the checkpoint.
-    prompt: (T,) bytes.
-    tokens, num: how many bytes to write, and how many texts side by side.
-    temperature, top_k, top_p: see `sample`.
-    seed: text b of the same seed is the same for any number of them.
+  Raises:
+    SettingsError: naming the flag and its bounds.
   """
-  model_config = ModelConfig(**config.model)
   try:
-    generation.check_sampling(temperature, top_k, top_p)
+    generation.check_sampling(**drawing)
   except ValueError as error:
     raise SettingsError(str(error)) from error
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    params, _ = checkpoints.restore_params(step)
-  params = jax.device_put(params)
-  if generation.slides(model_config) and len(prompt) + tokens > (
-    model_config.context_tokens + 1
+
+
+def _generate(params, config, prompt_BT, tokens, seed, drawing):
+  """Writes texts, and the first of them on the console as it comes.
+
+  Returns:
+    (B, tokens) bytes, and the end of the first text, which is still to be said.
+  """
+  if generation.slides(config) and (
+    prompt_BT.shape[1] + tokens > config.context_tokens + 1
   ):
     console.say(
-      f"positions were learned for {model_config.context_tokens} tokens: the "
-      "context slides, its later half being read anew where it is full"
+      f"positions were learned for {config.context_tokens} tokens: the context "
+      "slides, its later half being read anew where it is full"
     )
   first = console.Text()
-
-  def show(new_BT):
-    console.write_out(first(new_BT[0]))
-
-  console.write_out(console.text_of(prompt))
-  began = time.perf_counter()
+  console.write_out(console.text_of(prompt_BT[0]))
   made_BT = generation.generate(
-    params,
-    model_config,
-    np.tile(prompt, (num, 1)),
+    jax.device_put(params),
+    config,
+    prompt_BT,
     tokens,
     jax.random.key(seed),
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
     draw_below=generation.BYTES,
-    on_tokens=show,
+    on_tokens=lambda new_BT: console.write_out(first(new_BT[0])),
+    **drawing,
   )
-  seconds = time.perf_counter() - began
-  texts = [console.text_of(np.concatenate([prompt, row])) for row in made_BT]
-  path = pathlib.Path(workdir) / "sample.txt"
+  return made_BT, first(made_BT[0, :0], last=True)
+
+
+def _tell_and_keep(texts, rest, *notes, path, step):
+  """Says the rest of the first text and all else; writes sample.txt."""
+  count = len(texts)
+  others = [
+    f"\n--- {i} of {count}\n{text}" for i, text in enumerate(texts, start=1)
+  ]
   try:  # told first, and kept even if nobody reads it
-    console.write_out(first(made_BT[0, :0], last=True) + "\n")
-    for i, text in enumerate(texts[1:], start=1):
-      console.say(f"\n--- {i + 1} of {num}\n{text}")
-    layers = mask_params(params, model_config)
-    console.say(
-      f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included"
-    )
-    console.say(f"cache: {console.cache_text(layers, model_config)}")
+    for line in (rest, *others[1:], *notes):
+      console.say(line)
   finally:
-    logbook.write_text(
-      path,
-      "\n".join(
-        f"--- {i + 1} of {num}, step {step}\n{text}"
-        for i, text in enumerate(texts)
-      )
-      + "\n",
-    )
+    kept = [
+      f"--- {i} of {count}, step {step}\n{text}\n"
+      for i, text in enumerate(texts, start=1)
+    ]
+    logbook.write_text(path, "".join(kept))
   console.say(f"written to {path}")

@@ -52,7 +52,7 @@ class Stopped(Error):
     self.exit_code = exit_code
 
 
-def run(config, workdir, corpus, *, step=None):
+def run(config, workdir, *, corpus, step=None):
   """Trains into `workdir`; called again, it goes on from the newest step.
 
   Args:

@@ -2,22 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import inspect
 import pathlib
 
 import jax
 import pytest
 
 import main as program
-from adaptive_attention.command_line import flags
-from adaptive_attention.command_line.uses import EXAMPLES, USES
-from adaptive_attention.modes import (
-  bench,
-  export,
-  plan,
-  sample,
-  train,
+from adaptive_attention.command_line import (
+  flags,
+  help_page,
+  prepare,
+  workdirs,
 )
-from adaptive_attention.modes import eval as eval_mode
+from adaptive_attention.command_line.uses import EXAMPLES, USES
+from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import (
   parallel,
   settings,
@@ -49,6 +50,12 @@ VALUES = {
 by_name = pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
 
 
+MODES = {
+  name: importlib.import_module(f"adaptive_attention.modes.{name}")
+  for name in flags.MODES
+}
+
+
 def parse(*argv):
   return flags.parse(["main.py", *argv], ROOT / "configs", base.get_config())
 
@@ -73,16 +80,47 @@ def called(use, *more):
 def test_each_flag_is_taken_or_refused(use):
   for name, value in VALUES.items():
     argv = called(use, f"--{name}={value}")
-    if name in use.flags.split():
+    if name in use.flags():
       assert parse(*argv).flags[name] == value
       continue
     if use.mode == "plan" and name == "config":
       continue  # is another use
     told = "means nothing to|add --harden"
-    with pytest.raises(flags.UsageError, match=told) as error:
+    with pytest.raises(SettingsError, match=told) as error:
       parse(*argv)
     assert f"--{name}={value}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mode_is_a_file_of_modes():
+  folder = ROOT / "adaptive_attention" / "modes"
+  assert {*flags.MODES} == {p.stem for p in folder.glob("[!_]*.py")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_parameters_of_a_mode_are_its_flags(mode):
+  config, workdir, *named = inspect.signature(
+    MODES[mode].run
+  ).parameters.values()
+  assert (config.name, workdir.name) == ("config", "workdir")
+  for parameter in named:
+    assert parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.name != "corpus":
+      flag = flags.FLAGS[parameter.name]
+      default = parameter.default
+      if default not in (None, parameter.empty):
+        # What a mode does without its flag, the flag could say.
+        argv = ["main.py", f"--{parameter.name}={default}"]
+        values = flags._defined()
+        values(argv)
+        assert values[parameter.name].value == default
+        assert type(default) is flag.kind or default in flag.kind
+
+
+def test_a_flag_that_no_mode_takes_is_none():
+  known = {name for use in USES for name in use.flags()}
+  assert known | {"mode"} == flags.FLAGS.keys()
+  assert VALUES.keys() == known
 
 
 @by_name
@@ -94,7 +132,7 @@ def test_each_setting_is_taken_or_refused(use):
       assert name in parse(*argv).overrides
       continue
     told = "means nothing to|has no place in"
-    with pytest.raises(flags.UsageError, match=told) as error:
+    with pytest.raises(SettingsError, match=told) as error:
       parse(*argv)
     assert f"--config.{name}={value}" in str(error.value)
 
@@ -112,47 +150,61 @@ def test_no_setting_is_without_a_use():
 def stubs(monkeypatch, tiny):
   """What the run of a mode is called with, in place of the run."""
   calls = []
+
+  def saved(given, workdir, _):
+    calls.append(given)
+    return tiny, 12, []
+
+  def stub(run):
+    @functools.wraps(run)  # the signature too
+    def called(*args, **named):
+      calls.append((args, named))
+
+    return called
+
   monkeypatch.setattr(parallel, "start", lambda *_: None)
-  monkeypatch.setattr(program, "_say_header", calls.append)
-  monkeypatch.setattr(
-    program,
-    "_saved_settings",
-    lambda given: (tiny, (calls.append(given), 12)[1], []),
-  )
-  for module in (train, eval_mode, sample, export, plan, bench):
-    monkeypatch.setattr(
-      module, "run", lambda *args, **named: calls.append((args, named))
-    )
+  monkeypatch.setattr(prepare, "header", lambda *_: [])
+  monkeypatch.setattr(prepare, "saved_settings", saved)
+  for module in MODES.values():
+    monkeypatch.setattr(module, "run", stub(module.run))
   return calls
 
 
 @by_name
-def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text, tmp_path):
-  (tmp_path / "prompt").write_bytes(b"of a file")
+def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text):
   tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
-  for name in use.flags.split():
+  for name in use.flags():
     if name == "config" and not use.given.startswith("--config"):
       continue  # names the folder alone, below
     if name == "finetune_steps" and use.given == "--harden":
       continue  # is the next use
     stubs.clear()
-    value = tmp_path / "prompt" if name == "prompt_file" else VALUES[name]
-    argv = called(use, f"--{name}={value}")
-    if use.mode == "sample" and not name.startswith("prompt"):
-      argv.append("--prompt=x")
+    argv = called(use, f"--{name}={VALUES[name]}")
     if use.given == "--config=FILE":
       argv += [*tiny, f"--config.data.path={text}"]
     assert program.main(["main.py", *argv]) == 0
-    reached = repr(stubs)
-    if name.startswith("prompt"):
-      expected = b"query" if name == "prompt" else b"of a file"
-      assert bytes(stubs[-1][1]["prompt"]) == expected
-    elif name == "step":
-      given = next(x for x in stubs if isinstance(x, flags.Given))
-      assert given.flags["step"] == "12"
-      assert "12" in repr(stubs[-1])
-    else:
-      assert str(value) in reached, (name, reached)
+    (_, workdir), named = stubs[-1]
+    typed = parse(*argv)  # with --harden it is another use
+    given = dict(typed.flags)
+    assert name in given
+    named_folder = given.pop("workdir", None)
+    file = given.pop("config", None)
+    assert str(workdir) == (
+      named_folder or f"runs/{'base' if file else use.mode}"
+    )
+    reads = typed.use.acts("data.path") and use.mode != "plan"
+    assert (named.pop("corpus", None) is not None) == reads
+    if use.saved:
+      assert stubs[0].flags.get("step") == given.pop("step", None)
+      assert named.pop("step") == 12
+    assert named == given
+
+
+def test_a_mode_has_the_same_defaults_without_its_flags(stubs):
+  """What is not given is not handed on."""
+  sampled = ["--mode=sample", "--workdir=somewhere", "--prompt=x"]
+  assert program.main(["main.py", *sampled]) == 0
+  assert stubs[-1][1] == {"prompt": "x", "step": 12}
 
 
 @pytest.mark.parametrize(
@@ -164,9 +216,9 @@ def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text, tmp_path):
 )
 def test_a_config_names_the_folder(config, folder):
   given = dataclasses.replace(
-    parse("--mode=eval", "--workdir=x"), file=config, flags={"workdir": None}
+    parse("--mode=eval", "--workdir=x"), flags={"config": config}
   )
-  assert program._workdir(given) == pathlib.Path(folder)
+  assert workdirs.of(given) == pathlib.Path(folder)
 
 
 class Noting:
@@ -215,7 +267,7 @@ def acting(text, tmp_path_factory):
   flags += ["--config.model.implementation=reference"]  # soon compiled
   flags += [f"--config.data.path={text}", BASE]
   read = {use.name: set() for use in USES}
-  restored = program._saved_settings
+  restored = prepare.saved_settings
 
   def start(config, sequences=None):
     """Of `parallel.start` what it reads: the devices of tests are made."""
@@ -240,11 +292,11 @@ def acting(text, tmp_path_factory):
     for use in USES:
       noted = read[use.name]
 
-      def saved(given, noted=noted):
-        config, step, said = restored(given)
+      def saved(*args, noted=noted):
+        config, step, said = restored(*args)
         return Noting(config, noted), step, said
 
-      patch.setattr(program, "_saved_settings", saved)
+      patch.setattr(prepare, "saved_settings", saved)
       if not_run(use):
         continue
       argv = called(use, f"--workdir={workdir}")
@@ -274,10 +326,10 @@ def test_each_setting_that_is_taken_is_read(use, acting):
 
 
 def test_help_tells_each_mode_with_its_flags():
-  page = flags.help_page(base.get_config())
+  page = help_page.text(base.get_config())
   for use in USES:
     part = page[page.index(f"{use.name}\n") :].split("\n\n")[0]
-    assert all(f"  --{name}" in part for name in use.flags.split())
+    assert all(f"  --{name}" in part for name in use.flags())
   assert "--tokens=500" in page
   assert all(example in page for example in EXAMPLES)
   assert len(EXAMPLES) == 3

@@ -34,7 +34,7 @@ def run(text):
     config.update_from_flattened_dict(
       TINY | {"data.path": str(text), "sample_every_steps": 0} | changes
     )
-    train.run(config, workdir, text_file.load(str(text)))
+    train.run(config, workdir, corpus=text_file.load(str(text)))
 
   return trained
 

@@ -1,0 +1,1 @@
+"""The command line: what was typed becomes the arguments of a mode's `run`."""

@@ -1,0 +1,172 @@
+"""What a mode's `run` is called with: settings, folder, data and devices.
+
+main.py hands in what is not part of the package: its folder, the default
+settings and the data.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from adaptive_attention.command_line import config_file, workdirs
+from adaptive_attention.command_line.flags import Given
+from adaptive_attention.errors import SettingsError
+from adaptive_attention.training import (
+  checkpoint,
+  console,
+  logbook,
+  parallel,
+  settings,
+)
+
+
+class Project(NamedTuple):
+  """What main.py hands in.
+
+  Attributes:
+    folder: the one of main.py, with configs/ in it.
+    get_config: makes the default settings.
+    load_corpus: load_corpus(config) is the data that the settings name.
+  """
+
+  folder: pathlib.Path
+  get_config: Callable[[], ConfigDict]
+  load_corpus: Callable[[ConfigDict], object]
+
+
+def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
+  """Checks everything, makes the devices and says what runs here.
+
+  Returns:
+    The positional arguments of the mode's `run`, config and workdir, and those
+    by name: flags that were given, the data, the checkpoint's step.
+
+  Raises:
+    SettingsError: settings that are wrong, or that the data or devices do not
+      fit.
+    CheckpointError: the checkpoint that is asked for does not exist.
+  """
+  workdir, config = workdirs.of(given), given.config
+  parameters = given.use.parameters()
+  named = {n: v for n, v in given.flags.items() if n in parameters}
+  said = []
+  if given.use.saved:
+    config, named["step"], said = saved_settings(given, workdir, project)
+  else:
+    settings.check(config)
+    workdirs.check(workdir, project.folder)
+  _check_data_settings(given, config)
+  devices = max(config.cpu_devices, 1)
+  _check_fit(given, config, None, devices)  # before any data are fetched
+  corpus = None
+  if "corpus" in parameters and given.use.acts("data.path"):
+    corpus = named["corpus"] = _corpus(config, project)
+  _check_fit(given, config, corpus, devices)
+  parallel.start(config, _sequences(given, config))
+  _check_fit(given, config, corpus)
+  for line in said if given.use.saved else header(given, project):
+    console.say(line)
+  return (config, workdir), named
+
+
+def saved_settings(given: Given, workdir, project: Project):
+  """Returns a checkpoint's settings under the flags, its step, what to say.
+
+  Every setting is the checkpoint's, whatever the defaults are today, but for
+  those of the machine. Evaluation is of the whole split unless a flag says
+  less.
+  """
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    step = checkpoints.resolve(given.flags.get("step", "latest"))
+    saved = checkpoints.read_meta(step)["config"]
+  config, defaults, said = project.get_config(), project.get_config(), []
+  unknown = settings.restore(config, saved)
+  if unknown:
+    listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+    said.append(
+      f"passed over: {listed} of the checkpoint, unknown to this version"
+    )
+  if {"config", "workdir"} <= given.flags.keys():
+    said.append(
+      f"settings   of step {step} in {workdir}, not of {given.flags['config']}"
+    )
+  if given.use.acts("eval_tokens"):
+    config.eval_tokens = 0
+  for name in settings.MACHINE:
+    config[name] = defaults[name]
+  config.update_from_flattened_dict(given.overrides)
+  settings.check(config, given.overrides)
+  return config, step, said
+
+
+def _check_data_settings(given, config):
+  """Checks that those which name the data are all used."""
+  unused = {}
+  if config.data.corpus != "enwik8":
+    unused["data.cache_dir"] = f"data.corpus={config.data.corpus} is read"
+  if config.data.path:
+    read = f"data.path={config.data.path} is read"
+    unused |= {"data.corpus": read, "data.cache_dir": read}
+  for name, why in unused.items():
+    if name in given.overrides:
+      raise SettingsError(
+        f"--config.{name}={given.overrides[name]} means nothing where {why}; "
+        "leave it out, or change that too (--config.data.path= for no file)"
+      )
+
+
+def _corpus(config, project):
+  if config.data.path:  # whole, so that the run finds it from any folder
+    config.data.path = str(pathlib.Path(config.data.path).absolute())
+  return project.load_corpus(config)
+
+
+def _sequences(given, config) -> int:
+  """Counts the sequences that are dealt out to the devices of a CPU."""
+  if given.use.acts("batch_size"):
+    return config.batch_size // config.accumulation_steps
+  return config.eval_batch_size if given.use.acts("eval_batch_size") else 1
+
+
+def _check_fit(given, config, corpus, devices=None):
+  """Checks that a training batch fits so many devices, or those that there are.
+
+  With a corpus it checks that each device's part of the data is long enough.
+  """
+  if not given.use.acts("batch_size"):
+    return
+  devices = devices or parallel.device_count()
+  settings.check_devices(config, devices)
+  if corpus is not None:
+    settings.check_data(config, corpus, devices)
+
+
+def header(given: Given, project: Project) -> list[str]:
+  """Returns what runs here: versions, and the settings that flags change."""
+  if "config" not in given.flags:
+    return []
+  versions = logbook.environment()
+  file = given.flags["config"]
+  before = config_file.read(
+    file, project.folder / "configs", project.get_config()
+  )
+  changed = [
+    f"{name}={value!r} (was {_get(before, name)!r})"
+    for name, value in given.overrides.items()
+  ]
+  note = settings.warmup_note(given.config)
+  return [
+    f"adaptive_attention {versions['adaptive_attention']} "
+    f"({versions['commit']}), python {versions['python']}, "
+    f"jax {versions['packages']['jax']}",
+    f"{'settings':<10} {', '.join([file, *changed])}",
+    *([f"{'warmup':<10} {note}"] if note else []),
+  ]
+
+
+def _get(config: ConfigDict, name: str):
+  for part in name.split("."):
+    config = config[part]
+  return config

@@ -1,0 +1,1 @@
+"""What a run is made of: batches, steps, optimizer, checkpoints, records."""
