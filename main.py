@@ -84,7 +84,9 @@ def _train(given):
   settings.check_devices(config, max(config.cpu_devices, 1))
   corpus = _corpus(given, config)
   settings.check_data(config, corpus, devices=max(config.cpu_devices, 1))
-  parallel.start(config)
+  parallel.start(
+    config.batch_size // config.accumulation_steps, **settings.machine(config)
+  )
   settings.check_devices(config, parallel.device_count())
   settings.check_data(config, corpus, parallel.device_count())
   _say_header(given)
@@ -93,11 +95,11 @@ def _train(given):
 
 def _eval(given):
   from adaptive_attention.modes import eval as eval_mode
-  from adaptive_attention.training import parallel
+  from adaptive_attention.training import parallel, settings
 
   config, step, said = _saved_settings(given)
   corpus = _corpus(given, config)
-  parallel.start(config, config.eval_batch_size)
+  parallel.start(config.eval_batch_size, **settings.machine(config))
   _say(said)
   eval_mode.run(
     config,
@@ -111,12 +113,12 @@ def _eval(given):
 
 def _sample(given):
   from adaptive_attention.modes import sample
-  from adaptive_attention.training import parallel
+  from adaptive_attention.training import parallel, settings
 
   config, step, said = _saved_settings(given)
   names = ("tokens", "temperature", "top_k", "top_p", "num", "seed")
   prompt = sample.read_prompt(given.flags["prompt"], given.flags["prompt_file"])
-  parallel.start(config, 1)
+  parallel.start(1, **settings.machine(config))
   _say(said)
   sample.run(
     config,
@@ -129,14 +131,17 @@ def _sample(given):
 
 def _export(given):
   from adaptive_attention.modes import export
-  from adaptive_attention.training import parallel
+  from adaptive_attention.training import parallel, settings
 
   config, step, said = _saved_settings(given)
   harden, finetune_steps = (
     given.flags[name] for name in ("harden", "finetune_steps")
   )
   corpus = _corpus(given, config) if harden else None
-  parallel.start(config, None if finetune_steps else config.eval_batch_size)
+  sequences = config.eval_batch_size
+  if finetune_steps:
+    sequences = config.batch_size // config.accumulation_steps
+  parallel.start(sequences, **settings.machine(config))
   _say(said)
   export.run(
     config,
@@ -161,7 +166,9 @@ def _plan(given):
     if given.flags["workdir"]:
       _check_folder(_workdir(given))
   settings.check_devices(config, max(config.cpu_devices, 1))
-  parallel.start(config)
+  parallel.start(
+    config.batch_size // config.accumulation_steps, **settings.machine(config)
+  )
   settings.check_devices(config, parallel.device_count())
   _say(said)
   if given.file is not None:
@@ -178,7 +185,7 @@ def _bench(given):
   settings.check(config)
   _check_folder(workdir)
   config.cpu_devices = config.cpu_devices or 1  # what is timed
-  parallel.start(config, 1)
+  parallel.start(1, **settings.machine(config))
   bench.run(config, workdir)
 
 

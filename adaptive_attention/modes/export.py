@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_attention import masks, weights
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.modes import train
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -19,6 +19,7 @@ from adaptive_attention.training import (
   resume,
   settings,
 )
+from adaptive_attention.training import run as training
 
 
 def hardened(params, config: ModelConfig):
@@ -67,7 +68,9 @@ def run(config, workdir, corpus, *, step, harden, finetune_steps):
     tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
-      train.run(tuned, workdir, corpus, step=str(step))
+      training.train(
+        settings.training_config(tuned), workdir, corpus, step=str(step)
+      )
       step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:
     params, meta = saved.restore_params(step)
@@ -110,18 +113,16 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
 def _harden(config, workdir, corpus, step):
   """The folder of the hardened run, with one checkpoint, measured."""
   folder = workdir / "hardened"
-  with logbook.writing(folder):
-    folder.mkdir(exist_ok=True)
   with resume.lock(folder):
-    before = ModelConfig(**config.model)
+    before = settings.model_config(config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
     whole, after = hardened(params, before)
     data = corpus.valid[: config.eval_tokens or None]
     figures = [
-      evaluator.Evaluator(model_config, config.eval_batch_size)(
-        parallel.replicate(tree), data, evaluator.default_protocol(model_config)
+      evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
+        parallel.replicate(tree), data
       ).bits_per_char
       for tree, model_config in ((params, before), (whole, after))
     ]
