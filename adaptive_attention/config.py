@@ -331,3 +331,58 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         "that the model was trained with"
       )
   return ModelConfig(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The settings of an optimizer; rates per update, norms of gradients.
+
+  Raises:
+    ValueError: a setting that is out of bounds, or two that do not fit.
+  """
+
+  # "adamw", or "adagrad" as Sukhbaatar et al. 2019 have it (rate 0.07, clip
+  # 0.03 of each tensor, no weight decay).
+  name: str = "adamw"
+  # The peak, which a linear warmup reaches; a cosine leads from it to the
+  # minimum.
+  learning_rate: float = 1e-3
+  min_learning_rate: float = 1e-4
+  warmup_steps: int = 100
+  # How much of AdamW's means of the gradient and of its square stays at an
+  # update. The published run has 0.99 for the second.
+  beta1: float = 0.9
+  beta2: float = 0.99
+  # Acts on matrices alone: norms, biases, spans and waves are not drawn to
+  # zero.
+  weight_decay: float = 0.1
+  # What clip_norm bounds: "global", the norm of the gradient over all
+  # parameters together, or "tensor", the norm of each parameter's own.
+  clip: str = "global"
+  clip_norm: float = 1.0
+  # Spans and waves learn this many times as fast as the rest.
+  mask_lr_multiplier: float = 1.0
+
+  def __post_init__(self) -> None:
+    try:
+      self._check()
+    except ValueError as error:
+      raise ValueError(f"optimizer.{error}") from None
+
+  def _check(self) -> None:
+    for name, value in vars(self).items():
+      if not isinstance(value, str):
+        _require(self, name, math.isfinite(value), "a finite number")
+        _require(self, name, value >= 0, "at least 0")
+    choices = {"name": ("adamw", "adagrad"), "clip": ("global", "tensor")}
+    for name, allowed in choices.items():
+      _require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
+    for name in ("beta1", "beta2"):
+      _require(self, name, getattr(self, name) < 1, "less than 1")
+    _require(
+      self,
+      "min_learning_rate",
+      self.min_learning_rate <= self.learning_rate,
+      f"at most optimizer.learning_rate={self.learning_rate}",
+    )
+    _require(self, "clip_norm", self.clip_norm > 0, "more than 0")

@@ -7,7 +7,7 @@ is about; flags change the rest: `--config.model.n_layer=4`. Names end in
 
 from ml_collections import ConfigDict
 
-from adaptive_attention.config import ModelConfig, defaults
+from adaptive_attention.config import ModelConfig, OptimizerConfig, defaults
 
 
 def get_config() -> ConfigDict:
@@ -65,24 +65,8 @@ def get_config() -> ConfigDict:
   # Each field with its reason in adaptive_attention/config.py.
   config.model = ConfigDict(defaults(ModelConfig))
 
-  config.optimizer = ConfigDict()
-  # "adamw", or "adagrad" as Sukhbaatar et al. 2019 have it (rate 0.07, clip
-  # 0.03 of each tensor, no weight decay).
-  config.optimizer.name = "adamw"
-  # Linear warmup to the peak, then a cosine to the minimum.
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.min_learning_rate = 1e-4
-  config.optimizer.warmup_steps = 100
-  config.optimizer.beta1 = 0.9
-  config.optimizer.beta2 = 0.99
-  # On matrices alone: norms, biases, spans and waves are not drawn to zero.
-  config.optimizer.weight_decay = 0.1
-  # The largest norm: "global", of the gradient over all parameters together, or
-  # "tensor", of each parameter's own.
-  config.optimizer.clip = "global"
-  config.optimizer.clip_norm = 1.0
-  # Spans and waves learn this many times as fast as the rest.
-  config.optimizer.mask_lr_multiplier = 1.0
+  # Each is explained where its default stands, at OptimizerConfig.
+  config.optimizer = ConfigDict(defaults(OptimizerConfig))
 
   config.bench = ConfigDict()
   # "torch" times PyTorch's attention beside ours, where it is installed.

@@ -514,7 +514,7 @@ def test_the_verb(main, tiny_flags, tmp_path):
   text = written.split("\n", 1)[1].rstrip("\n")
   assert text.startswith("query key ")
   assert out.startswith(text)
-  assert "keys read a token" in out
+  assert "keys read per token" in out
   (tmp_path / "prompt").write_bytes(b"query key ")
   code, out, err = sample(
     f"--prompt_file={tmp_path / 'prompt'}", "--tokens=40", "--seed=3", "--num=3"

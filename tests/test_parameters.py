@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from adaptive_attention import parameters
-from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.config import ModelConfig, OptimizerConfig, WaveBounds
 from adaptive_attention.layer import AdaptiveSelfAttention
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer
-from configs import base
 from tests.test_model import randomized
 
 CONFIG = ModelConfig(
@@ -118,17 +117,14 @@ def test_layers_that_are_mapped_are_layers():
 @pytest.mark.parametrize("clip", ["global", "tensor"])
 @pytest.mark.parametrize("name", ["adamw", "adagrad"])
 def test_stacked_layers_are_updated_as_layers_apart(name, clip):
-  settings = base.get_config().optimizer
-  settings.update(
-    {
-      "name": name,
-      "clip": clip,
-      "clip_norm": 0.3,
-      "mask_lr_multiplier": 5.0,
-      "weight_decay": 0.5,
-    }
+  config = OptimizerConfig(
+    name=name,
+    clip=clip,
+    clip_norm=0.3,
+    mask_lr_multiplier=5.0,
+    weight_decay=0.5,
   )
-  chain = optimizer.make(settings, 0.1)
+  chain = optimizer.transformation(config, 0.1)
   stacked, tree = stacked_and_apart()
 
   @jax.jit
@@ -174,7 +170,7 @@ def test_trees_of_any_kind_are_read(wrapped):
     mask_params(tree, CONFIG),
     mask_params(stacked, CONFIG),
   )
-  chain = optimizer.make(base.get_config().optimizer, 0.1)
+  chain = optimizer.transformation(OptimizerConfig(), 0.1)
   updates, _ = chain.update(tree, chain.init(tree), tree)
   expected, _ = chain.update(stacked, chain.init(stacked), stacked)
   for found, of_stacked in zip(

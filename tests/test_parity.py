@@ -12,11 +12,11 @@ from adaptive_attention import (
   masks,
   weights,
 )
+from adaptive_attention.config import OptimizerConfig
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Transformer, attention_layer
 from adaptive_attention.training import optimizer
 from adaptive_attention.training.steps import cross_entropy
-from configs import base
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Their numbers are float32, so both sides carry rounding.
@@ -133,8 +133,7 @@ def test_model_with_all_gradients(golden):
 
 
 def test_five_optimizer_steps(golden):
-  settings = base.get_config().optimizer
-  adamw = optimizer.make(settings, 1e-3)
+  adamw = optimizer.transformation(OptimizerConfig(), 1e-3)
   params, state = golden.params, adamw.init(golden.params)
   totals = []
 

@@ -64,7 +64,7 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   if "corpus" in parameters and given.use.acts("data.path"):
     corpus = named["corpus"] = _corpus(config, project)
   _check_fit(given, config, corpus, devices)
-  parallel.start(config, _sequences(given, config))
+  parallel.start(_sequences(given, config), **settings.machine(config))
   _check_fit(given, config, corpus)
   for line in said if given.use.saved else header(given, project):
     console.say(line)

@@ -22,13 +22,15 @@ from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
+  batches,
   checkpoint,
   console,
   logbook,
+  optimizer,
   parallel,
   steps,
 )
-from adaptive_attention.training.settings import model_config
+from adaptive_attention.training.settings import model_config, training_config
 
 _HEADS, _HEAD_WIDTH = 8, 64
 _LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)
@@ -366,22 +368,24 @@ def _step_runner(config, shape, name):
       "dropout": 0.2,
     }
     config.model.update(defaults | settings)
-  model = model_config(config.model)
-  state = jax.device_get(steps.init_state(config))
+  parts = training_config(config)
+  model = Transformer(parts.model)
+  rule = optimizer.make(parts.optimizer, parts.steps)
+  state = jax.device_get(steps.init_state(model, rule, parts.seed))
   # Within (0, seen), as a sigmoid is.
   share_H = np.clip(np.array(shape.spans) / seen, 1e-6, 1 - 1e-6)
   params = _with_span_logits(state.params, np.log(share_H / (1 - share_H)))
-  memory = steps.start_memory(model, steps.streams_per_device(config))
+  memory = steps.start_memory(parts.model, batches.per_device(shape.B))
   if jax.tree.leaves(memory):
     memory = memory.replace(
       tokens_read=memory.tokens_read + np.uint32(memory.layers[0].k.shape[2])
     )
   carried = [parallel.replicate(state.replace(params=params)), memory]
-  shapes = steps.batch_shapes(config)
+  shapes = batches.shapes(shape.B, 1, shape.T)
   batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   start = time.perf_counter()
   step, sizes = parallel.compile_step(
-    steps.make_train_step(config), *carried, shapes
+    steps.make_train_step(model, rule, parts.seed), *carried, shapes
   )
 
   def call():  # state and memory are donated

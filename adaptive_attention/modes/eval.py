@@ -4,8 +4,8 @@ import collections
 import dataclasses
 
 from adaptive_attention import accounting
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -13,6 +13,7 @@ from adaptive_attention.training import (
   logbook,
   parallel,
   resume,
+  settings,
 )
 
 
@@ -28,34 +29,29 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
     split: "valid" or "test".
     protocol: "window", "stride:N" or "memory"; None for the model's own.
   """
-  model_config = ModelConfig(**config.model)
+  model_config = settings.model_config(config.model)
   protocol = protocol or evaluator.default_protocol(model_config)
   evaluator.check_protocol(protocol, model_config)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   resume.say_other_data(corpus, meta)
   params = parallel.replicate(params)
-  predict = evaluator.Evaluator(model_config, config.eval_batch_size)
-  data = getattr(corpus, split)[: config.eval_tokens or None]
-  result = predict(params, data, protocol, warm=True)
-  layers = mask_params(params, model_config)
-  macs = accounting.attention_macs_per_token(
-    layers,
-    model_config,
-    model_config.context_tokens,
-    evaluator.memory_of(protocol, model_config),
+  predict = evaluator.Evaluator(
+    Transformer(model_config), config.eval_batch_size
   )
+  data = getattr(corpus, split)[: config.eval_tokens or None]
+  result = predict(params, data, protocol)
+  layers = mask_params(params, model_config)
   record = collections.OrderedDict(
     step=step,
     split=split,
     protocol=protocol,
     **dataclasses.asdict(result),
-    attention_macs_per_token=macs,
-    cache_bytes=accounting.cache_bytes(layers, model_config),
-    cache_reads=accounting.cache_reads(layers, model_config),
+    **_costs(layers, model_config, protocol),
     data={"name": corpus.name, "sha256": corpus.sha256},
   )
   part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
+  macs = record["attention_macs_per_token"]
   try:  # told first, and kept even if nobody reads it
     console.say(
       f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
@@ -67,3 +63,17 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
   finally:
     if parallel.is_primary():
       logbook.write_evaluation(workdir, record)
+
+
+def _costs(layers, config, protocol) -> dict:
+  """What attention and the KV cache take with these masks."""
+  return {
+    "attention_macs_per_token": accounting.attention_macs_per_token(
+      layers,
+      config,
+      config.context_tokens,
+      evaluator.memory_of(protocol, config),
+    ),
+    "cache_bytes": accounting.cache_bytes(layers, config),
+    "cache_reads": accounting.cache_reads(layers, config),
+  }

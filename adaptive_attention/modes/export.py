@@ -3,9 +3,8 @@
 import pathlib
 
 from adaptive_attention import weights
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import hardened
-from adaptive_attention.modes import train
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -15,6 +14,7 @@ from adaptive_attention.training import (
   resume,
   settings,
 )
+from adaptive_attention.training import run as training
 
 
 def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
@@ -39,7 +39,9 @@ def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
     tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
-      train.run(tuned, workdir, corpus=corpus, step=str(step))
+      training.train(
+        settings.training_config(tuned), workdir, corpus, step=str(step)
+      )
       step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:
     params, meta = saved.restore_params(step)
@@ -82,18 +84,16 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
 def _harden(config, workdir, corpus, step):
   """The folder of the hardened run, with one checkpoint, measured."""
   folder = workdir / "hardened"
-  with logbook.writing(folder):
-    folder.mkdir(exist_ok=True)
   with resume.lock(folder):
-    before = ModelConfig(**config.model)
+    before = settings.model_config(config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
     whole, after = hardened(params, before)
     data = corpus.valid[: config.eval_tokens or None]
     figures = [
-      evaluator.Evaluator(model_config, config.eval_batch_size)(
-        parallel.replicate(tree), data, evaluator.default_protocol(model_config)
+      evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
+        parallel.replicate(tree), data
       ).bits_per_char
       for tree, model_config in ((params, before), (whole, after))
     ]

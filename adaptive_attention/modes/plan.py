@@ -1,14 +1,17 @@
-"""What a run will take: counted and compiled, not allocated, not trained."""
+"""Plans: what a run will take, counted and compiled, not allocated."""
 
 import jax
 
 from adaptive_attention import accounting
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
+  batches,
   checkpoint,
   console,
+  optimizer,
   parallel,
+  settings,
   steps,
 )
 
@@ -23,47 +26,54 @@ def run(config, workdir, *, step=None):
   """
   if step is None:
     console.say(f"{'workdir':<10} {workdir}")
-  model_config = ModelConfig(**config.model)
-  state = jax.eval_shape(lambda: steps.init_state(config))
-  T = model_config.context_tokens
-  tokens = config.batch_size * T
-  flops = accounting.train_flops_per_token(model_config)
+  parts = settings.training_config(config)
+  model = Transformer(parts.model)
+  rule = optimizer.make(parts.optimizer, parts.steps)
+
+  def init():
+    return steps.init_state(model, rule, parts.seed)
+
   if step is None:
     # Of the initial state the compiler makes only what the masks are made of.
-    layers = jax.jit(
-      lambda: mask_params(steps.init_state(config).params, model_config)
-    )()
+    layers = jax.jit(lambda: mask_params(init().params, parts.model))()
   else:
     with checkpoint.Checkpoints(workdir) as saved:
       params, _ = saved.restore_params(step)
-    layers = mask_params(params, model_config)
-  macs = accounting.attention_macs_per_token(
-    layers, model_config, T, model_config.memory_tokens
-  )
-  streams = steps.streams_per_device(config)
-  _, memory = parallel.compile_step(
-    steps.make_train_step(config),
+    layers = mask_params(params, parts.model)
+  state = jax.eval_shape(init)
+  streams = batches.per_device(parts.batch_size)
+  T = parts.model.context_tokens
+  _, sizes = parallel.compile_step(
+    steps.make_train_step(model, rule, parts.seed),
     state,
-    jax.eval_shape(lambda: steps.start_memory(model_config, streams)),
-    steps.batch_shapes(config),
+    jax.eval_shape(lambda: steps.start_memory(parts.model, streams)),
+    batches.shapes(parts.batch_size, parts.accumulation_steps, T),
+  )
+  _say_counts(parts, accounting.parameter_count(state.params))
+  macs = accounting.attention_macs_per_token(
+    layers, parts.model, T, parts.model.memory_tokens
   )
   console.say(
-    f"devices    {parallel.device_count()} x {jax.devices()[0].device_kind}"
-  )
-  console.say(
-    f"parameters {accounting.parameter_count(state.params):,} "
-    f"({model_config.attention})"
-  )
-  console.say(
-    f"FLOPs      {flops:,.0f} a token, {flops * tokens:,.0f} a step of "
-    f"{config.batch_size} x {T} tokens, with all causal pairs; "
-    f"{flops * tokens * config.steps:.3g} in {config.steps:,} steps"
-  )
-  console.say(
-    f"attention  {console.macs_text(macs, model_config)}, with the masks "
+    f"attention  {console.macs_text(macs, parts.model)}, with the masks "
     f"of step {step or 0}"
   )
-  for name, size in memory.items():
+  for name, size in sizes.items():
     console.say(
       f"memory     {console.bytes_text(size):>10} {name}, per device, compiled"
     )
+
+
+def _say_counts(parts, parameters: int):
+  """Says what follows from the settings alone."""
+  T = parts.model.context_tokens
+  tokens = parts.batch_size * T
+  flops = accounting.train_flops_per_token(parts.model)
+  console.say(
+    f"devices    {parallel.device_count()} x {jax.devices()[0].device_kind}"
+  )
+  console.say(f"parameters {parameters:,} ({parts.model.attention})")
+  console.say(
+    f"FLOPs      {flops:,.0f} a token, {flops * tokens:,.0f} a step of "
+    f"{parts.batch_size} x {T} tokens, with all causal pairs; "
+    f"{flops * tokens * parts.steps:.3g} in {parts.steps:,} steps"
+  )

@@ -1,8 +1,106 @@
 """Which bytes are read when: pure functions, so that nothing is to be saved."""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import numpy as np
+
+from adaptive_attention.training import parallel
+
+
+class Batch(NamedTuple):
+  """What the devices take at a step, each leaf with their axis N in front.
+
+  Attributes:
+    tokens: (A, B, T + 1) uint8; A accumulation steps of B sequences each.
+    stop: int32, whether a signal came in.
+    restart: bool, whether the streams start anew with this segment.
+  """
+
+  tokens: jax.Array
+  stop: jax.Array
+  restart: jax.Array
+
+
+def per_device(batch_size: int) -> int:
+  """How many sequences a device reads side by side in training."""
+  return batch_size // parallel.device_count()
+
+
+def shapes(
+  batch_size: int, accumulation_steps: int, context_tokens: int
+) -> Batch:
+  """The shapes of what this process' devices take at a step."""
+  N, A = parallel.local_device_count(), accumulation_steps
+  B = per_device(batch_size) // A
+  return Batch(
+    jax.ShapeDtypeStruct((N, A, B, context_tokens + 1), np.uint8),
+    jax.ShapeDtypeStruct((N,), np.int32),
+    jax.ShapeDtypeStruct((N,), np.bool_),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """The batches of a run, each a function of its step alone.
+
+  Attributes:
+    data: the train split. Each device has a shard of it to itself.
+    seed: what the draws follow from.
+    batch_size: sequences a step, over all devices and accumulation steps.
+    accumulation_steps: into how many parts those of a device are cut.
+    context_tokens: T, the length of a sequence.
+    streams: whether each sequence goes on where it ended at the step before, as
+      a memory needs it, rather than being a random window.
+  """
+
+  data: np.ndarray
+  seed: int
+  batch_size: int
+  accumulation_steps: int
+  context_tokens: int
+  streams: bool
+
+  @property
+  def per_device(self) -> int:
+    """How many sequences a device reads side by side."""
+    return per_device(self.batch_size)
+
+  @property
+  def shapes(self) -> Batch:
+    """The shapes of what this process' devices take at a step."""
+    return shapes(self.batch_size, self.accumulation_steps, self.context_tokens)
+
+  def at(self, step: int, stop: bool = False) -> Batch:
+    """What this process' devices take at `step`, the first one being 0.
+
+    Args:
+      stop: whether this process is asked to end, for all to know.
+    """
+    B, T = self.per_device, self.context_tokens
+    N, count = parallel.local_device_count(), parallel.device_count()
+    draw = stream_batch if self.streams else train_batch
+    tokens_NBT = np.stack(
+      [
+        draw(
+          shard(self.data, i, count),
+          seed=self.seed,
+          step=step,
+          shard_index=i,
+          batch_size=B,
+          context_tokens=T,
+        )
+        for i in parallel.local_shards()
+      ]
+    )
+    length = len(self.data) // count
+    restart = self.streams and step % segments(length, B, T) == 0
+    return Batch(
+      tokens_NBT.reshape(self.shapes.tokens.shape),
+      np.full(N, stop, np.int32),
+      np.full(N, restart),
+    )
 
 
 def shard(data, index: int, count: int):

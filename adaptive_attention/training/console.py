@@ -85,6 +85,29 @@ def duration_text(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s"
 
 
+def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
+  """A line about a step.
+
+  Args:
+    step, last: which one it is, and the run's last.
+    numbers: its metrics, and `bits_per_char`.
+    seconds, tokens_per_second: of a step; None where none was timed yet.
+  """
+  timed = ""
+  if seconds is not None:
+    remaining = duration_text(seconds * (last - step))
+    timed = (
+      f"  {1000 * seconds:.0f} ms  {tokens_per_second:,.0f} tok/s  "
+      f"eta {remaining}"
+    )
+  return (
+    f"step {step:>6} {100 * step / last:5.1f}%  "
+    f"loss {numbers['loss']:.4f}  bpc {numbers['bits_per_char']:.4f}  "
+    f"lr {numbers['learning_rate']:.2e}  grad {numbers['grad_norm']:.3f}  "
+    f"span {numbers['span_mean']:.1f}  open {numbers['open_share']:.3f}{timed}"
+  )
+
+
 def macs_text(macs: dict, config: ModelConfig) -> str:
   """What `attention_macs_per_token` gives, for a person to read."""
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
@@ -112,7 +135,7 @@ def cache_text(layers, config: ModelConfig) -> str:
     f"{name} {n:,}"
     for name, n in accounting.cache_reads(layers, config).items()
   )
-  return f"{sizes} a sequence; keys read a token: {reads}"
+  return f"{sizes} a sequence; keys read per token: {reads}"
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

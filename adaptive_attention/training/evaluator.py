@@ -12,6 +12,7 @@ from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.model import Transformer
 from adaptive_attention.segment_memory import tokens_before
 from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
@@ -25,17 +26,17 @@ class EvaluationError(Error):
   """A split that cannot be evaluated."""
 
 
-_BLOCK_BYTES = 1024  # of the standard error: neighbours are not independent
+_CHUNK_BYTES = 1024  # of the standard error: neighbours are not independent
 _NOT_PREDICTED = -1.0  # no loss is negative
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Of a split: totals over counts.
+  """The figures of a split: totals over counts.
 
   Attributes:
     bits_per_char: total nats / bytes / ln 2.
-    stderr: its standard error, from the spread over blocks of 1024 bytes.
+    stderr: its standard error, from the spread over chunks of 1024 bytes.
     bytes: how many were predicted.
     tokens_per_second: of predictions.
   """
@@ -57,7 +58,7 @@ def default_protocol(config: ModelConfig) -> str:
 
 
 def check_protocol(protocol: str, config: ModelConfig):
-  """That it is "window", "memory" or "stride:N", and serves the model.
+  """Checks that it is "window", "memory" or "stride:N" and serves the model.
 
   Raises:
     SettingsError: another one, a stride that is not in 1..context, or a model
@@ -90,36 +91,40 @@ class Evaluator:
   """Predicts splits with one compiled step.
 
   Args:
-    config: the model's.
+    model: the model to evaluate.
     batch_size: windows or streams at a time on the devices of this process,
       rounded up to a multiple of them; the result does not depend on it.
   """
 
-  def __init__(self, config: ModelConfig, batch_size: int):
-    self._config = config
+  def __init__(self, model: Transformer, batch_size: int):
+    self._config = model.config
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
-    self._step = steps.make_eval_step(config)
+    self._step = steps.make_eval_step(model)
+    self._compiled = set()  # for which rows, with or without a memory
 
-  def __call__(self, params, data, protocol, warm=False) -> Result:
+  def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all bytes of `data`.
 
+    What has to be compiled is compiled before the clock starts.
+
     Args:
-      protocol: as `check_protocol` has it. "window": disjoint windows.
-        "stride:N": windows that start every N bytes, of whose predictions the
-        last N count. "memory": the split is read as by one stream with its
-        memory, cut into several. Each but the first is warmed with the bytes
-        before it that its predictions depend on, which cost as much as those
-        that count: through L layers up to L memories, or less far where the
-        spans reach less. There are fewer streams than `batch_size` where they
-        would cost more than twice as much as one.
-      warm: compile before the clock starts.
+      protocol: as `check_protocol` has it; None for the model's own. "window":
+        disjoint windows. "stride:N": windows that start every N bytes, of whose
+        predictions the last N count. "memory": the split is read as by one
+        stream with its memory, cut into several. Each but the first is warmed
+        with the bytes before it that its predictions depend on, which cost as
+        much as those that count: through L layers up to L memories, or less far
+        where the spans reach less. There are fewer streams than `batch_size`
+        where they would cost more than twice as much as one.
 
     Raises:
       SettingsError: as `check_protocol`.
       EvaluationError: a split without a byte that is predicted, or losses that
         are not finite.
     """
+    if protocol is None:
+      protocol = default_protocol(self._config)
     check_protocol(protocol, self._config)
     if len(data) < 2:
       raise EvaluationError(
@@ -127,8 +132,10 @@ class Evaluator:
         "first is not; give a longer text"
       )
     reading = self._reading(params, len(data), protocol)
-    if warm:
+    shape = (protocol == "memory", reading.starts.shape[1])
+    if shape not in self._compiled:
       self._predict(params, data, reading.part(slice(1)), protocol)
+      self._compiled.add(shape)
     start = time.perf_counter()
     nats = self._predict(params, data, reading, protocol)
     nats = parallel.gather(nats[None]).max(axis=0).astype(np.float64)
@@ -194,11 +201,11 @@ class Evaluator:
 
 
 def _standard_error(nats: np.ndarray) -> float:
-  """Of the mean, in nats: bytes within a block are not taken as independent."""
+  """That of the mean, in nats, as if chunks were independent of each other."""
   if len(nats) == 1:
     return 0.0  # nothing can be said; 0 keeps the record valid JSON
-  block = min(_BLOCK_BYTES, -(-len(nats) // 2))
-  starts = np.arange(0, len(nats), block)
+  chunk = min(_CHUNK_BYTES, -(-len(nats) // 2))
+  starts = np.arange(0, len(nats), chunk)
   counts = np.diff(np.append(starts, len(nats)))
   residuals = np.add.reduceat(nats, starts) - nats.mean() * counts
   scale = len(starts) / (len(starts) - 1)

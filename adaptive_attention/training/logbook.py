@@ -141,7 +141,7 @@ class Logbook:
 
   Args:
     workdir: the run's folder.
-    config: every setting, for config.json.
+    config: every setting, a plain dictionary, for config.json.
     resumed_step: the step that the run goes on from; 0 for a new one.
     made_again: the splits whose line of that step is dropped too.
 
@@ -163,16 +163,16 @@ class Logbook:
     if jax.process_index() != 0:
       return self
     config = self._config
-    write_json(self._workdir / "config.json", config.to_dict())
+    write_json(self._workdir / "config.json", config)
     write_json(self._workdir / "environment.json", environment())
     path = self._workdir / "metrics.jsonl"
     kept = _drop_after(path, self._resumed_step, self._made_again)
     self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
     with writing(path):
       self._metrics = path.open("a", encoding="utf-8")
-    if config.tensorboard:
+    if config["tensorboard"]:
       self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
-    if config.wandb:
+    if config["wandb"]:
       self._wandb = _start_wandb(self._workdir, config)
     return self
 
@@ -271,7 +271,7 @@ def _start_wandb(workdir, config):
       project=environment("WANDB_PROJECT") or "adaptive_attention",
       name=environment("WANDB_NAME") or workdir.absolute().name,
       dir=str(workdir),
-      config=config.to_dict(),
+      config=config,
       id=environment("WANDB_RUN_ID") or _wandb_id(workdir.absolute()),
       resume="allow",
     )

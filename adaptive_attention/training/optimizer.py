@@ -1,9 +1,13 @@
 """AdamW as the published run has it, or Adagrad, as one optax chain."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from adaptive_attention.config import OptimizerConfig
 from adaptive_attention.parameters import (
   is_mask_parameter,
   is_matrix,
@@ -11,14 +15,34 @@ from adaptive_attention.parameters import (
 )
 
 
-def learning_rate(settings, total_steps: int):
+class Optimizer(NamedTuple):
+  """An optax transformation that also tells its rate.
+
+  Attributes:
+    init, update: those of optax.
+    learning_rate: step -> the rate that the update of this step is made at.
+  """
+
+  init: Callable
+  update: Callable
+  learning_rate: optax.Schedule
+
+
+def make(config: OptimizerConfig, total_steps: int) -> Optimizer:
+  """The optimizer of a run of so many steps."""
+  rate = learning_rate(config, total_steps)
+  rule = transformation(config, rate)
+  return Optimizer(rule.init, rule.update, rate)
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   """Step -> rate: linear from 0 to the peak, then a cosine to the minimum."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
-    peak_value=settings.learning_rate,
-    warmup_steps=settings.warmup_steps,
-    decay_steps=max(total_steps, settings.warmup_steps + 1),
-    end_value=settings.min_learning_rate,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=max(total_steps, config.warmup_steps + 1),
+    end_value=config.min_learning_rate,
   )
 
 
@@ -45,7 +69,9 @@ def _clip_each(most):
   )
 
 
-def make(settings, schedule) -> optax.GradientTransformation:
+def transformation(
+  config: OptimizerConfig, rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
   """clip -> Adam or Adagrad -> decay of matrices -> -rate.
 
   The updates of spans and waves are then multiplied by mask_lr_multiplier.
@@ -53,32 +79,32 @@ def make(settings, schedule) -> optax.GradientTransformation:
   2011), which starts at zero.
 
   Args:
-    settings: config.optimizer.
-    schedule: step -> learning rate, as of `learning_rate`, or a constant.
+    config: the optimizer's settings.
+    rate: step -> learning rate, as of `learning_rate`, or a constant.
   """
-  match settings.clip:
+  match config.clip:
     case "global":
-      clip = optax.clip_by_global_norm(settings.clip_norm)
+      clip = optax.clip_by_global_norm(config.clip_norm)
     case "tensor":
-      clip = _clip_each(settings.clip_norm)
-  match settings.name:
+      clip = _clip_each(config.clip_norm)
+  match config.name:
     case "adamw":
       rule = optax.adamw(
-        schedule,
-        b1=settings.beta1,
-        b2=settings.beta2,
+        rate,
+        b1=config.beta1,
+        b2=config.beta2,
         eps=1e-8,
-        weight_decay=settings.weight_decay,
+        weight_decay=config.weight_decay,
         mask=is_matrix,
       )
     case "adagrad":
       rule = optax.chain(
         optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-10),
-        optax.add_decayed_weights(settings.weight_decay, is_matrix),
-        optax.scale_by_learning_rate(schedule),
+        optax.add_decayed_weights(config.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(rate),
       )
   return optax.chain(
     clip,
     rule,
-    optax.masked(optax.scale(settings.mask_lr_multiplier), is_mask_parameter),
+    optax.masked(optax.scale(config.mask_lr_multiplier), is_mask_parameter),
   )

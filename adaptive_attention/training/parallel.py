@@ -18,31 +18,41 @@ from adaptive_attention.errors import SettingsError
 _AXIS = "data"
 
 
-def start(config, sequences: int | None = None):
+def start(
+  sequences: int,
+  *,
+  cpu_devices: int = 0,
+  distributed: bool = False,
+  coordinator_address: str = "",
+  process_count: int = 0,
+  process_index: int = -1,
+):
   """Makes the devices; to be called before anything else asks for one.
 
-  On a CPU these are `config.cpu_devices`, or for 0 one per core, but only as
-  many as so many sequences can be dealt to evenly; those of a training batch
-  if not given.
+  Args:
+    sequences: what is dealt out evenly to the devices of a CPU.
+    cpu_devices: how many of these to make; 0 for one per core, but only as many
+      as the sequences can be dealt to.
+    distributed: whether several processes work together.
+    coordinator_address, process_count, process_index: HOST:PORT of the first of
+      them, how many there are, and which one this is; "", 0 and -1 on clusters
+      where jax finds them out.
 
   Raises:
     SettingsError: several processes that cannot find each other.
   """
   cores = _usable_cores()
-  if sequences is None:
-    sequences = config.batch_size // config.accumulation_steps
   jax.config.update(
     "jax_num_cpu_devices",
-    config.cpu_devices
-    or max(n for n in range(1, cores + 1) if sequences % n == 0),
+    cpu_devices or max(n for n in range(1, cores + 1) if sequences % n == 0),
   )
-  if config.distributed:
+  if distributed:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
       jax.distributed.initialize(
-        coordinator_address=config.coordinator_address or None,
-        num_processes=config.process_count or None,
-        process_id=None if config.process_index < 0 else config.process_index,
+        coordinator_address=coordinator_address or None,
+        num_processes=process_count or None,
+        process_id=None if process_index < 0 else process_index,
       )
     except (ValueError, RuntimeError) as error:
       reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -53,8 +63,8 @@ def start(config, sequences: int | None = None):
 
 
 def _usable_cores() -> int:
-  """Those this process may run on; all of them where that cannot be asked."""
-  if hasattr(os, "sched_getaffinity"):  # of Linux alone
+  """Counts those this process may run on; all where that cannot be asked."""
+  if hasattr(os, "sched_getaffinity"):  # on Linux alone
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
@@ -72,12 +82,12 @@ def process_count() -> int:
 
 
 def is_primary() -> bool:
-  """Whether this process is the one that writes."""
+  """Tells whether this process is the one that writes."""
   return jax.process_index() == 0
 
 
 def local_shards() -> list[int]:
-  """Which of the `device_count()` shards this process' devices have."""
+  """Returns which of the `device_count()` shards these devices have."""
   first = jax.process_index() * jax.local_device_count()
   return list(range(first, first + jax.local_device_count()))
 
@@ -141,7 +151,7 @@ def compile_step(step, *args):
   stats = compiled.memory_analysis()
   sizes = {
     "arguments": stats.argument_size_in_bytes,
-    "results not in their place": stats.output_size_in_bytes
+    "outputs that are not aliased": stats.output_size_in_bytes
     - stats.alias_size_in_bytes,
     "temporary": stats.temp_size_in_bytes,
   }

@@ -3,10 +3,23 @@
 import contextlib
 import os
 import pathlib
+from typing import NamedTuple
 
+import jax
+import numpy as np
+
+from adaptive_attention import weights
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
-from adaptive_attention.training import console
-from adaptive_attention.training.checkpoint import CheckpointError
+from adaptive_attention.training import (
+  console,
+  logbook,
+  parallel,
+  settings,
+  steps,
+)
+from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+from adaptive_attention.training.training_config import TrainingConfig
 
 
 class DataError(Error):
@@ -17,11 +30,19 @@ class DataError(Error):
 def lock(workdir):
   """Makes this process the one writer of `workdir` while the context lasts.
 
-  The lock dies with the process, however it ends.
+  The folder is made if it is absent. The lock dies with the process, however it
+  ends. Of several processes that work together the primary one holds it.
 
   Raises:
     CheckpointError: another process holds it, or this one does already.
+    LogbookError: the folder cannot be written to.
   """
+  if not parallel.is_primary():
+    yield
+    return
+  with logbook.writing(workdir):
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(workdir, "lock").touch()
   path = pathlib.Path(workdir).resolve() / "lock"
   if path in _LOCKED:  # to open it again, and to close that, would free it
     raise _is_written(workdir, os.getpid())
@@ -63,8 +84,115 @@ def _is_written(workdir, process):
   )
 
 
+class Start(NamedTuple):
+  """What a run starts or goes on from.
+
+  Attributes:
+    state: the train state.
+    saved_step: the step of the checkpoint that it was restored from, or None.
+    owed: whether the step is still to be evaluated, as the run ended before
+      that.
+  """
+
+  state: steps.TrainState
+  saved_step: int | None
+  owed: bool
+
+  @property
+  def step(self) -> int:
+    return self.saved_step or 0
+
+
+def start(
+  saved: Checkpoints,
+  state: steps.TrainState,
+  config: TrainingConfig,
+  corpus,
+  which: str | None,
+) -> Start:
+  """Restores the state to go on from, or makes that of a new run; on the host.
+
+  Args:
+    saved: the run's checkpoints.
+    state: the state of a new run, on the host.
+    config: the settings to go on with.
+    corpus: the data to go on with.
+    which: the checkpoint, instead of the newest; later ones are set aside.
+
+  Raises:
+    CheckpointError: no such checkpoint, or one that is damaged.
+    DataError: one that was trained on other data.
+    SettingsError: one that the settings do not fit.
+  """
+  if not saved.steps():
+    if which is not None:
+      raise CheckpointError(
+        f"--step={which} names no checkpoint, as there is none yet; leave it "
+        "out to start from the beginning"
+      )
+    if config.init_from:
+      state = state.replace(params=weights.load(config.init_from, config.model))
+    return Start(state, None, False)
+  step = saved.resolve("latest" if which is None else which)
+  # Its settings first: what does not fit is then told by its name.
+  meta = saved.read_meta(step)
+  check_same_data(corpus, meta, step)
+  _say_changes(settings.check_resumed(meta["config"], config.record, step))
+  params, opt_state, _ = saved.restore(step, state.params, state.opt_state)
+  if which is not None and parallel.is_primary():
+    moved = saved.set_aside_after(step)
+    if moved:
+      console.say(f"set aside: the later checkpoints {moved}")
+  state = state.replace(
+    step=np.asarray(step, np.int32), params=params, opt_state=opt_state
+  )
+  owed = meta["bits_per_char"] is None and config.every.evaluates(step)
+  return Start(state, step, owed)
+
+
+def _say_changes(changed):
+  if changed:
+    said = (f"{n}={new!r} (was {old!r})" for n, (old, new) in changed.items())
+    console.say(f"changed since the checkpoint: {', '.join(said)}")
+
+
+def start_memory(
+  saved: Checkpoints, config: ModelConfig, streams: int, step: int
+):
+  """What this process' devices remember of their streams at `step`.
+
+  Args:
+    saved: the run's checkpoints.
+    config: the model's settings.
+    streams: how many each device has.
+    step: that of the checkpoint; 0 for a new run.
+
+  Returns:
+    The memory of the checkpoint, or one that has read nothing where it has none
+    of such streams, which is said.
+  """
+  fresh = steps.start_memory(config, streams)
+  if not jax.tree.leaves(fresh) or not step:
+    return fresh
+  N = parallel.device_count()
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype), fresh
+  )
+  restored = saved.restore_memory(step, like)
+  if restored is None:
+    console.say(
+      "memory     empty: the streams restart, as the checkpoint's are not "
+      f"those of {N} device(s) with {streams} sequences each in "
+      f"{config.compute_dtype}"
+    )
+    return fresh
+  return parallel.deal(
+    jax.tree.map(lambda x: x[parallel.local_shards()], restored)
+  )
+
+
 def check_same_data(corpus, meta, step):
-  """That a checkpoint was trained on these bytes.
+  """Checks that a checkpoint was trained on these bytes.
 
   Raises:
     DataError: naming both.
@@ -78,7 +206,7 @@ def check_same_data(corpus, meta, step):
 
 
 def say_other_data(corpus, meta):
-  """A line where `corpus` is not what the checkpoint was trained on."""
+  """Says where `corpus` is not what the checkpoint was trained on."""
   trained = meta["data"]
   if corpus.sha256 != trained["sha256"]:
     console.say(

@@ -1,18 +1,25 @@
-"""What a config may say, checked before any device is touched.
+"""Settings: what they may be, and the objects that they are taken apart into.
 
-Each error is one sentence that names the field. Types and unknown names are
-held by the locked ConfigDict itself.
+All is checked before any device is touched; each error is one sentence that
+names the field. Types and unknown names are held by the locked ConfigDict
+itself, which no other file of this floor sees.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from adaptive_attention import config as configs
-from adaptive_attention.config import ModelConfig, fixes_the_model
+from adaptive_attention.config import (
+  ModelConfig,
+  OptimizerConfig,
+  fixes_the_model,
+)
 from adaptive_attention.errors import SettingsError
+from adaptive_attention.training.training_config import Every, TrainingConfig
 
 # Of each number the least it may be; all must be finite.
 _LEAST = {
@@ -31,19 +38,13 @@ _LEAST = {
   "process_count": 0,
   "process_index": -1,
   "bench.repeats": 1,
-  "optimizer.learning_rate": 0,
-  "optimizer.min_learning_rate": 0,
-  "optimizer.warmup_steps": 0,
-  "optimizer.beta1": 0,
-  "optimizer.beta2": 0,
-  "optimizer.weight_decay": 0,
-  "optimizer.clip_norm": 0,
-  "optimizer.mask_lr_multiplier": 0,
 }
-
-
 # Of some the most: what jax.random.key tells apart, and what int32 counts.
 _MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
+_CHOICES = {
+  "bench.compare": ("", "torch"),
+  "data.corpus": ("enwik8", "python_source"),
+}
 
 # What several processes need to know of each other.
 _PROCESSES = ("coordinator_address", "process_count", "process_index")
@@ -70,14 +71,24 @@ def check(config, names: Collection[str] | None = None):
     SettingsError: naming the field, its value and what was expected.
   """
   flat = _flatten(config)
-  for name, condition, expected in _conditions(config, flat):
+  for name, condition, expected in [
+    *_bounds(flat),
+    *_processes(config),
+    *_data_needs(config),
+  ]:
     if names is None or name in names:
       _require(condition, name, flat[name], expected)
+  if names is None or any(name.startswith("optimizer.") for name in names):
+    optimizer_config(config.optimizer)
   model_config(config.model)
 
 
-def _conditions(config, flat):
-  """(name, whether its value will do, what was expected) of each setting."""
+# Of each setting its name, whether its value will do, and what was expected.
+_Conditions = Iterator[tuple[str, bool, str]]
+
+
+def _bounds(flat) -> _Conditions:
+  """Those of each setting alone; the model and the optimizer hold their own."""
   for name, value in flat.items():
     if isinstance(value, float):
       yield name, math.isfinite(value), "a finite number"
@@ -85,30 +96,22 @@ def _conditions(config, flat):
     yield name, flat[name] >= least, f"at least {least}"
   for name, most in _MOST.items():
     yield name, flat[name] <= most, f"at most {most}"
-  yield (
-    "eval_tokens",
-    flat["eval_tokens"] != 1,
-    "at least 2, as the first byte is not predicted, or 0 for all",
-  )
-  for name in ("optimizer.beta1", "optimizer.beta2"):
-    yield name, flat[name] < 1, "less than 1"
-  most = flat["optimizer.learning_rate"]
-  yield (
-    "optimizer.min_learning_rate",
-    flat["optimizer.min_learning_rate"] <= most,
-    f"at most optimizer.learning_rate={most}",
-  )
-  yield "optimizer.clip_norm", flat["optimizer.clip_norm"] > 0, "more than 0"
+  for name, allowed in _CHOICES.items():
+    yield name, flat[name] in allowed, f"one of {allowed}"
+
+
+def _processes(config) -> _Conditions:
+  """What several processes are told of each other."""
   for name, none in zip(_PROCESSES, ("", 0, -1)):
     yield (
       name,
-      config.distributed or flat[name] == none,
+      config.distributed or config[name] == none,
       f"{none!r} without distributed=True",
     )
+  address = config.coordinator_address
   yield (
     "coordinator_address",
-    not config.coordinator_address
-    or config.coordinator_address.rpartition(":")[2].isdecimal(),
+    not address or address.rpartition(":")[2].isdecimal(),
     "HOST:PORT",
   )
   yield (
@@ -116,27 +119,78 @@ def _conditions(config, flat):
     not config.process_count or config.process_index < config.process_count,
     f"less than process_count={config.process_count}",
   )
+
+
+def _data_needs(config) -> _Conditions:
+  """What follows from the data being bytes."""
+  yield (
+    "eval_tokens",
+    config.eval_tokens != 1,
+    "at least 2, as the first byte is not predicted, or 0 for all",
+  )
   yield (
     "model.vocab_size",
     config.model.vocab_size >= 256,
     "at least 256, as the data are bytes",
   )
-  choices = {
-    "bench.compare": ("", "torch"),
-    "optimizer.name": ("adamw", "adagrad"),
-    "optimizer.clip": ("global", "tensor"),
-    "data.corpus": ("enwik8", "python_source"),
-  }
-  for name, allowed in choices.items():
-    yield name, flat[name] in allowed, f"one of {allowed}"
 
 
 def model_config(model: Mapping) -> ModelConfig:
   """`config.model_config`, refused as a setting is."""
-  try:
+  with _as_settings():
     return configs.model_config(model)
+
+
+def optimizer_config(optimizer: Mapping) -> OptimizerConfig:
+  """The optimizer's settings, refused as a setting is."""
+  with _as_settings():
+    return OptimizerConfig(**optimizer)
+
+
+@contextlib.contextmanager
+def _as_settings():
+  """Names a field of an object as the setting that it was made from.
+
+  Raises:
+    SettingsError: in place of TypeError and ValueError.
+  """
+  try:
+    yield
   except (TypeError, ValueError) as error:
     raise SettingsError(f"config.{error}") from error
+
+
+def training_config(config: ConfigDict) -> TrainingConfig:
+  """Takes the settings of a training run apart.
+
+  Raises:
+    SettingsError: of the model or the optimizer.
+  """
+  return TrainingConfig(
+    model=model_config(config.model),
+    optimizer=optimizer_config(config.optimizer),
+    steps=config.steps,
+    every=Every(
+      last=config.steps,
+      record=config.log_every_steps,
+      save=config.checkpoint_every_steps,
+      evaluate=config.eval_every_steps,
+      sample=config.sample_every_steps,
+    ),
+    seed=config.seed,
+    batch_size=config.batch_size,
+    accumulation_steps=config.accumulation_steps,
+    eval_tokens=config.eval_tokens or None,
+    eval_batch_size=config.eval_batch_size,
+    keep_checkpoints=config.keep_checkpoints,
+    init_from=config.init_from,
+    record=config.to_dict(),
+  )
+
+
+def machine(config: ConfigDict) -> dict:
+  """The settings of the machine, as `parallel.start` takes them."""
+  return {name: config[name] for name in MACHINE}
 
 
 def warmup_note(config) -> str | None:
@@ -197,19 +251,28 @@ def check_data(config, corpus, devices: int):
   )
 
 
-def check_resumed(saved: Mapping, config, step: int) -> dict[str, tuple]:
-  """That a run may go on with `config`; what it changes, as of `changes`.
+def check_resumed(
+  saved: Mapping, given: Mapping, step: int
+) -> dict[str, tuple]:
+  """That a run may go on with the settings given; what they change.
 
   Args:
-    saved: the settings of the checkpoint of `step`.
+    saved: all settings of the checkpoint of `step`.
+    given: all settings that it goes on with.
+
+  Returns:
+    As `changes`.
 
   Raises:
     SettingsError: naming the setting that does not fit.
   """
-  saved = dict(saved, model=dataclasses.asdict(model_config(saved["model"])))
+  saved, given = (
+    dict(these, model=dataclasses.asdict(model_config(these["model"])))
+    for these in (saved, given)
+  )
   changed = {
     name: (old, new)
-    for name, (old, new) in changes(saved, config).items()
+    for name, (old, new) in changes(saved, given).items()
     if old is not None  # of a version before there was this setting
   }
   for name, (old, new) in changed.items():

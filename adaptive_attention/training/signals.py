@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 
+from adaptive_attention.errors import Error
+
 _NUMBERS = tuple(
   getattr(signal, name)
   for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -22,12 +24,27 @@ _TOGETHER_SECONDS = 0.1  # `timeout` and closing terminals send one twice
 _PATIENCE_SECONDS = 0.5  # before it is told that a step is awaited
 
 
+_SIGPIPE = getattr(signal, "SIGPIPE", 13)
+
+
+class Stopped(Error):
+  """A run that was asked to end, after its step was finished and saved.
+
+  Attributes:
+    exit_code: 128 + the number of a signal, as a shell has it, or 1.
+  """
+
+  def __init__(self, message, exit_code):
+    super().__init__(message)
+    self.exit_code = exit_code
+
+
 class Interrupted(BaseException):
   """A signal that came where nothing is left to be saved."""
 
 
 class Signals:
-  """What is done at a signal while the context lasts.
+  """Decides what is done at a signal while the context lasts.
 
   Without `saving` the program ends at once, with one sentence. With it the
   first signal is noted and a second one ends the program.
@@ -68,6 +85,24 @@ class Signals:
     """Asks for the end as a signal does; the first to ask is kept."""
     if self.reason is None:
       self.reason, self.exit_code = reason, exit_code
+
+  def stop_unheard(self, error: OSError):
+    """Asks for the end as whoever closes the console does."""
+    if isinstance(error, BrokenPipeError):
+      self.stop("a closed pipe", 128 + _SIGPIPE)
+    else:
+      self.stop(f"a console that takes no more ({error.strerror})", 1)
+
+  def stopped(self, step: int) -> Stopped:
+    """The error of a run that ends after `step`, which is saved.
+
+    Where no signal came to this process, one came to another.
+    """
+    return Stopped(
+      f"stopped by {self.reason or 'SIGTERM'} after step {step}, which is "
+      "saved; the same command goes on from there",
+      self.exit_code or 128 + signal.SIGTERM,
+    )
 
   @contextlib.contextmanager
   def interrupting(self):

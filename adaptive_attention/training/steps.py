@@ -1,135 +1,50 @@
 """One step of training and one of evaluation, as functions of their inputs."""
 
-from typing import NamedTuple
-
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax.training.train_state import TrainState
 
 from adaptive_attention import masks
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Transformer
-from adaptive_attention.state import Stateless, init_memory
-from adaptive_attention.training import optimizer, parallel
+from adaptive_attention.state import State, Stateless, init_memory
+from adaptive_attention.training import parallel
+from adaptive_attention.training.batches import Batch
+from adaptive_attention.training.optimizer import Optimizer
 
 
-def init_state(config) -> TrainState:
-  """The state at step 0: parameters from config.seed, AdamW's moments zero."""
-  model = Transformer(ModelConfig(**config.model))
+@flax.struct.dataclass
+class TrainState:
+  """What a step of training changes, the same on every device.
+
+  Attributes:
+    step: int32, how many steps have been made.
+    params: the model's parameters.
+    opt_state: the optimizer's moments and counts.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+
+
+def init_state(
+  model: Transformer, optimizer: Optimizer, seed: int
+) -> TrainState:
+  """Draws the state at step 0: parameters from the seed, moments zero."""
 
   def init(key):
     tokens_BT = jnp.zeros((1, model.config.context_tokens), jnp.int32)
-    return TrainState.create(
-      apply_fn=model.apply,
-      params=model.init(key, tokens_BT)["params"],
-      tx=make_optimizer(config),
-    )
+    params = model.init(key, tokens_BT)["params"]
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-  return jax.jit(init)(jax.random.key(config.seed))
+  return jax.jit(init)(jax.random.key(seed))
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-  schedule = optimizer.learning_rate(config.optimizer, config.steps)
-  return optimizer.make(config.optimizer, schedule)
-
-
-class Batch(NamedTuple):
-  """What the devices take at a step, each leaf with their axis N in front.
-
-  Attributes:
-    tokens: (A, B, T + 1) uint8; A accumulation steps of B sequences each.
-    stop: int32, whether a signal came in.
-    restart: bool, whether the streams start anew with this segment.
-  """
-
-  tokens: jax.Array
-  stop: jax.Array
-  restart: jax.Array
-
-
-def make_train_step(config):
-  """step(state, memory, batch) -> (state, memory, metrics), over devices.
-
-  The update is that of the mean over all sequences. If the loss or the gradient
-  norm is not finite state and memory are returned as they were. `stop` is
-  summed over all devices into the metrics, so that all processes learn of a
-  signal at the same step; `masks` are those of all layers after the update, to
-  be counted by the host.
-
-  The memory, of `start_memory`, is None without `model.memory_tokens`. It holds
-  the A B streams of a device, those of each accumulation step side by side.
-  """
-  model_config = ModelConfig(**config.model)
-  schedule = optimizer.learning_rate(config.optimizer, config.steps)
-  seed = config.seed
-
-  def loss_fn(params, tokens, memory, first_stream, key, apply_fn):
-    tokens = tokens.astype(jnp.int32)
-    logits_BTV, memory = apply_fn(
-      {"params": params},
-      tokens[:, :-1],
-      train=True,
-      state=memory.of_streams(first_stream),
-      rngs={"dropout": key},
-    )
-    nats_BT = cross_entropy(logits_BTV, tokens[:, 1:])
-    mean = jnp.mean(nats_BT)
-    penalty = regularizer(params, model_config)
-    return mean + penalty, ((mean, penalty), memory.of_streams(None))
-
-  def step(state, memory, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    key = jax.random.fold_in(key, parallel.device_index())
-
-    A, B, _ = batch.tokens.shape
-    tokens_read = jnp.where(batch.restart, jnp.uint32(0), memory.tokens_read)
-
-    def accumulate(carry, part):
-      total, memory = carry
-      index, tokens_BT = part
-      memory = memory.at(tokens_read)  # Each part's streams begin where all do.
-      (_, (aux, memory)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params,
-        tokens_BT,
-        memory,
-        index * B,
-        jax.random.fold_in(key, index),
-        state.apply_fn,
-      )
-      return (jax.tree.map(jnp.add, total, (grads, aux)), memory), None
-
-    zeros = (jax.tree.map(jnp.zeros_like, state.params), (0.0, 0.0))
-    (sums, memory), _ = jax.lax.scan(
-      accumulate, (zeros, memory), (jnp.arange(A), batch.tokens)
-    )
-    grads, (nats, penalty) = parallel.mean(jax.tree.map(lambda x: x / A, sums))
-    loss = nats + penalty
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updated = state.apply_gradients(grads=grads)
-    updated = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), updated, state
-    )
-    metrics = {
-      "loss": loss,
-      "cross_entropy": nats,
-      "learning_rate": schedule(state.step),
-      "grad_norm": grad_norm,
-      "stop": parallel.total(batch.stop),
-      "masks": mask_params(updated.params, model_config),
-    } | mask_metrics(updated.params, model_config)
-    # What was written stands where nothing is visible: to go back is to have
-    # read nothing.
-    memory = memory.at(jnp.where(finite, memory.tokens_read, tokens_read))
-    return updated, memory, metrics
-
-  return parallel.train_step(step)
-
-
-def start_memory(config: ModelConfig, streams: int):
-  """The memory of this process' devices, of so many streams each, or None."""
+def start_memory(config: ModelConfig, streams: int) -> State | Stateless:
+  """Makes the memory of this process' devices, of so many streams each."""
   if not config.memory_tokens:
     return Stateless(config.n_layer)
   return parallel.on_each_device(
@@ -137,24 +52,112 @@ def start_memory(config: ModelConfig, streams: int):
   )
 
 
-def streams_per_device(config) -> int:
-  """How many sequences a device reads side by side in training."""
-  return config.batch_size // parallel.device_count()
+def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
+  """step(state, memory, batch) -> (state, memory, metrics), over devices.
+
+  The update is that of the mean over all sequences. If the loss or the gradient
+  norm is not finite, state and memory are returned as they were. `stop` is
+  summed over all devices into the metrics, so that all processes learn of a
+  signal at the same step; `masks` are those of all layers after the update, to
+  be counted by the host.
+
+  The memory, of `start_memory`, holds the A B streams of a device, those of
+  each accumulation step side by side.
+
+  Args:
+    optimizer: the one whose state `init_state` made.
+    seed: what dropout follows from.
+  """
+
+  def step(state: TrainState, memory, batch: Batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key, parallel.device_index())
+    tokens_read = jnp.where(batch.restart, jnp.uint32(0), memory.tokens_read)
+    local, memory = _gradient(
+      model, state.params, memory.at(tokens_read), batch.tokens, key
+    )
+    grads, (nats, penalty) = parallel.mean(local)
+    loss = nats + penalty
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updated = _where(finite, _updated(optimizer, state, grads), state)
+    metrics = {
+      "loss": loss,
+      "cross_entropy": nats,
+      "learning_rate": optimizer.learning_rate(state.step),
+      "grad_norm": grad_norm,
+      "stop": parallel.total(batch.stop),
+      "masks": mask_params(updated.params, model.config),
+    } | mask_metrics(updated.params, model.config)
+    # What was written stands where nothing is visible: to go back is to have
+    # read no more.
+    memory = memory.at(jnp.where(finite, memory.tokens_read, tokens_read))
+    return updated, memory, metrics
+
+  return parallel.train_step(step)
 
 
-def batch_shapes(config) -> Batch:
-  """The shapes of what a training step takes besides state and memory."""
-  N, A = parallel.local_device_count(), config.accumulation_steps
-  B = config.batch_size // (parallel.device_count() * A)
-  T = config.model.context_tokens
-  return Batch(
-    jax.ShapeDtypeStruct((N, A, B, T + 1), jnp.uint8),
-    jax.ShapeDtypeStruct((N,), jnp.int32),
-    jax.ShapeDtypeStruct((N,), jnp.bool_),
+def _gradient(model, params, memory, tokens_ABT, key):
+  """The mean over all sequences of a device, taken part by part.
+
+  Returns:
+    ((gradient, (nats, penalty)), the memory of all parts after it).
+  """
+  A, B, _ = tokens_ABT.shape
+  value_and_grad = jax.value_and_grad(_loss, has_aux=True)
+
+  def accumulate(carry, part):
+    total, left = carry
+    index, tokens_BT = part
+    (_, (aux, left)), grads = value_and_grad(
+      params,
+      model,
+      tokens_BT,
+      left.at(memory.tokens_read),  # each part's streams begin where all do
+      index * B,
+      jax.random.fold_in(key, index),
+    )
+    return (jax.tree.map(jnp.add, total, (grads, aux)), left), None
+
+  zeros = (jax.tree.map(jnp.zeros_like, params), (0.0, 0.0))
+  (sums, memory), _ = jax.lax.scan(
+    accumulate, (zeros, memory), (jnp.arange(A), tokens_ABT)
   )
+  return jax.tree.map(lambda x: x / A, sums), memory
 
 
-def mask_metrics(params, config: ModelConfig):
+def _loss(params, model, tokens_BT, memory, first_stream, key):
+  """Nats per token with the penalty: (loss, ((nats, penalty), memory)).
+
+  Args:
+    tokens_BT: (B, T + 1) uint8, inputs and the target after each.
+    first_stream: the index in the memory of the first of these sequences.
+    key: what dropout follows from.
+  """
+  tokens_BT = tokens_BT.astype(jnp.int32)
+  logits_BTV, memory = model.apply(
+    {"params": params},
+    tokens_BT[:, :-1],
+    train=True,
+    state=memory.of_streams(first_stream),
+    rngs={"dropout": key},
+  )
+  nats = jnp.mean(cross_entropy(logits_BTV, tokens_BT[:, 1:]))
+  penalty = regularizer(params, model.config)
+  return nats + penalty, ((nats, penalty), memory.of_streams(None))
+
+
+def _updated(optimizer, state, grads) -> TrainState:
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(state.step + 1, params, opt_state)
+
+
+def _where(condition, tree, otherwise):
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
+
+
+def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
   """Means over all heads: span in tokens, open share of the distances."""
   layers = mask_params(params, config)
   T = config.max_context_tokens
@@ -166,13 +169,12 @@ def mask_metrics(params, config: ModelConfig):
   }
 
 
-def make_eval_step(config: ModelConfig):
+def make_eval_step(model: Transformer):
   """step(params, memory, tokens_B(T+1)) -> (memory, nats_BT), over devices.
 
   Nats of each byte after those before it in its row, or, with a memory, after
   those that were read before.
   """
-  model = Transformer(config)
 
   def step(params, memory, tokens):
     tokens = tokens.astype(jnp.int32)

@@ -14,8 +14,8 @@ from adaptive_attention.training import (
   checkpoint,
   logbook,
   parallel,
-  steps,
 )
+from tests.training.test_steps import init_state
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_one_residue_is_open_under_the_comb(shapes):
 
 def test_the_masks_of_a_run_are_taken_whole(tiny, tmp_path):
   """Spans, waves, heads and widths, layer by layer."""
-  state = jax.device_get(steps.init_state(tiny))
+  state = init_state(tiny)
   with checkpoint.Checkpoints(tmp_path) as saved:
     meta = {"config": tiny.to_dict(), "data": {"name": "x", "sha256": "0"}}
     saved.save(7, state.params, state.opt_state, meta, None)

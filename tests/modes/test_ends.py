@@ -16,8 +16,15 @@ import pytest
 
 from adaptive_attention import accounting, generation
 from adaptive_attention.modes import train
-from adaptive_attention.training import evaluator, logbook
+from adaptive_attention.training import (
+  evaluator,
+  logbook,
+  loop,
+  milestones,
+)
+from adaptive_attention.training import run as training
 from adaptive_attention.training.checkpoint import Checkpoints
+from adaptive_attention.training.signals import Stopped
 from data import text_file
 from tests.conftest import ROOT
 from tests.modes.test_train import final, metrics
@@ -104,7 +111,7 @@ def test_killed_in_validation(
     (evaluator.Evaluator, "__call__", signal.SIGTERM, 6),
     (generation, "generate", signal.SIGHUP, 4),
     (Checkpoints, "save", signal.SIGINT, 3),
-    (train, "_compile", signal.SIGINT, 1),
+    (training, "_compile", signal.SIGINT, 1),
   ],
 )
 def test_a_signal_whatever_is_being_done(
@@ -119,7 +126,7 @@ def test_a_signal_whatever_is_being_done(
 
   before_call(monkeypatch, owner, name, 1, signalled)
   start = time.monotonic()
-  with pytest.raises(train.Stopped, match=f"after step {step}, ") as stopped:
+  with pytest.raises(Stopped, match=f"after step {step}, ") as stopped:
     run(tmp_path, sample_every_steps=4)
   assert time.monotonic() - start < 60
   assert stopped.value.exit_code == 128 + number
@@ -147,7 +154,7 @@ def test_a_closed_pipe_saves_as_a_signal_does(
   run, tmp_path, monkeypatch, last, step
 ):
   monkeypatch.setattr(sys, "stdout", ClosedAfter(last))
-  with pytest.raises(train.Stopped, match="a closed pipe") as stopped:
+  with pytest.raises(Stopped, match="a closed pipe") as stopped:
     run(tmp_path, log_every_steps=2)
   assert stopped.value.exit_code == 141
   assert final(tmp_path)[0] == step
@@ -160,7 +167,7 @@ def test_a_record_that_takes_no_more_is_told_after_a_save(
     raise OSError(28, "No space left on device")
 
   before_call(monkeypatch, json, "dumps", 2 + 2, full)
-  with pytest.raises(train.Stopped) as stopped:
+  with pytest.raises(Stopped) as stopped:
     run(tmp_path, log_every_steps=1)
   assert "metrics.jsonl cannot be written (No space left" in str(stopped.value)
   assert stopped.value.exit_code == 1
@@ -173,7 +180,8 @@ def test_only_training_is_timed(run, tmp_path, monkeypatch):
   clock = types.SimpleNamespace(
     perf_counter=lambda: time.perf_counter() + skipped[0]
   )
-  monkeypatch.setattr(train, "time", clock)
+  for module in (loop, milestones, training):
+    monkeypatch.setattr(module, "time", clock)
 
   def slowed(owner, name):
     function = getattr(owner, name)
@@ -189,8 +197,8 @@ def test_only_training_is_timed(run, tmp_path, monkeypatch):
   slowed(evaluator.Evaluator, "__call__")
   slowed(generation, "generate")
   slowed(Checkpoints, "save")
-  slowed(train, "_compile")
-  compiled = train._compile
+  slowed(training, "_compile")
+  compiled = training._compile
 
   def slow_at_first(*args):
     step, calls = compiled(*args), []
@@ -203,7 +211,7 @@ def test_only_training_is_timed(run, tmp_path, monkeypatch):
 
     return call
 
-  monkeypatch.setattr(train, "_compile", slow_at_first)
+  monkeypatch.setattr(training, "_compile", slow_at_first)
   changes = {"log_every_steps": 2, "sample_every_steps": 4}
   with monkeypatch.context() as changed:
     before_call(changed, logbook.Logbook, "write", 5, die)  # line of step 8
@@ -281,7 +289,7 @@ def test_results_are_told_before_a_write_that_fails(main, whole, tmp_path):
   workdir = shutil.copytree(whole, tmp_path / "w")
   for mode, name, told in (
     ("eval", "eval_valid.json", "bits per character"),
-    ("sample", "sample.txt", "keys read a token"),
+    ("sample", "sample.txt", "keys read per token"),
     ("export", "model.safetensors", ""),
   ):
     (workdir / name).unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def nats_byte_by_byte(params, stride):
 )
 def test_it_is_the_sum_over_bytes(params, protocol, stride):
   expected = nats_byte_by_byte(params, stride)
-  result = evaluator.Evaluator(CONFIG, 8)(
+  result = evaluator.Evaluator(Transformer(CONFIG), 8)(
     parallel.replicate(params), DATA, protocol
   )
   assert result.bytes == len(DATA) - 1
@@ -73,7 +73,9 @@ def test_it_is_the_sum_over_bytes(params, protocol, stride):
 def test_no_batch_size_changes_it(params, length):
   placed = parallel.replicate(params)
   results = [
-    evaluator.Evaluator(CONFIG, batch_size)(placed, DATA[:length], "window")
+    evaluator.Evaluator(Transformer(CONFIG), batch_size)(
+      placed, DATA[:length], "window"
+    )
     for batch_size in (1, 7, 64)
   ]
   for result in results[1:]:
@@ -111,12 +113,14 @@ def test_protocols_that_are_none(protocol):
 def test_a_model_that_is_not_finite_has_no_figure(params):
   spoiled = {**params, "position_0": params["position_0"] * np.nan}
   with pytest.raises(evaluator.EvaluationError, match="400 of 400 bytes"):
-    evaluator.Evaluator(CONFIG, 8)(parallel.replicate(spoiled), DATA, "window")
+    evaluator.Evaluator(Transformer(CONFIG), 8)(
+      parallel.replicate(spoiled), DATA, "window"
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_split_of_which_nothing_is_predicted(params, length):
-  predict = evaluator.Evaluator(CONFIG, 8)
+  predict = evaluator.Evaluator(Transformer(CONFIG), 8)
   with pytest.raises(
     evaluator.EvaluationError, match=f"split of {length} byte"
   ):
@@ -141,14 +145,14 @@ def test_by_memory_each_byte_sees_all_before_it(remembering, batch_size):
   )
   logits = np.asarray(logits, np.float64)[0]
   nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(400), DATA[1:]]
-  result = evaluator.Evaluator(REMEMBERING, batch_size)(
+  result = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
     parallel.replicate(remembering), DATA, "memory"
   )
   assert result.bytes == 400
   np.testing.assert_allclose(
     result.bits_per_char, nats.mean() / math.log(2), rtol=1e-5
   )
-  windows = evaluator.Evaluator(REMEMBERING, batch_size)(
+  windows = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
     parallel.replicate(remembering), DATA, "window"
   )
   assert abs(windows.bits_per_char - result.bits_per_char) > 1e-3
@@ -186,7 +190,7 @@ def test_by_memory_it_is_what_one_stream_says(changes):
     nats.append(cross_entropy(logits, tokens[:, 1:]))
   placed = parallel.replicate(params)
   for batch_size in (1, 4, 32):
-    result = evaluator.Evaluator(config, batch_size)(
+    result = evaluator.Evaluator(Transformer(config), batch_size)(
       placed, DATA[:397], "memory"
     )
     assert result.bytes == 396
@@ -194,7 +198,7 @@ def test_by_memory_it_is_what_one_stream_says(changes):
 
 
 def test_warming_costs_no_more_than_what_counts():
-  predict = evaluator.Evaluator(REMEMBERING, 64)
+  predict = evaluator.Evaluator(Transformer(REMEMBERING), 64)
   params = drawn(REMEMBERING)
   for length in (2, 13, 100, 401, 3000):
     rows_read = predict._streams(params, length).starts
@@ -215,7 +219,7 @@ def test_entropy_and_lzma():
   assert evaluator.lzma_bits_per_char(np.zeros(100_000, np.uint8)) < 0.1
 
 
-def test_the_verb(main, tiny_flags, text, tmp_path):
+def test_the_mode(main, tiny_flags, text, tmp_path):
   """All of it by the command line: one run, evaluated in many ways."""
   code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
   assert code == 0, err

@@ -19,13 +19,13 @@ def lines(path):
 
 
 def test_lines_after_the_resumed_step_are_made_again(tiny, tmp_path):
-  with logbook.Logbook(tmp_path, tiny, 0) as book:
+  with logbook.Logbook(tmp_path, tiny.to_dict(), 0) as book:
     for step in (1, 2, 3, 10):
       book.write(step, "train", loss=step / 2)
   # A process killed in writing leaves half a line.
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 2, "sp')
-  with logbook.Logbook(tmp_path, tiny, 2) as book:
+  with logbook.Logbook(tmp_path, tiny.to_dict(), 2) as book:
     book.write(3, "valid", loss=0.1)
   assert lines(tmp_path) == [
     {"step": 1, "split": "train", "loss": 0.5},
@@ -35,7 +35,7 @@ def test_lines_after_the_resumed_step_are_made_again(tiny, tmp_path):
 
 
 def test_config_and_environment_are_plain_json(tiny, tmp_path):
-  with logbook.Logbook(tmp_path, tiny, 0):
+  with logbook.Logbook(tmp_path, tiny.to_dict(), 0):
     pass
   config = json.loads((tmp_path / "config.json").read_text())
   assert config == tiny.to_dict()
@@ -131,7 +131,7 @@ def seen_by_tensorboard(folder):
 def test_tensorboard_sees_a_resumed_run_as_one(tiny, tmp_path):
   tiny.tensorboard = True
   for first, last in ((0, 5), (3, 6), (3, 4), (0, 2)):
-    with logbook.Logbook(tmp_path, tiny, first) as book:
+    with logbook.Logbook(tmp_path, tiny.to_dict(), first) as book:
       for step in range(first + 1, last + 1):
         book.write(step, "train", loss=last)
     expected = {1: 5, 2: 5, 3: 5, 4: last, 5: last, 6: last}
@@ -163,7 +163,7 @@ def wandb_calls(monkeypatch):
 def wandb_id(calls, workdir, config):
   workdir.mkdir(parents=True, exist_ok=True)
   config.wandb = True
-  with logbook.Logbook(workdir, config, 0):
+  with logbook.Logbook(workdir, config.to_dict(), 0):
     return calls[-1]["id"]
 
 

@@ -11,14 +11,40 @@ import numpy as np
 import pytest
 
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   batches,
+  optimizer,
   parallel,
+  settings,
   steps,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
 DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
+
+
+def parts(config):
+  """(model, optimizer, seed) that the settings tell of."""
+  taken = settings.training_config(config)
+  rule = optimizer.make(taken.optimizer, taken.steps)
+  return Transformer(taken.model), rule, taken.seed
+
+
+def init_state(config):
+  """The state at step 0, on the host."""
+  return jax.device_get(steps.init_state(*parts(config)))
+
+
+def make_train_step(config):
+  return steps.make_train_step(*parts(config))
+
+
+def batch_shapes(config):
+  return batches.shapes(
+    *(config.batch_size, config.accumulation_steps),
+    config.model.context_tokens,
+  )
 
 
 def windows(config, step, draw=batches.train_batch):
@@ -37,8 +63,8 @@ def train(config, count, draw=windows):
   """`count` steps, each on the same rows however these are dealt out."""
   N, A = parallel.local_device_count(), config.accumulation_steps
   T = config.model.context_tokens
-  state = parallel.replicate(jax.device_get(steps.init_state(config)))
-  step = steps.make_train_step(config)
+  state = parallel.replicate(init_state(config))
+  step = make_train_step(config)
   memory = start_memory(config)
   history = []
   for i in range(count):
@@ -51,17 +77,17 @@ def train(config, count, draw=windows):
 
 def start_memory(config):
   return steps.start_memory(
-    ModelConfig(**config.model), steps.streams_per_device(config)
+    ModelConfig(**config.model), batches.per_device(config.batch_size)
   )
 
 
 def make_batch(tokens_NABT, restart=False):
   N = len(tokens_NABT)
-  return steps.Batch(tokens_NABT, np.zeros(N, np.int32), np.full(N, restart))
+  return batches.Batch(tokens_NABT, np.zeros(N, np.int32), np.full(N, restart))
 
 
 def empty_batch(config):
-  shapes = steps.batch_shapes(config)
+  shapes = batch_shapes(config)
   return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
 
 
@@ -88,25 +114,19 @@ def test_all_replicas_stay_equal_with_dropout_on(tiny):
 
 
 def test_devices_draw_their_dropout_apart(tiny):
-  """The same rows on both devices: equal masks would give equal losses."""
-  rows = batches.train_batch(
-    DATA,
-    seed=0,
-    step=0,
-    shard_index=0,
-    batch_size=2,
-    context_tokens=tiny.model.context_tokens,
-  )
-  tokens = np.stack([rows, rows])[:, None]
-  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
-  step = steps.make_train_step(tiny)
-  *_, both = step(state, None, make_batch(tokens))
-  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
-  halves = np.stack([rows, np.roll(rows, 1, 0)])[:, None]
-  *_, rolled = step(state, None, make_batch(halves))
-  # Without dropout the order of rows is nothing to the mean; with a mask of
-  # its own for each row of each device it is.
-  assert both["cross_entropy"] != rolled["cross_entropy"]
+  """Two devices that drew alike would not tell which has which rows."""
+  tiny.model.context_tokens = 12
+  rows = windows(tiny, 0).reshape(2, 1, 2, -1)
+  losses = {}
+  for dropout in (0.0, 0.3):
+    tiny.model.dropout = dropout
+    step = make_train_step(tiny)
+    for name, tokens in (("dealt", rows), ("swapped", rows[::-1])):
+      state = parallel.replicate(init_state(tiny))
+      *_, metrics = step(state, None, make_batch(tokens))
+      losses[dropout, name] = float(metrics["cross_entropy"])
+  assert losses[0.0, "dealt"] == losses[0.0, "swapped"]
+  assert losses[0.3, "dealt"] != losses[0.3, "swapped"]
 
 
 def test_accumulation_is_the_whole_batch(tiny):
@@ -148,17 +168,17 @@ def test_accumulation_keeps_memories_apart(tiny):
 
 def test_a_restart_forgets(tiny):
   config = remembering(tiny)
-  step = steps.make_train_step(config)
-  shape = steps.batch_shapes(config).tokens.shape
+  step = make_train_step(config)
+  shape = batch_shapes(config).tokens.shape
 
   def loss(memory, restart):
-    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    state = parallel.replicate(init_state(config))
     tokens = stream(config, 1).reshape(shape)
     *_, metrics = step(state, memory, make_batch(tokens, restart))
     return float(metrics["loss"])
 
   def after_a_segment():
-    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    state = parallel.replicate(init_state(config))
     first = make_batch(stream(config, 0).reshape(shape), restart=True)
     return step(state, start_memory(config), first)[1]
 
@@ -168,13 +188,13 @@ def test_a_restart_forgets(tiny):
 
 def test_a_step_that_is_not_finite_is_not_remembered(tiny):
   config = remembering(tiny)
-  state = jax.device_get(steps.init_state(config))
+  state = init_state(config)
   embed = state.params["embed"]["embedding"]
   spoiled = state.replace(
     params={**state.params, "embed": {"embedding": embed * np.nan}}
   )
-  step = steps.make_train_step(config)
-  shape = steps.batch_shapes(config).tokens.shape
+  step = make_train_step(config)
+  shape = batch_shapes(config).tokens.shape
   batch = make_batch(stream(config, 0).reshape(shape))
   _, memory, _ = step(parallel.replicate(spoiled), start_memory(config), batch)
   assert not np.asarray(memory.tokens_read).any()
@@ -190,19 +210,19 @@ def test_the_memory_stays_in_its_place(tiny):
   config.model.memory_tokens = 24 * 1000
   memory = start_memory(config)
   _, sizes = parallel.compile_step(
-    steps.make_train_step(config),
-    jax.eval_shape(lambda: steps.init_state(config)),
+    make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(*parts(config))),
     memory,
-    steps.batch_shapes(config),
+    batch_shapes(config),
   )
   layer = memory.k[0].nbytes / 2
-  assert sizes["results not in their place"] < layer / 100
+  assert sizes["outputs that are not aliased"] < layer / 100
   config.model.memory_tokens = 24 * 100
   _, short = parallel.compile_step(
-    steps.make_train_step(config),
-    jax.eval_shape(lambda: steps.init_state(config)),
+    make_train_step(config),
+    jax.eval_shape(lambda: steps.init_state(*parts(config))),
     start_memory(config),
-    steps.batch_shapes(config),
+    batch_shapes(config),
   )
   # One head's keys and values at a time are brought together: with H = 2 as
   # much as the keys of one layer, for all layers.
@@ -215,12 +235,12 @@ def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
   config.model.update(n_layer=4, context_tokens=96, dropout=0.3)
   found = []
   for config.model.remat in ("none", remat):
-    state = parallel.replicate(jax.device_get(steps.init_state(config)))
+    state = parallel.replicate(init_state(config))
     step, sizes = parallel.compile_step(
-      steps.make_train_step(config),
-      *(state, start_memory(config), steps.batch_shapes(config)),
+      make_train_step(config),
+      *(state, start_memory(config), batch_shapes(config)),
     )
-    tokens = stream(config, 0).reshape(steps.batch_shapes(config).tokens.shape)
+    tokens = stream(config, 0).reshape(batch_shapes(config).tokens.shape)
     state, memory, _ = step(
       state, start_memory(config), make_batch(tokens, restart=True)
     )
@@ -278,23 +298,21 @@ def test_golden_steps(tiny):
 
 @pytest.mark.parametrize("spoil", [np.nan, np.inf, 3e38])
 def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
-  state = jax.device_get(steps.init_state(tiny))
+  state = init_state(tiny)
   params = dict(state.params)
   params["position_0"] = np.full_like(params["position_0"], spoil)
   state = parallel.replicate(state.replace(params=params))
   before = flat(state)
-  state, _, metrics = steps.make_train_step(tiny)(
-    state, None, empty_batch(tiny)
-  )
+  state, _, metrics = make_train_step(tiny)(state, None, empty_batch(tiny))
   assert not math.isfinite(float(metrics["loss"] + metrics["grad_norm"]))
   for name, value in flat(state).items():
     np.testing.assert_array_equal(value, before[name], err_msg=name)
 
 
 def test_a_signal_on_one_device_is_seen_by_all(tiny):
-  state = parallel.replicate(jax.device_get(steps.init_state(tiny)))
+  state = parallel.replicate(init_state(tiny))
   batch = empty_batch(tiny)._replace(stop=np.array([0, 1], np.int32))
-  *_, metrics = steps.make_train_step(tiny)(state, None, batch)
+  *_, metrics = make_train_step(tiny)(state, None, batch)
   assert metrics["stop"] == 1
 
 

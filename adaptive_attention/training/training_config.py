@@ -1,0 +1,83 @@
+"""The settings of a training run, taken apart, and what follows which step."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from adaptive_attention.config import ModelConfig, OptimizerConfig
+
+
+class Due(NamedTuple):
+  """What follows a step, in this order."""
+
+  record: bool
+  save: bool
+  evaluate: bool
+  sample: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+  """After which steps of a run something follows.
+
+  Attributes:
+    last: the run's last step, which is recorded, saved and evaluated.
+    record, save, evaluate, sample: the period of each, in steps; a sample may
+      have 0, for never.
+  """
+
+  last: int
+  record: int
+  save: int
+  evaluate: int
+  sample: int
+
+  def evaluates(self, step: int) -> bool:
+    return step == self.last or step % self.evaluate == 0
+
+  def due(self, step: int) -> Due:
+    """What follows `step`.
+
+    What may take long follows a save: nothing is lost if it does not end.
+    """
+    evaluates = self.evaluates(step)
+    samples = bool(self.sample) and step % self.sample == 0
+    return Due(
+      record=step % self.record == 0 or step == self.last,
+      save=step % self.save == 0 or evaluates or samples,
+      evaluate=evaluates,
+      sample=samples,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """The settings of a training run, taken apart.
+
+  Attributes:
+    model, optimizer: the settings of these.
+    steps: how many there are.
+    every: after which of them something follows.
+    seed: the number that parameters, batches and dropout follow from.
+    batch_size: sequences of a step, over all devices and parts.
+    accumulation_steps: into how many parts each device's sequences are cut.
+    eval_tokens: how many bytes of the validation split are predicted; None for
+      all of them.
+    eval_batch_size: windows or streams at a time in evaluation.
+    keep_checkpoints: how many of the newest are kept.
+    init_from: a file of parameters to start from; "" for drawn ones.
+    record: all settings, for config.json and the checkpoints.
+  """
+
+  model: ModelConfig
+  optimizer: OptimizerConfig
+  steps: int
+  every: Every
+  seed: int
+  batch_size: int
+  accumulation_steps: int
+  eval_tokens: int | None
+  eval_batch_size: int
+  keep_checkpoints: int
+  init_from: str
+  record: Mapping[str, object]
