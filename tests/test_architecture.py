@@ -95,6 +95,29 @@ def test_a_library_has_one_owner(word):
       assert word not in named(path), f"{path} says {word}"
 
 
+def acts(statement: ast.stmt, own: set[str]) -> bool:
+  """Whether a statement of a module does more than to bind names of its own."""
+  match statement:
+    case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
+      return False
+    case ast.Assign(targets=targets):
+      names = [node for target in targets for node in ast.walk(target)]
+      return any(isinstance(n, ast.Attribute | ast.Subscript) for n in names)
+    case ast.AnnAssign(target=ast.Name()) | ast.Expr(value=ast.Constant()):
+      return False
+    case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+      return name not in own  # as `f.defvjp(...)` of an f of this module
+  return True
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_has_a_side_effect(name):
+  body = ast.parse(MODULES[name].read_text()).body
+  own = {n.name for n in body if isinstance(n, ast.FunctionDef)}
+  found = [ast.unparse(node) for node in body if acts(node, own)]
+  assert not found, f"{name} does this when it is imported: {found}"
+
+
 def test_bench_and_report_stand_beside_training():
   for name, path in MODULES.items():
     if name.startswith("adaptive_attention.training"):

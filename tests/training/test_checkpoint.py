@@ -204,8 +204,8 @@ def copy_older(folder):
     (other_item, "params"),
     (spoil_meta, "meta"),
     (forget_digests, "meta: 'sha256'"),
-    (change_meta, "meta: its sha256 is not"),
-    (copy_older, "it is of step 1"),
+    (change_meta, "meta: its sha256 differs"),
+    (copy_older, "it belongs to step 1"),
   ],
 )
 def test_damage_is_told_with_the_older_ones_that_are_whole(
@@ -217,6 +217,19 @@ def test_damage_is_told_with_the_older_ones_that_are_whole(
   message = refused(tmp_path, 3, told, "whole: 1;", "--step=1")
   assert "2" not in message.split("whole:")[1]
   assert read(tmp_path, 1)[2]["step"] == 1
+
+
+def test_late_reads_of_a_damaged_one_are_ignored(tmp_path, monkeypatch):
+  """They end after the context, when their event loop is closed."""
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", seen.append)
+  save(tmp_path, [3])
+  assert sys.unraisablehook == seen.append
+  truncate(tmp_path / "checkpoints" / "3")
+  refused(tmp_path, 3)
+  error = RuntimeError("Event loop is closed")
+  sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert not seen
 
 
 def test_damage_of_the_only_one(tmp_path):
