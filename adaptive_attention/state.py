@@ -5,6 +5,7 @@ To read a prompt, to write a token and to train over a memory are one call,
 for each layer, which appends the keys and values of the new tokens and attends.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -159,6 +160,14 @@ class Stateless(flax.struct.PyTreeNode):
   def after(self, layers: Any, T: int) -> "Stateless":
     del layers, T
     return self
+
+
+def path_today(path: str) -> str:
+  """Returns the path in a State of what version 0.1 saved under this one.
+
+  k.I and v.I were the keys and values of layer I.
+  """
+  return re.sub(r"^([kv])\.(\d+)$", r"layers.\2.\1", path)
 
 
 def init_memory(config: ModelConfig, streams: int, T: int) -> State:

@@ -25,7 +25,7 @@ _PAUSES_SECONDS = (1, 5, 20)  # before each further try
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where a zipped corpus lies and what must come out of it."""
+  """A zipped corpus: its address, and what must come out of it."""
 
   name: str
   url: str
@@ -52,18 +52,18 @@ ENWIK8 = Source(
 def load(
   cache_dir, *, source=ENWIK8, log=None, pauses_seconds=_PAUSES_SECONDS
 ) -> Corpus:
-  """The corpus out of `cache_dir`, fetched and verified where it is not there.
+  """The corpus in `cache_dir`, fetched first if it is not there, and verified.
 
   Args:
     cache_dir: a folder, made if absent; it may hold `enwik8` or `enwik8.zip`.
     source: what to fetch.
-    log: called with a line of progress now and then.
+    log: a function that takes lines of progress.
     pauses_seconds: how long to wait before each further try.
 
   Raises:
-    CorpusError: it cannot be fetched, the folder cannot be used, or what is
-      there is not what it should be. Files that were there are left as they
-      were.
+    CorpusError: the corpus cannot be fetched, the folder cannot be used, or a
+      file in it has another content than expected. Files that were there stay
+      as they were.
   """
   folder = pathlib.Path(cache_dir)
   raw = folder / source.name
@@ -81,23 +81,23 @@ def load(
     content = np.memmap(raw, np.uint8, mode="r") if raw.stat().st_size else b""
   except OSError as error:
     raise CorpusError(
-      f"{folder} cannot be used ({error}); expected a folder with room that "
-      "may be written; give another with --config.data.cache_dir"
+      f"{folder} cannot be used ({error}); expected a folder that may be "
+      "written to, with room; give another with --config.data.cache_dir"
     ) from error
   digest = sha256_of(content)
   if digest != source.sha256:
     raise CorpusError(
-      f"{raw} has the sha256 {digest}; expected {source.sha256}; remove it to "
-      "have it made again"
+      f"{raw} has the sha256 {digest}; expected {source.sha256}; remove it, "
+      "and it is made again"
     )
   return split(source.name, content, source.sizes, digest)
 
 
-_ONE_THREAD = threading.Lock()  # as files are locked by processes
+_ONE_THREAD = threading.Lock()  # the lock of a file is held by a process
 
 
 def _hold(descriptor):
-  """Waits for the lock of a file, which dies with the process that has it."""
+  """Waits for the lock of a file, which ends with the process that has it."""
   if hasattr(os, "lockf"):
     os.lockf(descriptor, os.F_LOCK, 0)
     return
@@ -107,11 +107,12 @@ def _hold(descriptor):
     try:
       return msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
     except OSError as error:
-      if error.errno != errno.EDEADLK:  # it was not free for ten seconds
+      if error.errno != errno.EDEADLK:  # raised after ten seconds
         raise
 
 
 def _make(source, raw, log, pauses_seconds):
+  """Makes the raw file out of its zip, which is fetched first if absent."""
   zipped = raw.with_name(raw.name + ".zip")
   if not zipped.exists():
     _fetch(source, zipped, log, pauses_seconds)
@@ -119,13 +120,13 @@ def _make(source, raw, log, pauses_seconds):
   if digest != source.zip_sha256:
     raise CorpusError(
       f"{zipped} has the sha256 {digest}; expected {source.zip_sha256}; remove "
-      "it to have it fetched again"
+      "it, and it is fetched again"
     )
   _unpack(source, zipped, raw)
 
 
-def _may_be_asked(url):
-  """Whether it is https, or a server on this machine."""
+def _is_safe(url):
+  """Whether a URL is https, or of a server on this machine."""
   parts = urllib.parse.urlsplit(url)
   return parts.scheme == "https" or (
     parts.scheme == "http"
@@ -135,16 +136,16 @@ def _may_be_asked(url):
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
   def redirect_request(self, req, fp, code, msg, headers, newurl):
-    if not _may_be_asked(newurl):
+    if not _is_safe(newurl):
       msg = f"it redirects to {newurl}, which is not https"
       raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
     return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _fetch(source, target, log, pauses_seconds):
-  """Downloads to `target`; what came of a broken try is gone on with."""
+  """Downloads to `target`, and resumes after what a broken try has left."""
   by_hand = f"put {target.name} or {source.name} into {target.parent} yourself"
-  if not _may_be_asked(source.url):
+  if not _is_safe(source.url):
     raise CorpusError(f"{source.url} is not fetched; expected https; {by_hand}")
   part = target.with_name(target.name + ".part")
   for pause in (*pauses_seconds, None):
@@ -160,12 +161,12 @@ def _fetch(source, target, log, pauses_seconds):
       if getattr(error, "filename", None) or (
         getattr(error, "errno", None) == errno.ENOSPC
       ):
-        raise  # of the disk, and asking the server again does not help
-      told = str(getattr(error, "reason", error)) or type(error).__name__
-      reason, final = " ".join(told.split()), False
+        raise  # an error of the disk; the server cannot help
+      reason = str(getattr(error, "reason", error)) or type(error).__name__
+      reason, final = " ".join(reason.split()), False
     if final or pause is None:
       raise CorpusError(f"{source.url} cannot be fetched ({reason}); {by_hand}")
-    log(f"{source.url}: {reason}; again in {pause} s")
+    log(f"{source.url}: {reason}; trying again in {pause} s")
     time.sleep(pause)
   size, digest = part.stat().st_size, _file_sha256(part)
   if (size, digest) != (source.zip_bytes, source.zip_sha256):
@@ -178,6 +179,7 @@ def _fetch(source, target, log, pauses_seconds):
 
 
 def _fetch_once(source, part, log):
+  """Downloads what `part` lacks; a ConnectionError if that breaks off."""
   have = part.stat().st_size if part.exists() else 0
   if have == source.zip_bytes:
     return
@@ -186,9 +188,9 @@ def _fetch_once(source, part, log):
     request.add_header("Range", f"bytes={have}-")
   opener = urllib.request.build_opener(_Redirects)
   with opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
-    if response.status != 206:  # the server sends the whole again
+    if response.status != 206:  # the server sends all of it again
       have = 0
-    told = have * 10 // source.zip_bytes
+    tenths = have * 10 // source.zip_bytes
     with part.open("ab" if have else "wb") as file:
       while piece := response.read(_PIECE_BYTES):
         have += len(piece)
@@ -200,8 +202,8 @@ def _fetch_once(source, part, log):
             f"of the file; put {source.name} into {part.parent} yourself"
           )
         file.write(piece)
-        if have * 10 // source.zip_bytes > told:
-          told = have * 10 // source.zip_bytes
+        if have * 10 // source.zip_bytes > tenths:
+          tenths = have * 10 // source.zip_bytes
           log(f"{source.url}: {have:,} of {source.zip_bytes:,} bytes")
   if have < source.zip_bytes:
     raise ConnectionError(f"it broke off after {have:,} bytes")
@@ -213,7 +215,7 @@ def _file_sha256(path):
 
 
 def _unpack(source, zipped, raw):
-  """Streams the one member into place; it appears whole or not at all."""
+  """Unpacks the one member of the zip; the file appears whole or not at all."""
   part = raw.with_name(raw.name + ".part")
   try:
     with zipfile.ZipFile(zipped) as archive:
@@ -222,7 +224,7 @@ def _unpack(source, zipped, raw):
       if found != [(source.name, source.bytes)]:
         raise CorpusError(
           f"{zipped} holds {found[:3]}; expected the one member "
-          f"{source.name} of {source.bytes:,} bytes; remove it to have it "
+          f"{source.name} of {source.bytes:,} bytes; remove it, and it is "
           "fetched again"
         )
       digest, size = hashlib.sha256(), 0
@@ -236,12 +238,12 @@ def _unpack(source, zipped, raw):
     if digest.hexdigest() != source.sha256:
       raise CorpusError(
         f"{zipped} unpacks to other bytes (sha256 {digest.hexdigest()}; "
-        f"expected {source.sha256}); remove it to have it fetched again"
+        f"expected {source.sha256}); remove it, and it is fetched again"
       )
     part.replace(raw)
   except (EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
     raise CorpusError(
-      f"{zipped} cannot be unpacked ({error}); remove it to have it fetched "
+      f"{zipped} cannot be unpacked ({error}); remove it, and it is fetched "
       "again"
     ) from error
   finally:

@@ -1,4 +1,4 @@
-"""The text that every Python carries: the sources of its standard library."""
+"""The sources of Python's standard library, a text on every machine."""
 
 import os
 import pathlib
@@ -7,8 +7,8 @@ import sysconfig
 from data import Corpus, CorpusError, split
 
 CAP_BYTES = 8_000_000
-# Tests repeat themselves, tables of characters are not what one calls Python,
-# and packages and settings of a build differ between machines.
+# Tests repeat themselves, tables of characters are hardly Python, and packages
+# and settings of a build differ between machines.
 _FOLDERS_LEFT_OUT = {
   "test",
   "tests",
@@ -25,12 +25,12 @@ _FILES_LEFT_OUT = ("test_", "_sysconfigdata", "sitecustomize", "usercustomize")
 def load() -> Corpus:
   """The .py files of the running Python's library, in the order of their paths.
 
-  Tests and what belongs to one machine are left out, and of the rest the first
-  8,000,000 bytes count. The splits are 90/5/5 per cent, so training, validation
-  and test are different files, but for the one that lies across each cut.
+  Tests and files that belong to one machine are left out; the first 8,000,000
+  bytes of the others count. The splits are 90/5/5 per cent. They have different
+  files, except that each cut may lie within a file.
 
   Raises:
-    CorpusError: this Python carries no sources, or they cannot be read.
+    CorpusError: this Python has no sources, or they cannot be read.
   """
   folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
   content = bytearray()
@@ -46,7 +46,7 @@ def load() -> Corpus:
     ) from error
   if not content:
     raise CorpusError(
-      f"{folder} holds no .py files, as this Python carries no sources; give "
+      f"{folder} holds no .py files, as this Python has no sources; give "
       "any text with --config.data.path=FILE"
     )
   return split("python_source", bytes(content[:CAP_BYTES]))
@@ -55,7 +55,7 @@ def load() -> Corpus:
 def _paths(folder):
   """The files that count, as paths from `folder` with forward slashes."""
   for parent, folders, names in os.walk(folder):
-    # Not even entered: site-packages may hold more files than all the rest.
+    # These are not entered: site-packages may hold more files than all others.
     folders[:] = [
       name
       for name in folders

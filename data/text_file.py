@@ -22,8 +22,8 @@ _BZIP2 = tuple(  # with a first block, or without any
   for block in (b"1AY&SY", b"\x17rE8P\x90")
 )
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-# First bytes of files that hold a text, or numbers, in a form of their own. No
-# more than these: a model of bytes may be meant to learn any others.
+# First bytes of files that hold a text, or numbers, in a form of their own. All
+# other bytes are accepted, as a model may be meant to learn them.
 _CONTAINERS = {
   "a gzip file": _GZIP,
   "an xz file": _XZ,
@@ -31,7 +31,7 @@ _CONTAINERS = {
   "a zip file": _ZIP,
   "a Zstandard file": b"\x28\xb5\x2f\xfd",
   "an LZ4 file": (b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18"),
-  # Frames that LZ4 and Zstandard pass over.
+  # Frames that LZ4 and Zstandard skip.
   "a compressed file": tuple(bytes([i, 42, 77, 24]) for i in range(80, 96)),
   "an lzip file": b"LZIP\x01",
   "an lzop file": b"\x89LZO\x00\r\n\x1a\n",
@@ -51,7 +51,7 @@ _CONTAINERS = {
   "a PDF": b"%PDF-",
   "a document of Office": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
 }
-# Those that a text could begin with are told by their last bytes too.
+# A text could begin with these bytes, so the last bytes decide too.
 _CONTAINERS_WITH_ENDS = {
   "a Feather file": (b"FEA1", b"FEA1"),
   "an ORC file": (b"ORC", tuple(b"ORC%c" % length for length in range(256))),
@@ -62,12 +62,13 @@ _CONTAINERS_WITH_ENDS = {
 def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
   """Splits a file 90/5/5 per cent.
 
-  The kind is told by the first bytes, not by the name. A raw file stays on the
+  The first bytes decide how it is read, not its name. A raw file stays on the
   disk and is read as it is needed.
 
   Raises:
-    CorpusError: no such file, a damaged archive, several members, a container
-      of another kind, too few bytes, or more than `cap_bytes` unpacked.
+    CorpusError: the file does not exist, is damaged, is an archive of several
+      members, is of a format that holds no plain text, has too few bytes, or
+      unpacks to more than `cap_bytes`.
   """
   path = pathlib.Path(path)
   try:
@@ -80,7 +81,7 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
     lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
-    # What zipfile lets through of a damaged directory.
+    # zipfile raises these for a damaged list of members.
     LookupError,
     ValueError,
   ) as error:
@@ -91,14 +92,14 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
     ) from error
   if kind:
     raise CorpusError(
-      f"data.path={path} holds {kind}, of which the bytes are no text; unpack "
-      "it and give the file of text that is meant"
+      f"data.path={path} holds {kind}, whose bytes are not plain text; unpack "
+      "it and give the file of text in it"
     )
   return split(path.name, content)
 
 
 def _container(content):
-  """What the bytes are, if they hold a text in another form; None else."""
+  """The name of the format that holds a text in another form, or None."""
   start, end = content[:512].tobytes(), content[-4:].tobytes()
   for kind, first in _CONTAINERS.items():
     if start.startswith(first):
@@ -114,8 +115,10 @@ def _container(content):
 
 
 def _content(path, cap_bytes):
+  """The bytes of a file, unpacked."""
   if not path.is_file():
-    raise CorpusError(f"data.path={path} is no file; give a file of text")
+    wrong = "is not a file" if path.exists() else "does not exist"
+    raise CorpusError(f"data.path={path} {wrong}; give a file of text")
   with path.open("rb") as file:
     start = file.read(10)
   for first, opener in (
@@ -138,8 +141,8 @@ def _read_zip(path, cap_bytes):
     members = [info for info in archive.infolist() if not info.is_dir()]
     if len(members) != 1:
       raise CorpusError(
-        f"data.path={path} holds {len(members)} members; expected one file; "
-        "unpack it and give the file that is meant"
+        f"data.path={path} holds {len(members)} members; expected one; "
+        "unpack it and give one file"
       )
     with archive.open(members[0]) as stream:
       return _read(stream, path, cap_bytes)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,17 @@ def compiled_for_one_file():
   """
   yield
   jax.clear_caches()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """Refuses longer files, as a full disk does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -223,7 +223,7 @@ def test_a_folder_of_that_name_elsewhere_will_do(tmp_path):
 
 def test_what_is_not_there(refused, tmp_path):
   none = tmp_path / "none"
-  assert "is no file" in refused(1, ENWIK8, f"--config.data.path={none}")
+  assert "does not exist" in refused(1, ENWIK8, f"--config.data.path={none}")
   message = refused(1, "--mode=eval", f"--workdir={none}")
   assert "holds no checkpoint" in message
   assert not none.exists()

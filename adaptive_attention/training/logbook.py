@@ -1,4 +1,4 @@
-"""What a run writes down: the console, metrics.jsonl and its copies."""
+"""The files that a run writes: metrics.jsonl, its copies, and single files."""
 
 import contextlib
 import datetime
@@ -15,20 +15,21 @@ import time
 import jax
 
 import adaptive_attention
+from adaptive_attention.atomic_write import atomic_write
 from adaptive_attention.errors import Error
 from adaptive_attention.training import console
 
 
 class LogbookError(Error):
-  """A record that cannot be kept as asked for."""
+  """A file or a copy of the metrics cannot be written."""
 
 
 @contextlib.contextmanager
 def writing(path):
-  """Around what writes a file or folder: a failure is told in one sentence.
+  """A context that writes a file or folder; a failure becomes one sentence.
 
   Raises:
-    LogbookError: naming the path and what the system says.
+    LogbookError: naming the path and the system's reason.
   """
   try:
     yield
@@ -40,42 +41,34 @@ def writing(path):
 
 
 def write_bytes(path, content: bytes):
-  """Replaces the file whole: a reader sees the old or the new content.
+  """Replaces a file as a whole: a reader finds the old or the new content.
 
   Raises:
     LogbookError: it cannot be written; the old content stays.
   """
-  path = pathlib.Path(path)
-  part = path.with_name(path.name + ".part")
   with writing(path):
-    try:
-      part.write_bytes(content)
-      part.replace(path)
-    except OSError:
-      with contextlib.suppress(OSError):
-        part.unlink(missing_ok=True)
-      raise
+    atomic_write(path, content)
 
 
 def write_text(path, text: str):
-  """The same of text, as UTF-8."""
+  """Replaces a file as a whole by text in UTF-8, as `write_bytes` does."""
   write_bytes(path, text.encode())
 
 
 def write_json(path, content):
-  """The same of JSON."""
+  """Replaces a file as a whole by JSON, as `write_bytes` does."""
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_evaluation(workdir, record):
-  """Adds to evals.jsonl, which keeps all, and replaces eval_SPLIT.json."""
+  """Adds a record to evals.jsonl, and replaces eval_SPLIT.json by it."""
   workdir = pathlib.Path(workdir)
   _append_line(workdir / "evals.jsonl", record)
   write_json(workdir / f"eval_{record['split']}.json", record)
 
 
 def _append_line(path, content):
-  """Adds a line of JSON; what a killed writer left of one makes way for it."""
+  """Adds a line of JSON; it replaces half a line that a killed writer left."""
   with writing(path), path.open("a+b") as file:
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
@@ -95,7 +88,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def environment() -> dict:
-  """Versions, devices and commit: what else a figure depends on."""
+  """Versions, devices and commit, on which results depend too."""
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   return {
     "adaptive_attention": adaptive_attention.__version__,
@@ -113,7 +106,7 @@ def environment() -> dict:
 
 
 def _commit() -> str:
-  """The commit of the source, with a "+" if the tree differs from it."""
+  """The commit of the source, with a "+" if files differ from it."""
 
   def git(*args):
     return subprocess.run(
@@ -136,8 +129,8 @@ def _commit() -> str:
 class Logbook:
   """The record of one training run; a context manager.
 
-  On entering, lines of metrics.jsonl after `resumed_step` are dropped: those
-  steps are made again. Only the primary process writes.
+  On entering, lines of metrics.jsonl after `resumed_step` are dropped, as the
+  run makes those steps again. Only the primary process writes.
 
   Args:
     workdir: the run's folder.
@@ -146,7 +139,7 @@ class Logbook:
     made_again: the splits whose line of that step is dropped too.
 
   Attributes:
-    seconds: how long the run had taken by the last line that is kept.
+    seconds: the wall time that the run had taken at the last line kept.
   """
 
   def __init__(self, workdir, config, resumed_step: int, made_again=()):
@@ -178,7 +171,7 @@ class Logbook:
 
   def __exit__(self, *_):
     if self._metrics:
-      with contextlib.suppress(OSError):  # what `write` has told
+      with contextlib.suppress(OSError):  # which `write` has reported
         self._metrics.close()
     if self._tensorboard:
       self._tensorboard.close()
@@ -186,7 +179,7 @@ class Logbook:
       self._wandb.finish()
 
   def write(self, step: int, split: str, **values):
-    """One line of metrics.jsonl, and the same numbers to its copies."""
+    """Writes a line of metrics.jsonl, and the same numbers to its copies."""
     if not self._metrics:
       return
     line = {"step": step, "split": split, **values}
@@ -202,9 +195,9 @@ class Logbook:
 
 
 def _named(prefix, values):
-  """(a/b, value) of each number of a dictionary, in lists and deeper too.
+  """Yields (a/b, value) of each number of a dictionary, also of nested ones.
 
-  What is None was not measured and is left out.
+  A value of None was not measured and is left out.
   """
   for name, value in values.items():
     if isinstance(value, list):
@@ -216,7 +209,7 @@ def _named(prefix, values):
 
 
 def _drop_after(path, step, made_again) -> list[dict]:
-  """Drops the lines that are made again; returns those that are kept."""
+  """Drops the lines of steps that are made again; returns the others."""
   if not path.exists():
     return []
   kept, unreadable = [], []
@@ -230,27 +223,27 @@ def _drop_after(path, step, made_again) -> list[dict]:
       continue
     if before:
       kept.append(entry)
-  # Of a process that was killed in writing it the last line is no loss.
+  # A last line that cannot be read was cut by the end of a process: it may go.
   if unreadable and unreadable != [line]:
     aside = path.with_name(path.name + ".unreadable")
     with writing(aside), aside.open("ab") as file:
       file.writelines(unreadable)
     console.say(
-      f"{path} has {len(unreadable)} lines that are none; now in {aside}"
+      f"{path} has {len(unreadable)} lines that cannot be read; they are moved "
+      f"to {aside}"
     )
   write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
   return kept
 
 
 def _start_tensorboard(workdir, resumed_step):
-  """A writer into the run's one folder, where steps that are made again go."""
+  """A writer into the run's one folder, without the steps made again."""
   import tensorboardX
 
   return tensorboardX.SummaryWriter(
     str(workdir / "tensorboard"),
     purge_step=resumed_step + 1,
-    # Else two files of one second would have one name; they are read in its
-    # order.
+    # Two files of one second need different names, in the order of time.
     filename_suffix=f".{time.time_ns()}",
   )
 
@@ -263,8 +256,8 @@ def _start_wandb(workdir, config):
       "config.wandb=True needs the package wandb; pip install wandb, or leave "
       "it False"
     ) from error
-  # Entity, mode and more are read by wandb itself from its environment; what is
-  # given here would go before that.
+  # wandb reads entity, mode and more from its environment; arguments given here
+  # would override those.
   environment = os.environ.get
   try:
     return wandb.init(
@@ -284,9 +277,9 @@ def _start_wandb(workdir, config):
 
 
 def _wandb_id(workdir) -> str:
-  """The run's id there: random, kept in the workdir, moved along with it.
+  """The run's id at wandb: random, kept in the workdir, moved along with it.
 
-  A copy of a workdir, of which the first is still there, is another run.
+  A copy of a workdir is another run as long as the original exists.
   """
   path = workdir / "wandb.json"
   kept = _read_object(path)
@@ -302,7 +295,7 @@ def _wandb_id(workdir) -> str:
 
 
 def _read_object(path) -> dict:
-  """What `write_json` wrote; empty where there is nothing that can be read."""
+  """What `write_json` wrote; {} if that cannot be read."""
   try:
     return dict(json.loads(path.read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError):

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
+from adaptive_attention.state import path_today
 from adaptive_attention.training import (
   console,
   logbook,
@@ -178,7 +179,7 @@ def start_memory(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype), fresh
   )
-  restored = saved.restore_memory(step, like)
+  restored = saved.restore_memory(step, like, path_today)
   if restored is None:
     console.say(
       "memory     empty: the streams restart, as the checkpoint's are not "

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive_attention import accounting
+from adaptive_attention import accounting, masks
+from adaptive_attention.bench import cases, runners, timing
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.modes import bench
@@ -18,18 +19,22 @@ from adaptive_attention.training import (
 from tests.training.test_steps import init_state
 
 
+def only(monkeypatch, shapes=(), steps=(), decodes=()):
+  monkeypatch.setattr(cases, "SHAPES", shapes)
+  monkeypatch.setattr(cases, "STEPS", steps)
+  monkeypatch.setattr(cases, "DECODES", decodes)
+
+
 @pytest.fixture
 def shapes(monkeypatch):
-  monkeypatch.setattr(
-    bench,
-    "SHAPES",
-    (
-      bench.Shape("spans", 1, 128, (5.0,) * 8),
-      bench.Shape("comb", 1, 128, (128.0,) * 8, 4.0),
-    ),
+  spans, wave = (
+    case._replace(name=name, T=128, S=128, span=(z,) * 8)
+    for name, case, z in (
+      ("spans", cases.SHAPES[0], 5.0),
+      ("wave", cases.SHAPES[-1], 128.0),
+    )
   )
-  monkeypatch.setattr(bench, "STEPS", ())
-  monkeypatch.setattr(bench, "DECODES", ())
+  only(monkeypatch, shapes=(spans._replace(B=1), wave))
 
 
 def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
@@ -38,7 +43,7 @@ def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [(r["case"], r["run"]) for r in rows] == [
     (case, f"{implementation} {kind}")
-    for case in ("spans", "comb")
+    for case in ("spans", "wave")
     for implementation in ("blocked", "reference")
     for kind in ("forward", "both")
   ]
@@ -59,7 +64,7 @@ def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
 def test_no_ratio_is_told_where_nothing_else_ran(
   tiny, shapes, tmp_path, capsys, monkeypatch
 ):
-  monkeypatch.setattr(bench, "_MOST_PAIRS_BYTES", 1)
+  monkeypatch.setattr(runners, "MOST_PAIRS_BYTES", 1)
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
   bench.run(tiny, tmp_path)
@@ -71,14 +76,14 @@ def test_no_ratio_is_told_where_nothing_else_ran(
 def test_a_bench_that_is_stopped_keeps_what_it_timed(
   tiny, shapes, tmp_path, monkeypatch
 ):
-  timed = bench._time
+  timed = timing.time_in_turns
 
   def stopped_at_the_second(runners, repeats):
-    if runners[0].case == "comb":
+    if runners[0].case == "wave":
       raise KeyboardInterrupt
     timed(runners, repeats)
 
-  monkeypatch.setattr(bench, "_time", stopped_at_the_second)
+  monkeypatch.setattr(timing, "time_in_turns", stopped_at_the_second)
   tiny.bench.repeats = 1
   with pytest.raises(KeyboardInterrupt):
     bench.run(tiny, tmp_path)
@@ -104,10 +109,8 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
     "none": {"n_layer": 1, "attention": "span"},
   }
   spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 100.0)
-  shape = bench.Step("small", 2, 32, spans, runs)
-  monkeypatch.setattr(bench, "SHAPES", ())
-  monkeypatch.setattr(bench, "STEPS", (shape,))
-  monkeypatch.setattr(bench, "DECODES", ())
+  shape = cases.Step("small", 2, 32, spans, runs)
+  only(monkeypatch, steps=(shape,))
   seen = []
   compile_step = parallel.compile_step
 
@@ -140,10 +143,8 @@ def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
     "dense": ({"n_layer": 1}, "dense", 500),
     "anew": ({"n_layer": 1}, None, 500),
   }
-  shape = bench.Decode("written", 2, 256, spans, runs)
-  monkeypatch.setattr(bench, "SHAPES", ())
-  monkeypatch.setattr(bench, "STEPS", ())
-  monkeypatch.setattr(bench, "DECODES", (shape,))
+  shape = cases.Decode("written", 2, 256, spans, runs)
+  only(monkeypatch, decodes=(shape,))
   tiny.bench.repeats = 1
   bench.run(tiny, tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
@@ -160,10 +161,8 @@ def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
   assert abs(read - 232 * 3 / 4) < 0.1 * seen
 
 
-def test_one_residue_is_open_under_the_comb(shapes):
-  from adaptive_attention import masks
-
-  mask = bench.SHAPES[1].mask()
+def test_one_residue_is_open_under_the_wave():
+  mask = cases.SHAPES[-1].mask
   opened = np.asarray(masks.is_open(mask, np.arange(128)))[0]
   np.testing.assert_array_equal(np.flatnonzero(opened), np.arange(0, 128, 4))
 
@@ -189,19 +188,19 @@ def test_the_masks_of_a_run_are_taken_whole(tiny, tmp_path):
 
 def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
   tiny.bench.shapes = "spans;huge"
-  with pytest.raises(bench.BenchmarkError, match="'huge'"):
+  with pytest.raises(cases.BenchmarkError, match="'huge'"):
     bench.run(tiny, tmp_path)
   assert not list(tmp_path.iterdir())
 
 
 def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
   tiny.bench.compare = "torch"
-  tiny.bench.shapes = "comb"
+  tiny.bench.shapes = "wave"
   tiny.bench.repeats = 1
   try:
     import torch  # noqa: F401
   except ImportError:
-    with pytest.raises(bench.BenchmarkError, match="pip install torch"):
+    with pytest.raises(cases.BenchmarkError, match="pip install torch"):
       bench.run(tiny, tmp_path)
     return
   bench.run(tiny, tmp_path)

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 
 from adaptive_attention.training import resume
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+from tests.conftest import files_of_at_most
 
 PARAMS = {
   "block_0": {
@@ -204,8 +204,8 @@ def copy_older(folder):
     (other_item, "params"),
     (spoil_meta, "meta"),
     (forget_digests, "meta: 'sha256'"),
-    (change_meta, "meta: its sha256 is not"),
-    (copy_older, "it is of step 1"),
+    (change_meta, "meta: its sha256 differs"),
+    (copy_older, "it belongs to step 1"),
   ],
 )
 def test_damage_is_told_with_the_older_ones_that_are_whole(
@@ -217,6 +217,19 @@ def test_damage_is_told_with_the_older_ones_that_are_whole(
   message = refused(tmp_path, 3, told, "whole: 1;", "--step=1")
   assert "2" not in message.split("whole:")[1]
   assert read(tmp_path, 1)[2]["step"] == 1
+
+
+def test_late_reads_of_a_damaged_one_are_ignored(tmp_path, monkeypatch):
+  """They end after the context, when their event loop is closed."""
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", seen.append)
+  save(tmp_path, [3])
+  assert sys.unraisablehook == seen.append
+  truncate(tmp_path / "checkpoints" / "3")
+  refused(tmp_path, 3)
+  error = RuntimeError("Event loop is closed")
+  sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert not seen
 
 
 def test_damage_of_the_only_one(tmp_path):
@@ -426,18 +439,15 @@ def test_one_that_cannot_be_told_is_left_alone(tmp_path):
 
 
 def test_a_disk_that_is_full_costs_no_older_one(tmp_path):
-  """A largest size of files stands for it: it needs no disk of its own."""
   save(tmp_path, [1], [2.0])
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-  try:
-    with pytest.raises(
+  with (
+    files_of_at_most(400),
+    pytest.raises(
       CheckpointError,
       match=r"step 2 cannot be written .*\(File too large\).*\(1 is kept",
-    ):
-      save(tmp_path, [2], [1.0])
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    ),
+  ):
+    save(tmp_path, [2], [1.0])
   with Checkpoints(tmp_path) as saved:
     assert saved.steps() == [1]
   assert read(tmp_path, 1)[2]["step"] == 1

@@ -67,3 +67,18 @@ def test_the_end_of_python_has_nothing_to_flush():
   )
   os.close(writing)
   assert (process.returncode, process.stderr) == (3, b"")
+
+
+@pytest.mark.parametrize(
+  ("count", "text"),
+  [(0, "0 B"), (1536, "1.5 KiB"), (3 << 30, "3 GiB"), (5 << 50, "5120 TiB")],
+)
+def test_bytes_text(count, text):
+  assert console.bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"), [(0, "0m00s"), (59.6, "1m00s"), (3999, "1h06m")]
+)
+def test_duration_text(seconds, text):
+  assert console.duration_text(seconds) == text

@@ -1,0 +1,243 @@
+"""The named cases: calls of attention, training steps, and decoding.
+
+`SHAPES`, `STEPS` and `DECODES` are timed. The tests hold every implementation
+to the first of these too, made shorter, beside small cases of their own.
+Lengths are in tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention.attention import IMPLEMENTATIONS
+from adaptive_attention.errors import Error
+from adaptive_attention.masks import Mask, Wave
+
+SEED = 0x9E3779B1  # in the upper half of 32 bits, where a signed one fails
+
+
+class BenchmarkError(Error):
+  """A comparison cannot be made."""
+
+
+class Case(NamedTuple):
+  """One call of `attend`: B sequences, T queries, S keys, H heads of width K.
+
+  Attributes:
+    span, period, ratio: a value per head, or one value for all heads. Without a
+      span the mask is None, without a period it has no wave.
+    relative: the number of vectors of distances, 0 for none.
+    query_scale: a factor of the queries, for sharp weights.
+    ramp, harmonics, integer, memory, first_key, dropout_rate: as in `attend`.
+  """
+
+  name: str
+  T: int
+  S: int
+  span: tuple | None = None
+  ramp: float = 32.0
+  period: tuple | None = None
+  ratio: tuple | None = None
+  harmonics: int | None = None
+  integer: bool = False
+  memory: int = 0
+  first_key: int = 0
+  dropout_rate: float = 0.0
+  dtype: str = "float32"
+  B: int = 1
+  H: int = 2
+  K: int = 8
+  query_scale: float = 1.0
+  relative: int = 0
+
+  @property
+  def mask(self) -> Mask | None:
+    """The mask as `attend` takes it."""
+    if self.span is None:
+      return None
+    wave = None
+    if self.period is not None:
+      wave = Wave(
+        jnp.array(self.period, jnp.float32),
+        jnp.array(self.ratio, jnp.float32),
+        harmonics=self.harmonics,
+        integer=self.integer,
+      )
+    return Mask(jnp.array(self.span, jnp.float32), ramp=self.ramp, wave=wave)
+
+  @property
+  def options(self) -> dict:
+    """The keyword arguments of `attend`, all but the implementation."""
+    return {
+      "memory": self.memory,
+      "first_key": self.first_key,
+      "dropout_rate": self.dropout_rate,
+      "dropout_seed": np.uint32(SEED) if self.dropout_rate else None,
+    }
+
+
+def inputs(case: Case) -> tuple:
+  """(q_BTHK, k_BSHK, v_BSHK, dout_BTHK) in the dtype of the case."""
+  random = np.random.default_rng(sum(case.name.encode()))
+  queries = (case.B, case.T, case.H, case.K)
+  keys = (case.B, case.S, case.H, case.K)
+  q, k, v, dout = (
+    random.standard_normal(shape) for shape in (queries, keys, keys, queries)
+  )
+  return tuple(
+    jnp.asarray(x, jnp.float32).astype(case.dtype)
+    for x in (case.query_scale * q, k, v, dout)
+  )
+
+
+def relative_vectors(case: Case):
+  """The vectors of distances (R, K), or None."""
+  if not case.relative:
+    return None
+  random = np.random.default_rng(case.relative)
+  return jnp.asarray(
+    random.standard_normal((case.relative, case.K)), jnp.float32
+  )
+
+
+def case_of_mask(name: str, T: int, mask: Mask | None, *, H: int, K: int):
+  """The case of plain attention over T tokens under a given mask."""
+  case = Case(name, T, T, H=H, K=K)
+  if mask is None:
+    return case
+  case = case._replace(span=_numbers(mask.span), ramp=mask.ramp)
+  if mask.wave is None:
+    return case
+  return case._replace(
+    period=_numbers(mask.wave.period),
+    ratio=_numbers(mask.wave.ratio),
+    harmonics=mask.wave.harmonics,
+    integer=mask.wave.integer,
+  )
+
+
+def _numbers(values_H) -> tuple[float, ...]:
+  return tuple(np.asarray(values_H, np.float32).tolist())
+
+
+HEADS, HEAD_WIDTH = 8, 64
+_LEARNED = (10.0, 20.0, 30.0, 40.0, 60.0, 100.0, 200.0)  # of seven heads
+
+
+def _timed(name, B, T, span, **wave) -> Case:
+  return Case(name, T, T, span, B=B, H=HEADS, K=HEAD_WIDTH, **wave)
+
+
+SHAPES = (
+  _timed("512", 4, 512, (*_LEARNED, 256.0)),
+  _timed("2048", 2, 2048, (*_LEARNED, 1024.0)),
+  _timed("8192", 1, 8192, (*_LEARNED, 4096.0)),
+  _timed("8192 first spans", 1, 8192, (*_LEARNED, 256.0)),
+  _timed("2048 first spans", 1, 2048, (*_LEARNED, 256.0)),
+  _timed("8192 spans 4096", 1, 8192, (4096.0,) * HEADS),
+  _timed(
+    "8192 spans 4096, period 4",
+    *(1, 8192, (4096.0,) * HEADS),
+    period=(4.0,) * HEADS,
+    ratio=(-0.25,) * HEADS,  # only the crests are open: one residue
+    integer=True,
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A training step of four layers, width 512, dropout 0.2, B x T tokens.
+
+  Attributes:
+    spans: z of the eight heads of every layer, at most the tokens that there
+      are to attend to.
+    runs: what is compared: the settings of each model by its name.
+  """
+
+  name: str
+  B: int
+  T: int
+  spans: tuple[float, ...]
+  runs: dict
+
+
+_BY_IMPLEMENTATION = {
+  name: {"attention": "span_wave", "implementation": name}
+  for name in IMPLEMENTATIONS
+}
+_BY_MEMORY = {
+  f"{attention}, memory {memory}": {
+    "attention": attention,
+    "position": "rotary",
+    "memory_tokens": memory,
+  }
+  for attention, memory in (("span", 512), ("span", 8192), ("dense", 8192))
+}
+STEPS = (
+  Step("step 4 x 512", 4, 512, (*_LEARNED, 256.0), _BY_IMPLEMENTATION),
+  Step("step 1 x 2048", 1, 2048, (*_LEARNED, 1024.0), _BY_IMPLEMENTATION),
+  Step(
+    "step 4 x 512, memory",
+    *(4, 512),
+    (0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0),
+    _BY_MEMORY,
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+  """Generation after a long text: 12 layers, width 512, B texts at once.
+
+  Attributes:
+    context_tokens: the largest distance that a head could reach.
+    spans: z of the eight heads of every layer.
+    runs: name -> (settings of the model, kind of cache, position of the next
+      token); without a cache all of the context is read again for each token.
+  """
+
+  name: str
+  B: int
+  context_tokens: int
+  spans: tuple[float, ...]
+  runs: dict
+
+
+_DECODED = (0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0)
+_INTEGER_WAVE = {"attention": "span_wave", "period": "integer", "harmonics": 0}
+_LONG = {
+  "spans": ({}, "spans", 20_000),
+  "spans at 1000": ({}, "spans", 1_000),
+  "spans, comb": (_INTEGER_WAVE, "spans", 20_000),
+  "dense": ({}, "dense", 20_000),
+}
+_SHORT = {"spans": ({}, "spans", 512), "window anew": ({}, None, 512)}
+DECODES = tuple(
+  Decode(f"decode {B} x {context}", B, context, spans, runs)
+  for context, spans, runs in (
+    (8192, _DECODED, _LONG),
+    (512, (*_DECODED[:-1], 480.0), _SHORT),
+  )
+  for B in (1, 8)
+)
+
+
+def named(cases: Iterable, names: str) -> list:
+  """The cases of these names, separated by ";", in their order; all for "".
+
+  Raises:
+    BenchmarkError: naming the first unknown name.
+  """
+  known = [case.name for case in cases]
+  wanted = names.split(";") if names else known
+  for name in wanted:
+    if name not in known:
+      raise BenchmarkError(
+        f"config.bench.shapes has {name!r}; expected some of {known}, "
+        'separated by ";"'
+      )
+  return [case for case in cases if case.name in wanted]

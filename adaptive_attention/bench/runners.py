@@ -1,0 +1,255 @@
+"""What is timed of each case, on this machine."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_attention import accounting, generation
+from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.bench import cases, torch
+from adaptive_attention.bench.cases import Case, Decode, Step
+from adaptive_attention.bench.timing import Runner, compiled
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import mask_params, with_lengths
+from adaptive_attention.model import Transformer
+from adaptive_attention.training import (
+  batches,
+  console,
+  optimizer,
+  parallel,
+  steps,
+)
+from adaptive_attention.training.settings import training_config
+
+MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
+_DECODE_TOKENS = 32  # a call
+
+
+def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
+  """The runners of a case; none, with a line that says why, if it cannot run.
+
+  Args:
+    case: one of `cases`.
+    config: the settings that a training step does not take from its case.
+    compare: "torch" for PyTorch's attention beside ours.
+
+  Raises:
+    BenchmarkError: PyTorch is asked for and not installed.
+  """
+  match case:
+    case Case():
+      found = [
+        runner
+        for implementation in IMPLEMENTATIONS
+        for runner in _attention_runners(case, implementation)
+      ]
+      if compare == "torch":
+        found += torch.runners(case, MOST_PAIRS_BYTES)
+      return found
+    case Step() if case.B % parallel.device_count():
+      console.say(
+        f"{case.name}: left out, as {case.B} sequences cannot be dealt to "
+        f"{parallel.device_count()} devices"
+      )
+      return []
+    case Step():
+      return [_step_runner(config, case, name) for name in case.runs]
+    case Decode():
+      return [_decode_runner(case, name) for name in case.runs]
+
+
+def _attention_runners(case, implementation):
+  """Forward, and forward with all gradients."""
+  logits = 4 * case.B * case.H * case.T * case.S
+  if implementation == "reference" and logits > MOST_PAIRS_BYTES:
+    console.say(
+      f"{case.name}: reference is left out, as its logits alone are "
+      f"{console.bytes_text(logits)}"
+    )
+    return []
+  q, k, v, dout = cases.inputs(case)
+  mask = case.mask
+  run = functools.partial(attend, implementation=implementation, **case.options)
+
+  def both(q, k, v, mask, dout):
+    out, pull = jax.vjp(run, q, k, v, mask)
+    return out, pull(dout)
+
+  pairs = _pairs(mask, case, implementation)
+  name = (case.name, implementation)
+  found = [
+    compiled(*name, "forward", run, q, k, v, mask, counts=pairs),
+    compiled(*name, "both", both, q, k, v, mask, dout, counts=pairs),
+  ]
+  N = parallel.local_device_count()
+  if N > 1 and case.B % N == 0:
+    dealt = [x.reshape(N, -1, *x.shape[1:]) for x in (q, k, v, dout)]
+    found.append(_over_devices(name, both, mask, dealt, pairs))
+  return found
+
+
+def _pairs(mask, case, implementation):
+  """Open and computed pairs of all heads."""
+  T = case.T
+  if mask is None:
+    opened, computed = T * (T + 1) // 2 * case.H, T * T * case.H
+  else:
+    opened = accounting.open_pairs(mask, T).sum()
+    computed = accounting.computed_pairs(mask, T, implementation).sum()
+  return {"open_pairs": int(opened), "computed_pairs": int(computed)}
+
+
+def _over_devices(name, both, mask, dealt, pairs):
+  """The same batch, dealt to all devices."""
+  step = parallel.eval_step(lambda mask, _, x: (None, both(*x[:3], mask, x[3])))
+  start = time.perf_counter()
+  jax.block_until_ready(step(mask, None, dealt))
+  return Runner(
+    *name,
+    f"on {parallel.local_device_count()} devices both",
+    lambda: jax.block_until_ready(step(mask, None, dealt)),
+    time.perf_counter() - start,
+    None,
+    pairs,
+  )
+
+
+def _step_runner(config, case, name):
+  """A training step, in the middle of a stream if the model has a memory."""
+  parts = training_config(_step_settings(config, case, case.runs[name]))
+  model = Transformer(parts.model)
+  rule = optimizer.make(parts.optimizer, parts.steps)
+  state = jax.device_get(steps.init_state(model, rule, parts.seed))
+  params = _with_spans(state.params, case.spans, parts.model)
+  memory = steps.start_memory(parts.model, batches.per_device(case.B))
+  read = np.uint32(case.T + parts.model.memory_tokens)
+  memory = memory.at(memory.tokens_read + read)
+  carried = [parallel.replicate(state.replace(params=params)), memory]
+  shapes = batches.shapes(case.B, 1, case.T)
+  batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+  start = time.perf_counter()
+  step, sizes = parallel.compile_step(
+    steps.make_train_step(model, rule, parts.seed), *carried, shapes
+  )
+
+  def call():  # state and memory are donated
+    *carried[:], metrics = step(*carried, batch)
+    jax.block_until_ready((carried, metrics))
+
+  seconds = time.perf_counter() - start
+  return Runner(case.name, name, "step", call, seconds, sizes["temporary"])
+
+
+def _step_settings(config, case, settings):
+  """The settings with the model and the batch of a step."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.batch_size, config.accumulation_steps = case.B, 1
+    defaults = {
+      "n_layer": 4,
+      "n_head": cases.HEADS,
+      "width": cases.HEADS * cases.HEAD_WIDTH,
+      "context_tokens": case.T,
+      "max_span": settings.get("memory_tokens") or case.T,
+      "dropout": 0.2,
+    }
+    config.model.update(defaults | settings)
+  return config
+
+
+def _decode_runner(case, name):
+  """Token after token, in the middle of a text."""
+  settings, kind, position = case.runs[name]
+  config = ModelConfig(
+    context_tokens=case.context_tokens,
+    max_span=case.context_tokens - ModelConfig.ramp,
+    position="rotary",
+    **{"attention": "span"} | settings,
+  )
+  model = Transformer(config)
+  first_B1 = jnp.zeros((case.B, 1), int)
+  params = jax.jit(model.init)(jax.random.key(0), first_B1)["params"]
+  params = _with_waves(_with_spans(params, case.spans, config), config)
+  start = time.perf_counter()
+  if kind is None:
+    call, counts, times = _by_context(model, params, case), None, 1
+  else:
+    cache, call = _by_cache(params, config, case, kind, position)
+    counts = _cache_counts(params, config, cache.nbytes // case.B, kind)
+    times = _DECODE_TOKENS
+  call()
+  seconds = time.perf_counter() - start
+  return Runner(
+    case.name, name, "token", call, seconds, counts=counts, times=times
+  )
+
+
+def _by_context(model, params, case):
+  """A call that reads all of the context for one token."""
+  tokens_BT = jnp.zeros((case.B, case.context_tokens), int)
+  read = jax.jit(lambda params, x: model.apply({"params": params}, x)[:, -1])
+  return lambda: jax.block_until_ready(read(params, tokens_BT))
+
+
+def _by_cache(params, config, case, kind, position):
+  """(the cache, a call that draws some tokens one after the other)."""
+  first_B1 = jnp.zeros((case.B, 1), int)
+  logits_BV, cache = generation.prefill(params, config, first_B1, kind)
+  carried = [logits_BV, cache.at(jnp.uint32(position))]
+
+  def call():
+    _, *carried[:] = generation.go_on(
+      params,
+      config,
+      carried[1],
+      carried[0],
+      jax.random.split(jax.random.key(0), case.B),
+      0,
+      _DECODE_TOKENS,
+      (1.0, 0, 1.0),
+    )
+    jax.block_until_ready(carried)
+
+  return cache, call
+
+
+def _cache_counts(params, config, cache_bytes, kind):
+  """Bytes and keys of one text, as a row has them."""
+  layers = mask_params(params, config)
+  reads = accounting.cache_reads(layers, config)
+  return {
+    "cache_bytes": cache_bytes,
+    "seen_bytes": accounting.cache_bytes(layers, config)["seen"],
+    "keys_read": reads["dense" if kind == "dense" else "rings"],
+  }
+
+
+def _with_spans(params, spans, config: ModelConfig):
+  """The parameters with these spans in every layer, as far as they can go."""
+
+  def changed(name, length):
+    return np.array(spans) if name == "span_logit" else length
+
+  return with_lengths(params, config, changed)
+
+
+def _with_waves(params, config: ModelConfig):
+  """The parameters with other waves, where there are waves.
+
+  The head of the longest span has period 4 and one open residue; the period of
+  the others leaves everything open.
+  """
+
+  def changed(name, length):
+    last = np.arange(len(length)) == len(length) - 1
+    match name:
+      case "period_logit":
+        return np.where(last, 4.0, config.period_min)
+      case "ratio_logit":
+        return np.where(last, config.ratio_min, config.ratio_max)
+    return length
+
+  return with_lengths(params, config, changed)

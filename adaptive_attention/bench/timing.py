@@ -1,0 +1,119 @@
+"""What is timed, and the table of what came out.
+
+Machines are noisy: runners that are compared run in one process, in turns, and
+their medians are reported.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from adaptive_attention.training import console
+
+# The others of a case are compared with the first of these that ran.
+_BASELINES = (
+  "reference",
+  "torch dense causal",
+  "dense, memory 8192",
+  "dense",
+  "window anew",
+)
+
+
+@dataclasses.dataclass
+class Runner:
+  """Something to time.
+
+  Attributes:
+    case: the name of its case.
+    name, kind: what runs, and which work of it is timed, as "forward".
+    call: does that work, and returns when it is done.
+    compile_seconds: None for what is not compiled.
+    temporary_bytes: as the compiler tells them, or None.
+    counts: what else belongs into its row.
+    times: how often a call does what is timed.
+    seconds: how long each call took.
+  """
+
+  case: str
+  name: str
+  kind: str
+  call: Callable[[], object]
+  compile_seconds: float | None = None
+  temporary_bytes: int | None = None
+  counts: dict | None = None
+  times: int = 1
+  seconds: list = dataclasses.field(default_factory=list)
+
+  def row(self) -> dict:
+    """What bench.json keeps of it."""
+    return {
+      "case": self.case,
+      "run": f"{self.name} {self.kind}",
+      "median_ms": 1e3 * float(np.median(self.seconds)) / self.times,
+      "fastest_ms": 1e3 * min(self.seconds) / self.times,
+      "compile_seconds": self.compile_seconds,
+      "temporary_bytes": self.temporary_bytes,
+      **(self.counts or {}),
+    }
+
+
+def compiled(case: str, name: str, kind: str, function, *args, counts=None):
+  """The runner of a compiled function of these arguments."""
+  start = time.perf_counter()
+  run = jax.jit(function).lower(*args).compile()
+  return Runner(
+    case,
+    name,
+    kind,
+    lambda: jax.block_until_ready(run(*args)),
+    time.perf_counter() - start,
+    run.memory_analysis().temp_size_in_bytes,
+    counts,
+  )
+
+
+def time_in_turns(runners: list[Runner], repeats: int):
+  """Calls each runner once to warm up, then all of them in turns."""
+  for turn in range(repeats + 1):
+    for runner in runners:
+      start = time.perf_counter()
+      runner.call()
+      if turn:
+        runner.seconds.append(time.perf_counter() - start)
+
+
+def table(runners: list[Runner]) -> list[str]:
+  """A line for each runner of a case, with its ratio to the baseline."""
+  return [_line(runner, _baseline(runner, runners)) for runner in runners]
+
+
+def _line(runner, baseline):
+  row = runner.row()
+  text = f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.1f} ms"
+  if baseline is not None:
+    times = row["median_ms"] / baseline.row()["median_ms"]
+    text += f"  {times:5.2f} x of {baseline.name}"
+  if runner.compile_seconds is not None:
+    text += f"  compiled in {runner.compile_seconds:5.1f} s"
+  if runner.temporary_bytes is not None:
+    text += f"  temporary {console.bytes_text(runner.temporary_bytes)}"
+  if row.get("open_pairs"):
+    ratio = row["computed_pairs"] / row["open_pairs"]
+    text += f"  computed / open {ratio:.2f}"
+  if "cache_bytes" in row:
+    text += (
+      f"  cache {console.bytes_text(row['cache_bytes'])} a text, "
+      f"{row['keys_read']:,} keys read"
+    )
+  return text
+
+
+def _baseline(runner, runners):
+  """The runner that does the same work and is compared with, or None."""
+  others = {other.name: other for other in runners if other.kind == runner.kind}
+  found = next((others[name] for name in _BASELINES if name in others), None)
+  return None if found is runner else found

@@ -1,0 +1,55 @@
+"""What a checkpoint says of itself: JSON, sealed with a sha256 of its own."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+
+from adaptive_attention.atomic_write import atomic_write
+from adaptive_attention.errors import first_line
+
+_REQUIRED = ("step", "bits_per_char", "leaves", "sha256")
+_SEAL = "meta_sha256"  # earlier versions wrote none
+
+
+class DamageError(Exception):
+  """One checkpoint is damaged; the message says what is wrong with it."""
+
+
+def sealed(meta: Mapping) -> dict:
+  """Returns meta with the sha256 of everything else in it, as JSON."""
+  content = {name: value for name, value in meta.items() if name != _SEAL}
+  text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+  return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read(folder: pathlib.Path, step: int) -> dict:
+  """Returns the meta of the checkpoint in `folder`, which is of this step.
+
+  Raises:
+    DamageError: it cannot be read, was changed, or belongs to another step.
+  """
+  try:
+    meta = json.loads(_path(folder).read_text(encoding="utf-8"))
+    found, *_ = (meta[name] for name in _REQUIRED)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise DamageError(f"meta: {first_line(error)}") from error
+  if found != step:
+    raise DamageError(f"meta: it belongs to step {found}")
+  if meta.get(_SEAL, "") not in ("", sealed(meta)[_SEAL]):
+    raise DamageError("meta: its sha256 differs from the one that was saved")
+  return meta
+
+
+def write(folder: pathlib.Path, meta: Mapping):
+  """Replaces the meta of the checkpoint in `folder`, sealed anew.
+
+  Raises:
+    OSError: it cannot be written; the old meta stays.
+  """
+  atomic_write(_path(folder), json.dumps(sealed(meta)).encode())
+
+
+def _path(folder):
+  """The file that orbax makes of an item of JSON."""
+  return folder / "meta" / "metadata"

@@ -1,0 +1,168 @@
+"""Files of named arrays: .safetensors, .npz, and .pt of PyTorch."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from adaptive_attention.atomic_write import atomic_write
+from adaptive_attention.errors import Error, first_line
+
+
+class WeightsError(Error, ValueError):
+  """A file or a set of parameters cannot be read in."""
+
+
+def float_array(name: str, value) -> np.ndarray:
+  """A floating-point array of what numpy, jax or PyTorch hold.
+
+  Raises:
+    WeightsError: it holds something else.
+  """
+  try:
+    if hasattr(value, "detach"):  # numpy cannot read all dtypes of PyTorch
+      value = value.detach().cpu()
+      if value.is_floating_point():
+        value = value.float()
+      value = value.numpy()
+    value = np.asarray(value)
+  except (TypeError, ValueError, RuntimeError) as error:
+    raise WeightsError(
+      f"parameter {name!r} cannot be read ({first_line(error)}); expected an "
+      "array of floating-point numbers"
+    ) from error
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    raise _wrong_dtype(name, value.dtype)
+  return value
+
+
+def _wrong_dtype(name, dtype):
+  return WeightsError(
+    f"parameter {name!r} holds {dtype}; expected floating-point numbers; save "
+    "it as float32"
+  )
+
+
+_DTYPES = {  # of safetensors -> of numpy, those that hold parameters
+  "F64": "float64",
+  "F32": "float32",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+  "F8_E4M3FNUZ": "float8_e4m3fnuz",
+  "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+def write_safetensors(path, arrays: Mapping, config: Mapping, step: int):
+  """Replaces a file as a whole; `read_safetensors` reads it.
+
+  Raises:
+    OSError: it cannot be written; the old content stays.
+  """
+  content = safetensors.numpy.save(
+    {name: np.ascontiguousarray(value) for name, value in arrays.items()},
+    metadata={"config": json.dumps(config), "step": str(step)},
+  )
+  atomic_write(path, content)
+
+
+def read_safetensors(path: pathlib.Path) -> tuple[dict, dict]:
+  """({name: array}, the settings in its metadata) of a .safetensors.
+
+  Raises:
+    WeightsError: it is damaged, has no settings, or holds no parameters.
+  """
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      config = dict(json.loads((file.metadata() or {})["config"]))
+    tensors = safetensors.deserialize(path.read_bytes())
+  except Exception as error:  # of json, safetensors and what it is made of
+    raise _unreadable(error, "that --mode=export wrote") from error
+  arrays = {}
+  for name, tensor in tensors:
+    if tensor["dtype"] not in _DTYPES:
+      raise _wrong_dtype(name, tensor["dtype"])
+    dtype = np.dtype(_DTYPES[tensor["dtype"]])
+    arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+  return arrays, config
+
+
+def read_npz(path) -> dict:
+  """{name: array} of an .npz; of those under param/ alone, if there are any.
+
+  Raises:
+    WeightsError: it is damaged or has a name twice.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      prefixed = any(name.startswith("param/") for name in file.files)
+      names = [n for n in file.files if n.startswith("param/") or not prefixed]
+      _check_unique(names)
+      return {
+        name.removeprefix("param/"): _npz_member(file, name) for name in names
+      }
+  except WeightsError:
+    raise
+  except Exception as error:  # of numpy, zipfile, zlib and others
+    raise _unreadable(error, "that numpy.savez wrote") from error
+
+
+def _npz_member(file, name):
+  try:
+    return file[name]
+  except Exception as error:
+    raise WeightsError(
+      f"parameter {name!r} cannot be read ({first_line(error)}); give a whole "
+      "file of plain arrays"
+    ) from error
+
+
+def read_torch(path) -> dict:
+  """{name: tensor} of a checkpoint or a state dict of PyTorch.
+
+  Raises:
+    WeightsError: PyTorch is not installed, or the file is damaged, holds no
+      tensors or has a name twice.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise WeightsError(
+      "PyTorch is needed to read it; pip install torch, or save the parameters "
+      "as .npz"
+    ) from error
+  try:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # torch raises errors of many modules
+    raise _unreadable(error, "of only tensors and plain values") from error
+  state = state.get("model", state) if isinstance(state, Mapping) else {}
+  tensors = [
+    (str(name).removeprefix("_orig_mod."), value)
+    for name, value in (state.items() if isinstance(state, Mapping) else ())
+    if isinstance(value, torch.Tensor)
+  ]
+  if not tensors:
+    raise WeightsError("it holds no tensors; give a state dict")
+  _check_unique([name for name, _ in tensors])
+  return dict(tensors)
+
+
+def _check_unique(names):
+  for name in names:
+    if names.count(name) > 1:
+      raise WeightsError(
+        f"parameter {name!r} is there {names.count(name)} times; give a file "
+        "that has each once"
+      )
+
+
+def _unreadable(error, expected):
+  return WeightsError(
+    f"it cannot be read ({first_line(error)}); give a file {expected}"
+  )

@@ -1,0 +1,74 @@
+"""The libraries are silent in a context, and all is as before after it."""
+
+import logging
+import sys
+import types
+
+import pytest
+
+from adaptive_attention.training import library_noise
+from adaptive_attention.training.checkpoint import Checkpoints
+
+ORBAX, OTHER = "/lib/orbax/checkpoint.py", "/lib/flax/module.py"
+LATE = RuntimeError("Event loop is closed")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+  """The exceptions that reach the hook that was there before."""
+  exceptions = []
+  monkeypatch.setattr(
+    sys, "unraisablehook", lambda caught: exceptions.append(caught.exc_value)
+  )
+  return exceptions
+
+
+def logged(path) -> bool:
+  logger = logging.getLogger("absl")
+  record = logger.makeRecord("absl", logging.ERROR, path, 1, "text", (), None)
+  return bool(logger.filter(record))
+
+
+def raise_late(error=LATE):
+  sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+
+
+def test_orbax_alone_is_silent_and_only_in_the_context(seen, tmp_path):
+  before = sys.unraisablehook
+  with Checkpoints(tmp_path):
+    assert not logged(ORBAX)
+    assert logged(OTHER)
+    raise_late()
+    raise_late(other := ValueError("of something else"))
+    assert seen == [other]
+  assert logged(ORBAX)
+  assert sys.unraisablehook is before
+
+
+def test_contexts_may_be_nested(seen):
+  before = sys.unraisablehook
+  with library_noise.quiet():
+    for _ in range(2):
+      with library_noise.quiet():
+        assert not logged(ORBAX)
+      assert not logged(ORBAX)
+      raise_late()
+  assert not seen
+  assert logged(ORBAX)
+  assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_late_reads_are_ignored_after_the_context_too(seen, inner):
+  with library_noise.quiet() as outermost:
+    if inner:
+      with library_noise.quiet() as reads:
+        reads.expected = True
+    else:
+      outermost.expected = True
+  raise_late()
+  raise_late(other := ValueError("of something else"))
+  assert seen == [other]
+  hook = sys.unraisablehook
+  with library_noise.quiet():
+    assert sys.unraisablehook is hook, "one is enough"
