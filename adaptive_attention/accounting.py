@@ -24,7 +24,7 @@ def parameter_count(params: Mapping) -> int:
 
 
 def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
-  """(H,) integers: the open pairs (t, s) of T tokens and `memory` before."""
+  """Returns (H,) integers: open pairs (t, s) of T tokens and a memory before."""
   distance = np.arange(memory + T, dtype=np.int64)
   open_HS = np.asarray(masks.is_open(mask, distance))
   # How often a distance occurs: T times as far as the memory goes.
@@ -34,7 +34,7 @@ def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
 def computed_pairs(
   mask: masks.Mask, T: int, implementation: str, memory: int = 0
 ) -> np.ndarray:
-  """(H,) integers: the pairs of T tokens and a memory that are computed."""
+  """Returns (H,) integers: the computed pairs of T tokens and a memory."""
   S = ring_rows(memory, T) if memory else T
   match implementation:
     case "reference":
@@ -47,14 +47,14 @@ def computed_pairs(
 def attention_macs_per_token(
   layers: Sequence[masks.Mask], config: ModelConfig, T: int, memory: int = 0
 ) -> dict[str, float]:
-  """Multiply-adds per token of attention, over all layers and heads.
+  """Returns multiply-adds per token of attention, over all layers and heads.
 
   Args:
     T, memory: tokens of a segment, and before it.
 
   Returns:
-    dense: all causal pairs; open: those that the masks leave open; computed:
-    those that the implementation computes.
+    `dense`, of all causal pairs; `open`, of those that the masks leave open;
+    `computed`, of those that the implementation computes.
   """
   macs_per_pair = 2 * config.width // config.n_head
   heads = config.n_layer * config.n_head
@@ -72,12 +72,13 @@ def attention_macs_per_token(
 def cache_bytes(
   layers: Sequence[masks.Mask], config: ModelConfig
 ) -> dict[str, int]:
-  """Bytes of keys and values that one sequence keeps for its next token.
+  """Returns bytes of keys and values that one sequence keeps.
 
   Returns:
-    dense: as far as any head could look, for all; layer: for all heads of a
-    layer as far as its longest span reaches; head: the rings of
-    `attention.decode`; seen: just what heads see, ceil(z + R) tokens each.
+    `dense`, where all heads keep as much as any head could see; `layer`, where
+    the heads of a layer keep as much as the longest reach there; `head`, what
+    the KV cache of `attention.decode` keeps; `reach`, the reach of each head,
+    ceil(z + R) tokens.
   """
   row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
   reach_LH = [decode.reach(mask, config.cache_tokens) for mask in layers]
@@ -88,7 +89,7 @@ def cache_bytes(
     "head": sum(
       len(group.heads) * group.ring_rows for group in _groups(layers, config)
     ),
-    "seen": sum(reach_H.sum() for reach_H in reach_LH),
+    "reach": sum(reach_H.sum() for reach_H in reach_LH),
   }
   return {name: int(count) * row for name, count in rows.items()}
 
@@ -96,24 +97,24 @@ def cache_bytes(
 def cache_reads(
   layers: Sequence[masks.Mask], config: ModelConfig
 ) -> dict[str, int]:
-  """Keys that are read for one token, over all layers and heads.
+  """Returns how many keys are read per token, over all layers and heads.
 
   Returns:
-    dense: of a cache as far as any head could look; span: ceil(z + R) of each
-    head; comb: those of them that its wave leaves open; rings: what is read of
-    the rings of `attention.decode`, where only the combs of integer periods are
-    skipped.
+    `dense`, of a cache with as much as any head could see; `reach`, ceil(z + R)
+    of each head; `open`, those of them that its wave leaves open; `cache`, what
+    is read of the KV cache of `attention.decode`, which skips what waves of
+    integer periods hide.
   """
   distance = np.arange(config.cache_tokens)
   return {
     "dense": config.n_layer * config.n_head * config.cache_tokens,
-    "span": sum(
+    "reach": sum(
       int(decode.reach(mask, config.cache_tokens).sum()) for mask in layers
     ),
-    "comb": sum(
+    "open": sum(
       int(np.asarray(masks.is_open(mask, distance)).sum()) for mask in layers
     ),
-    "rings": sum(
+    "cache": sum(
       len(group.heads) * group.reads for group in _groups(layers, config)
     ),
   }

@@ -1,16 +1,16 @@
 """The masks of adaptive attention as pure functions of distance.
 
-A query at position t looks at a key at position s over the distance
-d = t - s >= 0 tokens, itself included. Each head h multiplies its attention
-by two weights in [0, 1] which depend on d alone:
+A query at position t and a key at position s have the distance d = t - s >= 0
+in tokens; a query attends to itself too. Each head h multiplies its attention
+by two weights in [0, 1], which depend on d alone:
 
-* the span weight m, a window with a soft end (Sukhbaatar et al. 2019,
-  "Adaptive Attention Span in Transformers", equation 3);
-* the wave weight w, a comb of teeth at the multiples of a learned period.
+* the span weight m, which falls to zero behind a learned span (Sukhbaatar et
+  al. 2019, "Adaptive Attention Span in Transformers", equation 3);
+* the wave weight w, a triangle wave of a learned period.
 
-A pair is hidden where min(m, w) <= 1e-6. Lengths are in tokens. All
-arithmetic is float32. `distance` may have any shape (...); the results have
-the shape (H, ...).
+A pair is hidden where min(m, w) <= 1e-6, and open otherwise. Lengths are in
+tokens. All arithmetic is float32. `distance` may have any shape (...); the
+results have the shape (H, ...).
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wave:
-  """The comb of each head: period P and ratio r, the lift of its teeth.
+  """The triangle wave of each head: its period P and its ratio r.
 
   Attributes:
     period: (H,) P in tokens.
-    ratio: (H,) r, as a share of the period.
+    ratio: (H,) r, a share of the period; P r lifts the wave.
     harmonics: None for the exact wave, or K for its Fourier series up to the
       odd harmonic K (the published program has K = 5).
     integer: round P in the forward pass. The gradient passes straight
-      through the rounding where P is an amplitude or a lift, and is cut off
-      where P is a phase: there it grows with the distance.
+      through the rounding where P scales the amplitude or lifts the wave. It
+      is cut off where P is a phase, as it grows with the distance there.
   """
 
   period: jax.Array
@@ -48,12 +48,12 @@ class Wave:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """What each head of one layer may look at.
+  """The spans and waves of the heads of one layer.
 
   Attributes:
-    span: (H,) z in tokens: up to here the window is fully open.
-    ramp: R in tokens: the window closes linearly from z to z + R.
-    wave: the comb, or None.
+    span: (H,) z in tokens: the span weight is one up to here.
+    ramp: R in tokens: the span weight falls linearly from z to z + R.
+    wave: the waves, or None.
   """
 
   span: jax.Array
@@ -62,7 +62,7 @@ class Mask:
 
 
 def _aligned(distance, *values_H):
-  """Distances and values of heads, of ranks that broadcast to (H, ...)."""
+  """Returns distances and values of heads that broadcast to (H, ...)."""
   d = jnp.asarray(distance, jnp.float32)
   arrays_H = [jnp.asarray(value_H, jnp.float32) for value_H in values_H]
   heads = max(array_H.ndim for array_H in arrays_H)
@@ -73,12 +73,12 @@ def _aligned(distance, *values_H):
 
 
 def _clip(x):
-  """clip(x, 0, 1) with slope one on all of [0, 1], as in the published code."""
+  """Returns clip(x, 0, 1) with slope one on all of [0, 1], as published."""
   return jnp.where(x < 0, 0.0, jnp.where(x > 1, 1.0, x))
 
 
 def _periods(wave: Wave):
-  """P as an amplitude and P as a phase: they differ in their gradients."""
+  """Returns P as an amplitude and P as a phase, whose gradients differ."""
   period_H = jnp.asarray(wave.period, jnp.float32)
   if not wave.integer:
     return period_H, period_H
@@ -90,7 +90,7 @@ def _periods(wave: Wave):
 def span_weight(
   distance: ArrayLike, span_H: ArrayLike, ramp: ArrayLike
 ) -> jax.Array:
-  """m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
+  """Returns (H, ...) m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
   d, span = _aligned(distance, span_H)
   ramp = jnp.asarray(ramp, jnp.float32)
   return _clip((ramp + span - d) / ramp)
@@ -99,7 +99,7 @@ def span_weight(
 def triangle_wave(
   distance: ArrayLike, period_H: ArrayLike, harmonics: int | None = None
 ) -> jax.Array:
-  """The wave tri(d) of period P, amplitude A = P / 4 and crest at d = 0.
+  """Returns (H, ...) tri(d) of period P, amplitude A = P / 4, crest at d = 0.
 
   Exact: tri(d) = A - dist(d, P Z), slope one per token.
   Series: tri(d) = A (8 / pi^2) sum over odd k <= K of cos(2 pi k d / P) / k^2.
@@ -108,11 +108,11 @@ def triangle_wave(
 
 
 def _from_nearest_multiple(d, period):
-  """d - n P for the nearest n: at most half a period either way.
+  """Returns d - n P for the nearest n: at most half a period either way.
 
   n P itself would lose the digits of large distances. P is taken as a sum of
   two: n times the first, of 11 bits, is exact up to n = 8192. d / P may round
-  to the wrong side of a trough, so what is left is looked at once more.
+  to the wrong side of a trough, so the rest is rounded once more.
   """
   n = jax.lax.stop_gradient(jnp.round(d / period))
   coarse = jax.lax.stop_gradient(jax.lax.reduce_precision(period, 8, 10))
@@ -134,7 +134,7 @@ def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
 
 
 def wave_weight(distance: ArrayLike, wave: Wave) -> jax.Array:
-  """w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
+  """Returns (H, ...) w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
   amplitude_period_H, phase_period_H = _periods(wave)
   lift_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
   tri = _triangle(distance, amplitude_period_H, phase_period_H, wave.harmonics)
@@ -150,14 +150,14 @@ def _weights(mask: Mask, distance):
 
 
 def is_open(mask: Mask, distance: ArrayLike) -> jax.Array:
-  """Whether a pair at this distance is looked at: min(m, w) > 1e-6."""
+  """Returns (H, ...): whether a pair at the distance is open."""
   return _weights(mask, distance)[2]
 
 
 def log_weight(mask: Mask, distance: ArrayLike) -> jax.Array:
-  """log m(d) + log w(d), added to the logits; -inf where the pair is hidden.
+  """Returns (H, ...) log m(d) + log w(d), which is added to the logits.
 
-  Hidden pairs have no gradient.
+  It is -inf, without a gradient, where the pair is hidden.
   """
   span, wave, is_open = _weights(mask, distance)
   # One inside the logarithm where it is not used: 0 * inf would be nan there.
@@ -168,13 +168,13 @@ def log_weight(mask: Mask, distance: ArrayLike) -> jax.Array:
 
 
 def open_share(mask: Mask, length: int) -> jax.Array:
-  """(H,) the share of the distances 0, 1, ..., length - 1 that are open."""
+  """Returns (H,) the share of the distances 0, 1, ..., length - 1 that are open."""
   open_HS = is_open(mask, jnp.arange(length))
   return jnp.mean(open_HS, axis=-1, dtype=jnp.float32)
 
 
 def open_fraction(wave: Wave) -> jax.Array:
-  """(H,) f, the open share of a continuous period, continued beyond one.
+  """Returns (H,) f, the open share of a continuous period, continued beyond one.
 
   f = u if u < 1 else 1 + (1/2 + P r - A), with u = 1/P + 2 r + 1/2. It is the
   wave's factor in `penalty`, not a count: for that see `open_share`.
@@ -187,7 +187,7 @@ def open_fraction(wave: Wave) -> jax.Array:
 
 
 def penalty(mask: Mask) -> jax.Array:
-  """What one layer pays for looking far, in tokens, a mean over its heads.
+  """Returns what one layer pays for its reach, in tokens: a mean over heads.
 
   mean_h[(z + R) f] with the wave, mean_h[z] without (the latter as in
   Sukhbaatar et al. 2019, section 2.2).

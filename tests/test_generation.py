@@ -188,11 +188,11 @@ def test_combs_are_strides_and_what_is_hidden_is_not_read():
   periods = {group.period for group in groups}
   assert len(periods) > 1
   reads = accounting.cache_reads(layers, config)
-  assert reads["comb"] < reads["rings"] < reads["span"] < reads["dense"]
+  assert reads["open"] < reads["cache"] < reads["reach"] < reads["dense"]
   opened = sum(
     masks.is_open(mask, d).sum() for mask in layers for d in range(68)
   )
-  assert reads["comb"] == opened
+  assert reads["open"] == opened
 
 
 @pytest.mark.parametrize("longest", [40, 8192])
@@ -237,8 +237,8 @@ def test_the_cache_takes_the_bytes_that_are_counted():
     held = sum(x.nbytes for layer in kept.layers for x in (*layer.k, *layer.v))
     assert held == kept.nbytes
   seen = sum(math.ceil(z + 4) for z in SPANS) * 2  # of two layers
-  assert counted["seen"] == seen * 2 * 8 * 2
-  assert counted["seen"] <= counted["head"] <= 1.1 * counted["seen"]
+  assert counted["reach"] == seen * 2 * 8 * 2
+  assert counted["reach"] <= counted["head"] <= 1.1 * counted["reach"]
   assert counted["layer"] == 2 * 4 * 35 * 2 * 8 * 2
   assert counted["dense"] == 2 * 4 * 68 * 2 * 8 * 2
 

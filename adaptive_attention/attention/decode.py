@@ -1,11 +1,11 @@
-"""One query a head against what that head can still see, and nothing else.
+"""One query of each head against what that head can still see.
 
-A head with span z looks back over ceil(z + R) tokens: its keys and values stand
-in a ring of as many rows. Under an integer wave of period P the rows are dealt
-into P classes by position, and only the classes that stand at an open distance
-are read. It is exact: what is not kept has the weight zero.
+The keys and values of a head stand in a ring of as many rows as its reach,
+ceil(z + R) tokens. Under a wave of an integer period P the rows are dealt into
+P residue classes by position, and only the classes that stand at an open
+distance are read. That is exact: what is not kept has the weight zero.
 
-Axes: G heads of one group, P classes, Y rows of each, r open residues.
+Axes: G heads of one group, P residue classes, Y rows of each, r open residues.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 
 from adaptive_attention import masks
 
-_WASTE = 1.08  # rows of all rings, at most, against those that heads can see
+_WASTE = 1.08  # rows of all rings, at most, against the reach of the heads
 
 
 class Group(NamedTuple):
@@ -26,9 +26,9 @@ class Group(NamedTuple):
 
   Attributes:
     heads: which of the layer.
-    period: P; 1 without a comb that can be skipped.
+    period: P; 1 where no wave can be skipped.
     rows: Y.
-    residues: of distances mod P, those that any of the heads has open.
+    residues: the residues of distances mod P that any of the heads has open.
   """
 
   heads: tuple[int, ...]
@@ -51,16 +51,16 @@ class Group(NamedTuple):
 
 
 def reach(mask: masks.Mask, longest: int) -> np.ndarray:
-  """(H,) over how many tokens a head looks back, itself included; at most so.
+  """Returns (H,) over how many tokens a head looks back, itself included.
 
-  That is ceil(z + R), as m(d) > 0 where d < z + R, or `longest`.
+  That is ceil(z + R), as m(d) > 0 where d < z + R, and at most `longest`.
   """
-  window = masks.Mask(mask.span, mask.ramp)
-  return np.asarray(masks.is_open(window, np.arange(longest))).sum(axis=1)
+  spans = masks.Mask(mask.span, mask.ramp)
+  return np.asarray(masks.is_open(spans, np.arange(longest))).sum(axis=1)
 
 
 def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
-  """The groups of a layer's heads, as few as waste little; masks are fixed."""
+  """Returns a layer's heads in as few groups as waste few rows."""
   reach_H = reach(mask, longest)
   strides = [(1, (0,))] * len(reach_H)
   if mask.wave is not None and mask.wave.integer:
@@ -76,12 +76,12 @@ def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
 
 
 def dense_groups(heads: int, longest: int) -> tuple[Group, ...]:
-  """One group of rings as long as any head could look: the usual cache."""
+  """Returns one group whose rings are as long as any head could look."""
   return (Group(tuple(range(heads)), 1, longest, (0,)),)
 
 
 def _strides(wave):
-  """(P, open residues) of each head; (1, (0,)) where all residues are open."""
+  """Returns (P, open residues) of each head; (1, (0,)) where all are open."""
   period_H = np.round(np.asarray(wave.period)).astype(int)
   open_HR = np.asarray(
     masks.wave_weight(np.arange(period_H.max()), wave) > masks.HIDDEN
@@ -94,16 +94,17 @@ def _strides(wave):
 
 
 def _parted(heads, rows):
-  """Heads in ascending order of rows, cut into the fewest parts.
+  """Returns heads, ascending by rows, cut into the fewest parts.
 
-  All of a part take the rows of its last one; of cuts into as few parts the one
-  that takes least, if that is within _WASTE of what is needed.
+  Each head of a part takes the rows of the last one. Of all cuts into as many
+  parts it is the one that takes the fewest rows, which are within _WASTE of what
+  is needed.
   """
   needed = sum(rows[h] for h in heads)
 
   @functools.cache
   def cheapest(first, parts):
-    """(rows, cuts) of the heads from `first` on in so many parts."""
+    """Returns (rows, cuts) of the heads from `first` on in so many parts."""
     if parts == 1:
       return (len(heads) - first) * rows[heads[-1]], (len(heads),)
     options = []

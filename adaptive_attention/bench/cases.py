@@ -212,7 +212,7 @@ _INTEGER_WAVE = {"attention": "span_wave", "period": "integer", "harmonics": 0}
 _LONG = {
   "spans": ({}, "spans", 20_000),
   "spans at 1000": ({}, "spans", 1_000),
-  "spans, comb": (_INTEGER_WAVE, "spans", 20_000),
+  "spans, wave": (_INTEGER_WAVE, "spans", 20_000),
   "dense": ({}, "dense", 20_000),
 }
 _SHORT = {"spans": ({}, "spans", 512), "window anew": ({}, None, 512)}

@@ -222,8 +222,8 @@ def _cache_counts(params, config, cache_bytes, kind):
   reads = accounting.cache_reads(layers, config)
   return {
     "cache_bytes": cache_bytes,
-    "seen_bytes": accounting.cache_bytes(layers, config)["seen"],
-    "keys_read": reads["dense" if kind == "dense" else "rings"],
+    "reach_bytes": accounting.cache_bytes(layers, config)["reach"],
+    "keys_read": reads["dense" if kind == "dense" else "cache"],
   }
 
 

@@ -109,9 +109,9 @@ def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
 
 
 def macs_text(macs: dict, config: ModelConfig) -> str:
-  """What `attention_macs_per_token` gives, for a person to read."""
+  """Returns a line of what `attention_macs_per_token` counts."""
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
-  text = f"multiply-adds a token: {counts}"
+  text = f"multiply-adds per token: {counts}"
   if macs["computed"] <= macs["dense"]:
     return text
   match config.implementation:
@@ -126,7 +126,7 @@ def macs_text(macs: dict, config: ModelConfig) -> str:
 
 
 def cache_text(layers, config: ModelConfig) -> str:
-  """Both for a person to read."""
+  """Returns a line about the bytes and the reads of the KV cache."""
   sizes = ", ".join(
     f"{name} {bytes_text(n)}"
     for name, n in accounting.cache_bytes(layers, config).items()
@@ -135,7 +135,7 @@ def cache_text(layers, config: ModelConfig) -> str:
     f"{name} {n:,}"
     for name, n in accounting.cache_reads(layers, config).items()
   )
-  return f"{sizes} a sequence; keys read per token: {reads}"
+  return f"{sizes} per sequence; keys read per token: {reads}"
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

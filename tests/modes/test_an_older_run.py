@@ -35,8 +35,10 @@ def test_evaluates_as_it_did(main, run, text):
     found = json.loads((run / "eval_test.json").read_text())
     for name in ("bits_per_char", "stderr"):
       assert found[name] == pytest.approx(expected[name], rel=TOLERANCE)
-    for name in ("step", "bytes", "data", "cache_bytes"):
+    for name in ("step", "bytes", "data"):
       assert found[name] == expected[name]
+    for name in ("cache_bytes", "cache_reads"):  # some have other names today
+      assert [*found[name].values()] == [*expected[name].values()]
     for name in ("dense", "open"):
       assert (
         found["attention_macs_per_token"][name]

@@ -153,7 +153,7 @@ def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
   seen = sum(spans) + 8 * 32
   for name in ("spans", "comb", "dense"):
     # Some spans are a rounding above a whole number of tokens.
-    assert 0 <= found[name]["seen_bytes"] / (2 * 64 * 4) - seen <= 8
+    assert 0 <= found[name]["reach_bytes"] / (2 * 64 * 4) - seen <= 8
   assert found["dense"]["cache_bytes"] == 8 * 256 * 2 * 64 * 4
   assert seen <= found["spans"]["keys_read"] <= 1.1 * seen
   # Of the longest head's 232 keys one in four is read.

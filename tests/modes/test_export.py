@@ -171,7 +171,7 @@ def test_the_verb(main, trained, tmp_path):
   assert code == 0, err
   found = json.loads((hard / "eval_valid.json").read_text())
   np.testing.assert_allclose(found["bits_per_char"], hard_bpc, atol=1e-4)
-  assert found["cache_reads"]["comb"] <= found["cache_reads"]["span"]
+  assert found["cache_reads"]["open"] <= found["cache_reads"]["reach"]
 
   # What cannot be done is told before any work.
   for flags in (["--harden"], ["--harden", "--finetune_steps=3"]):

@@ -215,7 +215,7 @@ def test_the_memory_stays_in_its_place(tiny):
     memory,
     batch_shapes(config),
   )
-  layer = memory.k[0].nbytes / 2
+  layer = memory.layers[0].k.nbytes / 2
   assert sizes["outputs that are not aliased"] < layer / 100
   config.model.memory_tokens = 24 * 100
   _, short = parallel.compile_step(
@@ -303,7 +303,9 @@ def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
   params["position_0"] = np.full_like(params["position_0"], spoil)
   state = parallel.replicate(state.replace(params=params))
   before = flat(state)
-  state, _, metrics = make_train_step(tiny)(state, None, empty_batch(tiny))
+  state, _, metrics = make_train_step(tiny)(
+    state, start_memory(tiny), empty_batch(tiny)
+  )
   assert not math.isfinite(float(metrics["loss"] + metrics["grad_norm"]))
   for name, value in flat(state).items():
     np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -312,7 +314,7 @@ def test_a_step_that_is_not_finite_is_not_made(tiny, spoil):
 def test_a_signal_on_one_device_is_seen_by_all(tiny):
   state = parallel.replicate(init_state(tiny))
   batch = empty_batch(tiny)._replace(stop=np.array([0, 1], np.int32))
-  *_, metrics = make_train_step(tiny)(state, None, batch)
+  *_, metrics = make_train_step(tiny)(state, start_memory(tiny), batch)
   assert metrics["stop"] == 1
 
 
