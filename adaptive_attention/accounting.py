@@ -24,7 +24,7 @@ def parameter_count(params: Mapping) -> int:
 
 
 def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
-  """Returns (H,) integers: open pairs (t, s) of T tokens and a memory before."""
+  """Returns (H,) integers: the open pairs (t, s) of T tokens and a memory."""
   distance = np.arange(memory + T, dtype=np.int64)
   open_HS = np.asarray(masks.is_open(mask, distance))
   # How often a distance occurs: T times as far as the memory goes.

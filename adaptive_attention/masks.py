@@ -90,7 +90,10 @@ def _periods(wave: Wave):
 def span_weight(
   distance: ArrayLike, span_H: ArrayLike, ramp: ArrayLike
 ) -> jax.Array:
-  """Returns (H, ...) m(d) = clip((R + z - d) / R, 0, 1)  (Sukhbaatar et al. 2019, eq. 3)."""
+  """Returns (H, ...) m(d) = clip((R + z - d) / R, 0, 1).
+
+  Sukhbaatar et al. 2019, equation 3.
+  """
   d, span = _aligned(distance, span_H)
   ramp = jnp.asarray(ramp, jnp.float32)
   return _clip((ramp + span - d) / ramp)
@@ -168,13 +171,13 @@ def log_weight(mask: Mask, distance: ArrayLike) -> jax.Array:
 
 
 def open_share(mask: Mask, length: int) -> jax.Array:
-  """Returns (H,) the share of the distances 0, 1, ..., length - 1 that are open."""
+  """Returns (H,) the open share of the distances 0, 1, ..., length - 1."""
   open_HS = is_open(mask, jnp.arange(length))
   return jnp.mean(open_HS, axis=-1, dtype=jnp.float32)
 
 
 def open_fraction(wave: Wave) -> jax.Array:
-  """Returns (H,) f, the open share of a continuous period, continued beyond one.
+  """Returns (H,) f, the open share of a continuous period, and beyond one.
 
   f = u if u < 1 else 1 + (1/2 + P r - A), with u = 1/P + 2 r + 1/2. It is the
   wave's factor in `penalty`, not a count: for that see `open_share`.

@@ -97,8 +97,7 @@ def _parted(heads, rows):
   """Returns heads, ascending by rows, cut into the fewest parts.
 
   Each head of a part takes the rows of the last one. Of all cuts into as many
-  parts it is the one that takes the fewest rows, which are within _WASTE of what
-  is needed.
+  parts it is the one that takes the fewest rows, within _WASTE of those needed.
   """
   needed = sum(rows[h] for h in heads)
 
