@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive_attention import accounting, masks
+from adaptive_attention import accounting
 from adaptive_attention.bench import cases, runners, timing
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
@@ -159,12 +159,6 @@ def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
   # Of the longest head's 232 keys one in four is read.
   read = found["spans"]["keys_read"] - found["comb"]["keys_read"]
   assert abs(read - 232 * 3 / 4) < 0.1 * seen
-
-
-def test_one_residue_is_open_under_the_wave():
-  mask = cases.SHAPES[-1].mask
-  opened = np.asarray(masks.is_open(mask, np.arange(128)))[0]
-  np.testing.assert_array_equal(np.flatnonzero(opened), np.arange(0, 128, 4))
 
 
 def test_the_masks_of_a_run_are_taken_whole(tiny, tmp_path):
