@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 
 import adaptive_attention
-from adaptive_attention.attention import attend
-from adaptive_attention.masks import Mask, Wave, penalty
+from adaptive_attention import (
+  AdaptiveSelfAttention,
+  WaveBounds,
+  mask_params,
+  regularizer,
+)
 
-B, T, H, K = 2, 32, 2, 8
+SHAPE = B, T, D = 2, 32, 16
 STEPS = 10
 
 
@@ -36,41 +40,39 @@ def check_what_is_installed(checkout: pathlib.Path):
     assert importlib.util.find_spec(name) is None, name
 
 
+LAYER = AdaptiveSelfAttention(
+  num_heads=2,
+  max_span=24,
+  ramp=8.0,
+  span_coef=1e-3,
+  wave=WaveBounds(),
+)
+
+
 def loss(params, x_BTD, target_BTD):
-  """Squared error of one layer of attention, and what its reach costs."""
-  q, k, v = (
-    (x_BTD @ params[name]).reshape(B, T, H, K) for name in ("q", "k", "v")
-  )
-  wave = Wave(period=params["period"], ratio=params["ratio"])
-  mask = Mask(span=params["span"], ramp=8.0, wave=wave)
-  y_BTD = attend(q, k, v, mask).reshape(B, T, H * K)
-  return jnp.mean((y_BTD - target_BTD) ** 2) + 1e-3 * penalty(mask)
+  """Returns the squared error of a layer with what its reach costs."""
+  y_BTD = LAYER.apply({"params": params}, x_BTD)
+  error = jnp.mean((y_BTD - target_BTD) ** 2)
+  return error + regularizer(params, LAYER)
 
 
 def check_that_a_layer_learns():
   """Checks that weights and masks follow their gradients."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  shape = (H * K, H * K)
-  params = {
-    name: jax.random.normal(key, shape) / 4
-    for name, key in zip(("q", "k", "v"), keys)
-  }
-  params |= {
-    "span": jnp.array([4.0, 12.0]),
-    "period": jnp.array([3.0, 5.5]),
-    "ratio": jnp.zeros(H),
-  }
-  x_BTD = jax.random.normal(keys[3], (B, T, H * K))
-  step = jax.jit(jax.value_and_grad(loss))
-  start, losses = params, []
+  keys = jax.random.split(jax.random.key(0), 3)
+  x_BTD, target_BTD = (jax.random.normal(key, SHAPE) for key in keys[:2])
+  params = LAYER.init(keys[2], x_BTD)["params"]
+  gradient = jax.jit(jax.value_and_grad(loss))
+  (before,) = mask_params(params, LAYER)
+  losses = []
   for _ in range(STEPS):
-    value, gradients = step(params, x_BTD, jnp.roll(x_BTD, 1, axis=1))
+    value, slope = gradient(params, x_BTD, target_BTD)
     losses.append(float(value))
-    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradients)
-  assert all(b < a for a, b in itertools.pairwise(losses)), losses
-  for name in params:
-    assert not jnp.array_equal(params[name], start[name]), name
-  print(f"a layer of the wheel: loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    params = jax.tree.map(lambda p, g: p - 0.5 * g, params, slope)
+  (after,) = mask_params(params, LAYER)
+  assert all(new < old for old, new in itertools.pairwise(losses)), losses
+  moved = jax.tree.map(lambda x, y: bool((x != y).all()), before, after)
+  assert all(jax.tree.leaves(moved)), moved
+  print(f"a layer learns: {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

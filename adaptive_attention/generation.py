@@ -85,10 +85,11 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("config", "groups"))
 def _prefill(params, prompt_BT, config, groups):
-  state = init_cache(params, config, len(prompt_BT), groups=groups)
-  logits_BTV, state = Transformer(config).apply(
-    {"params": params}, prompt_BT, state=state
+  empty = init_cache(params, config, len(prompt_BT), groups=groups)
+  called: Any = Transformer(config).apply(
+    {"params": params}, prompt_BT, state=empty
   )
+  logits_BTV, state = called
   return logits_BTV[:, -1], state
 
 

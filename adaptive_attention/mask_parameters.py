@@ -167,9 +167,12 @@ def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
   """
   bounds = layer_or_config.mask_bounds
   layers = mask_params(params, layer_or_config)
+  total = jnp.float32(0.0)
   if bounds.max_span is None:
-    return jnp.float32(0.0)
-  return bounds.span_coef * sum(masks.penalty(mask) for mask in layers)
+    return total
+  for mask in layers:
+    total += masks.penalty(mask)
+  return bounds.span_coef * total
 
 
 def with_lengths(
