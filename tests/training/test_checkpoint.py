@@ -1,15 +1,9 @@
 """Checkpoints come back to the bit, or not at all and with a way out."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import textwrap
 import types
 
 import jax
@@ -18,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 
-from adaptive_attention.training import resume
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import files_of_at_most
 
@@ -271,72 +264,6 @@ def test_later_checkpoints_are_set_aside_not_lost(tmp_path):
   ]
 
 
-def test_one_writer(tmp_path):
-  code = textwrap.dedent(
-    """
-    import sys, time
-    from adaptive_attention.training import resume
-    with resume.lock(sys.argv[1]):
-      print("held", flush=True)
-      time.sleep(60)
-    """
-  )
-  holder = subprocess.Popen(
-    [sys.executable, "-c", code, str(tmp_path)],
-    stdout=subprocess.PIPE,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert holder.stdout.readline() == b"held\n"
-  with (
-    pytest.raises(CheckpointError, match=f"by process {holder.pid}"),
-    resume.lock(tmp_path),
-  ):
-    pass
-  holder.send_signal(signal.SIGKILL)
-  holder.wait()
-  with resume.lock(tmp_path):
-    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-
-
-def test_one_writer_in_this_process_too(tmp_path):
-  with resume.lock(tmp_path):
-    for _ in range(2):
-      with (
-        pytest.raises(CheckpointError, match=f"by process {os.getpid()}"),
-        resume.lock(tmp_path / "." / "../" / tmp_path.name),
-      ):
-        pass
-    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-  with resume.lock(tmp_path):
-    pass
-
-
-def test_the_lock_of_windows(tmp_path, monkeypatch):
-  """By a double of msvcrt, which locks a byte where the file stands."""
-  held = []
-
-  def locking(descriptor, mode, count):
-    place = os.lseek(descriptor, 0, os.SEEK_CUR), count
-    if mode != msvcrt.LK_NBLCK or place in held:
-      raise PermissionError(13, "Permission denied")
-    held.append(place)
-
-  msvcrt = types.ModuleType("msvcrt")
-  msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
-  monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
-  monkeypatch.delattr(os, "lockf")
-  with resume.lock(tmp_path):
-    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-  # As if another process had it: what it wrote can be read.
-  assert held[0][0] > 1 << 20
-  (tmp_path / "lock").write_text("123\n")
-  with (
-    pytest.raises(CheckpointError, match="by process 123;"),
-    resume.lock(tmp_path),
-  ):
-    pass
-
-
 def test_half_written_steps_do_not_count_and_are_cleaned_up(tmp_path):
   save(tmp_path, [1])
   half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
@@ -359,57 +286,6 @@ def test_nor_do_half_removed_ones(tmp_path, name):
     "2",
     "2.mine",
   }
-
-
-@pytest.mark.parametrize(
-  "name",
-  [
-    "lr[1]",
-    "a*",
-    "a?",
-    "a**b",
-    "back\\slash",
-    "gs:",
-    "{a,b}",
-    "\udce9",
-    "a\nb",
-    "~",
-    "$HOME",
-    "%41",
-    "caf\xe9",
-    "-a",
-    "a.",
-    "x" * 255,
-  ],
-)
-def test_folders_of_any_name(tmp_path, name):
-  """Those that are patterns too, next to a folder that they would match."""
-  save(tmp_path / "plain", [1], [1.0])
-  (tmp_path / "plain").rename(tmp_path / name)
-  shutil.copytree(tmp_path / name, tmp_path / "ab")
-  before = sorted(tmp_path.iterdir())
-  save(tmp_path / name, [2, 3], [3.0, 2.0], keep=1)
-  for step in (1, 3):
-    assert read(tmp_path / name, step)[0]["span_logit"][0] == step
-  assert sorted(tmp_path.iterdir()) == before
-  with Checkpoints(tmp_path / "ab") as saved:
-    assert saved.steps() == [1]
-
-
-def test_a_name_that_cannot_be_had_is_told_before_anything_is_done(
-  tmp_path, monkeypatch
-):
-  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-  (tmp_path / "[1]").mkdir()
-  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "[1]"))
-  with Checkpoints(tmp_path / "plain"):
-    pass
-  with (
-    pytest.raises(CheckpointError, match="give a --workdir of letters"),
-    Checkpoints(tmp_path / "lr[2]"),
-  ):
-    pass
-  assert not list((tmp_path / "[1]").iterdir())
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, spoil_meta, empty])
