@@ -11,8 +11,8 @@ one for the value.
 import jax
 import numpy as np
 
-from adaptive_attention import masks
-from adaptive_attention.attention import decode, tiles
+from adaptive_attention import attention, masks
+from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.memory import ring_rows
 
@@ -32,12 +32,13 @@ def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
 def computed_pairs(mask: masks.Mask, T: int, implementation: str, memory=0):
   """(H,) integers: the pairs of T tokens and a memory that are computed."""
   S = ring_rows(memory, T) if memory else T
-  match implementation:
-    case "reference":
-      return np.full(len(mask.span), T * S, np.int64)
-    case "blocked" | "auto":
-      tiles_H = tiles.touched(mask, T, S, first_key=S - T - memory)
-      return np.asarray(tiles_H, np.int64) * tiles.TILE**2
+  return attention.computed_pairs(
+    mask,
+    T,
+    S,
+    first_key=S - T - memory,
+    implementation=None if implementation == "auto" else implementation,
+  )
 
 
 def attention_macs_per_token(

@@ -9,8 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from adaptive_attention.attention import attend
-from adaptive_attention.attention.ring import Ring, append
+from adaptive_attention.attention import attend_ring
+from adaptive_attention.attention.ring import Ring
 
 
 @flax.struct.dataclass
@@ -34,16 +34,13 @@ class LayerMemory:
 
   def attend(self, q_BTHK, k_BTHK, v_BTHK, mask, **options):
     """(out_BTHK, the ring with the T tokens appended); `attend` over both."""
-    ring = append(self.ring, k_BTHK, v_BTHK)
-    S, T = ring.k_NSHK.shape[1], k_BTHK.shape[1]
+    S, T = self.ring.k_NSHK.shape[1], k_BTHK.shape[1]
     read = jnp.minimum(self.tokens_read, self.memory_tokens).astype(jnp.int32)
-    out_BTHK = attend(
-      *(q_BTHK, k_BTHK, v_BTHK, mask),
-      ring=ring,
+    return attend_ring(
+      *(self.ring, q_BTHK, k_BTHK, v_BTHK, mask),
       first_key=S - T - read,
       **options,
     )
-    return out_BTHK, ring
 
 
 @flax.struct.dataclass
