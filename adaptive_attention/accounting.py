@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from adaptive_attention import masks
-from adaptive_attention.attention import decode, tiles
+from adaptive_attention import attention, masks
+from adaptive_attention.attention import decode
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.segment_memory import ring_rows
 
@@ -36,12 +36,13 @@ def computed_pairs(
 ) -> np.ndarray:
   """Returns (H,) integers: the computed pairs of T tokens and a memory."""
   S = ring_rows(memory, T) if memory else T
-  match implementation:
-    case "reference":
-      return np.full(len(mask.span), T * S, np.int64)
-    case _:
-      tiles_H = tiles.touched(mask, T, S, first_key=S - T - memory)
-      return np.asarray(tiles_H, np.int64) * tiles.TILE**2
+  return attention.computed_pairs(
+    mask,
+    T,
+    S,
+    first_key=S - T - memory,
+    implementation=None if implementation == "auto" else implementation,
+  )
 
 
 def attention_macs_per_token(

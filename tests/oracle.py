@@ -319,14 +319,17 @@ def dropout_keep(seed, shape_BHTS, rate):
   """Which attention weights stay, (B, H, T, S), from a hash of the indices.
 
   row = mix(mix(mix(mix(seed) + b) + h) + t)
-  keep = mix(row + s 0x9e3779b9) >= floor(rate 2^32), modulo 2^32 throughout.
+  keep = mix(row + (s - (S - T)) 0x9e3779b9) >= floor(rate 2^32), modulo 2^32
+  throughout.
   """
   word = np.uint64(0xFFFFFFFF)
+  _, _, T, S = shape_BHTS
   b, h, t, s = np.indices(shape_BHTS, dtype=np.uint64, sparse=True)
-  x = np.uint64(seed) & word
+  row = np.uint64(seed) & word
   for index in (b, h, t):
-    x = (_mix(x) + index) & word
-  bits = _mix((_mix(x) + s * np.uint64(0x9E3779B9)) & word)
+    row = (_mix(row) + index) & word
+  x = (s + np.uint64(2**32 - (S - T))) & word
+  bits = _mix((_mix(row) + x * np.uint64(0x9E3779B9)) & word)
   return bits >= np.uint64(math.floor(rate * 2**32))
 
 

@@ -1,14 +1,19 @@
-"""Attention under learned masks: `attend`, one function for all uses."""
+"""Attention under learned masks: `attend` and `attend_ring`.
+
+Here arguments are checked, the gradient of older keys is stopped, and an
+implementation is chosen. All that is below takes checked arguments.
+"""
 
 import functools
 import logging
-import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from adaptive_attention.attention import blocked, reference
-from adaptive_attention.attention.ring import Ring
+from adaptive_attention.attention import blocked, checks, reference
+from adaptive_attention.attention.ring import Ring, append
 from adaptive_attention.masks import Mask
 
 IMPLEMENTATIONS = ("blocked", "reference")
@@ -19,14 +24,15 @@ def attend(
   k_BSHK,
   v_BSHK,
   mask: Mask | None,
+  *,
   memory: int = 0,
   first_key=0,
+  relative_RK=None,
   dropout_rate: float = 0.0,
   dropout_seed=None,
   implementation: str | None = None,
-  ring: Ring | None = None,
-  relative_RK=None,
-):
+  interpret=False,
+) -> jax.Array:
   """Attends from the last T of S positions to what each head may look at.
 
   out = softmax_s(q.k / sqrt(K) + log m(d) + log w(d)) v, d = S - T + t - s >= 0
@@ -45,15 +51,14 @@ def attend(
     memory: static; the first `memory` keys and values are older tokens, to
       which no gradient flows.
     first_key: runtime integer; keys before this index do not exist yet.
+    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
     dropout_rate: static; the share of attention weights to drop, in [0, 1).
     dropout_seed: uint32 scalar; which ones is a pure function of
-      (seed, b, h, t, s), the same for every implementation.
-    implementation: "blocked" (only tiles that hold an open pair), "reference"
+      (seed, b, h, t, s - (S - T)), the same for every implementation.
+    implementation: "blocked" (only blocks that hold an open pair), "reference"
       (all pairs), or None for the best one that serves.
-    ring: where the keys and values of all S positions stand in the rows of a
-      `Ring`, the last T included. `k_BSHK` and `v_BSHK` are then these T alone,
-      to take the gradient; all that is older is memory, and `memory` stays 0.
-    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
+    interpret: runs a Pallas kernel on any device; for tests. Neither of these
+      implementations has one.
 
   Arrays may be NumPy's. What keys and values before `first_key` hold, nan
   included, changes nothing.
@@ -69,41 +74,125 @@ def attend(
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
-  # NumPy's arrays, lists and numbers are taken as JAX takes them anywhere.
-  q_BTHK, k_BSHK, v_BSHK, mask, first_key, ring, relative_RK = jax.tree.map(
-    jnp.asarray, (q_BTHK, k_BSHK, v_BSHK, mask, first_key, ring, relative_RK)
-  )
-  memory = _whole_number("memory", memory)
-  dropout_seed = _seed(dropout_seed)
-  _check(
-    q_BTHK, k_BSHK, v_BSHK, mask, memory, first_key, dropout_rate, dropout_seed
-  )
-  _check_positions(q_BTHK, k_BSHK, memory, ring, relative_RK)
-  if implementation is None:
-    implementation = IMPLEMENTATIONS[0]
-    _say_once(implementation)
-  match implementation:
-    case "reference":
-      run = reference.attend
-    case "blocked":
-      run = blocked.attend
-    case _:
-      raise ValueError(
-        f"implementation={implementation!r} is unknown; choose one of "
-        f"{', '.join(IMPLEMENTATIONS)}, or None for the best that serves"
+  q_BTHK, k_BSHK, v_BSHK = map(jnp.asarray, (q_BTHK, k_BSHK, v_BSHK))
+  memory = checks.whole_number("memory", memory)
+  checks.queries_and_keys(q_BTHK, k_BSHK, v_BSHK)
+  checks.older_keys(q_BTHK, k_BSHK, memory)
+  run = _runner(implementation, interpret)
+  if memory:
+    k_BSHK, v_BSHK = (
+      jnp.concatenate(
+        [lax.stop_gradient(x_BSHK[:, :memory]), x_BSHK[:, memory:]], axis=1
       )
-  return run(
-    q_BTHK,
-    k_BSHK,
-    v_BSHK,
-    mask,
-    memory=memory,
-    first_key=first_key,
-    dropout_rate=dropout_rate,
-    dropout_seed=dropout_seed,
-    ring=ring,
-    relative_RK=relative_RK,
+      for x_BSHK in (k_BSHK, v_BSHK)
+    )
+  options = _checked_options(
+    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
   )
+  return run(q_BTHK, k_BSHK, v_BSHK, ring=None, memory=memory, **options)
+
+
+def attend_ring(
+  ring: Ring,
+  q_BTHK,
+  k_BTHK,
+  v_BTHK,
+  mask: Mask | None,
+  *,
+  first_key=0,
+  relative_RK=None,
+  dropout_rate: float = 0.0,
+  dropout_seed=None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, Ring]:
+  """Appends T keys and values to a ring, then attends to all its S positions.
+
+  The same as `attend` over the S - T newest positions of the ring and these T,
+  in this order, with memory=S - T: the gradient flows to the new keys and
+  values alone, and no gradient flows into or out of a ring.
+
+  Args:
+    ring: keys and values of N >= B streams, in the dtype of q. It need not
+      have been written: what is before `first_key` is not looked at.
+    q_BTHK, k_BTHK, v_BTHK: those of the T new tokens, T <= S.
+    first_key: runtime integer; of the S positions after the new ones are
+      appended, those before this index do not exist yet.
+    mask, relative_RK, dropout_rate, dropout_seed, implementation: as in
+      `attend`. "blocked" has no second derivatives over a ring.
+
+  Returns:
+    (out_BTHK, ring): what `attend` returns, and the ring with the T tokens in
+    place of the oldest, written in place where the given one is donated.
+
+  Raises:
+    ValueError, NotImplementedError: as `attend` does.
+  """
+  q_BTHK, k_BTHK, v_BTHK, ring = jax.tree.map(
+    jnp.asarray, (q_BTHK, k_BTHK, v_BTHK, ring)
+  )
+  checks.queries_and_keys(q_BTHK, k_BTHK, v_BTHK)
+  checks.ring_rows(ring, q_BTHK, k_BTHK)
+  run = _runner(implementation)
+  options = _checked_options(
+    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
+  )
+  ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTHK, v_BTHK)
+  memory = ring.k_NSHK.shape[1] - q_BTHK.shape[1]
+  out_BTHK = run(q_BTHK, k_BTHK, v_BTHK, ring=ring, memory=memory, **options)
+  return out_BTHK, ring
+
+
+def computed_pairs(
+  mask: Mask,
+  T: int,
+  S: int,
+  *,
+  first_key: int = 0,
+  implementation: str | None = None,
+) -> np.ndarray:
+  """Returns (H,) how many pairs are computed for T queries and S keys.
+
+  These are the open pairs and what is computed beside them: all of a block of
+  which one pair is open, or for "reference" all T S pairs.
+
+  Raises:
+    ValueError: an unknown implementation, or lengths that do not fit.
+  """
+  checks.positions(T, S)
+  match _named(implementation):
+    case "reference":
+      return np.full(len(mask.span), T * S, np.int64)
+    case "blocked":
+      return blocked.computed_pairs(mask, T, S, first_key)
+
+
+def _named(implementation) -> str:
+  """Returns the name of an implementation, the best one's for None."""
+  if implementation is None:
+    return IMPLEMENTATIONS[0]
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r} is unknown; choose one of "
+      f"{', '.join(IMPLEMENTATIONS)}, or None for the best that serves"
+    )
+  return implementation
+
+
+def _runner(implementation, interpret=False):
+  """Returns the function of an implementation; says which one None means."""
+  name = _named(implementation)
+  if interpret:
+    raise ValueError(
+      f"interpret={interpret!r} is for Pallas kernels and "
+      f"implementation={name!r} has none; leave it out"
+    )
+  if implementation is None:
+    _say_once(name)
+  match name:
+    case "reference":
+      return reference.attend
+    case "blocked":
+      return blocked.attend
 
 
 @functools.cache
@@ -111,121 +200,25 @@ def _say_once(implementation):
   logging.getLogger(__name__).info("attention runs as %r", implementation)
 
 
-def _whole_number(name, value) -> int:
-  try:
-    return operator.index(value)
-  except TypeError as error:
-    raise ValueError(f"{name}={value!r} must be an integer") from error
+def _checked_options(q, mask, first_key, relative, dropout_rate, dropout_seed):
+  """Returns by name, as arrays, what both functions take beside q, k and v.
 
-
-def _seed(seed):
-  """A seed as a uint32, of a Python integer of any size; None for none."""
-  if isinstance(seed, int):
-    return jnp.uint32(seed % 2**32)
-  return None if seed is None else jnp.asarray(seed)
-
-
-def _require(condition, message):
-  if not condition:
-    raise ValueError(message)
-
-
-def _check_positions(q, k, memory, ring, relative):
-  B, T, H, K = q.shape
-  if ring is not None:
-    shape = ring.k_NSHK.shape
-    _require(
-      memory == 0 and k.shape[1] == T,
-      f"memory={memory} and {k.shape[1]} keys do not fit a ring and T={T} "
-      "queries; give memory=0 and the keys of these queries, as the older ones "
-      "are in the ring",
-    )
-    _require(
-      shape == ring.v_NSHK.shape
-      and shape[0] >= B
-      and shape[1] >= T
-      and shape[2:] == (H, K),
-      f"the ring's keys {shape} and values {ring.v_NSHK.shape} must be alike, "
-      f"of at least the {B} sequences and {T} positions of q {q.shape} and of "
-      "its heads and width",
-    )
-  if relative is not None:
-    _require(
-      relative.ndim == 2 and relative.shape[1] == K,
-      f"relative_RK {relative.shape} must hold a vector of the width {K} of "
-      "one head for each distance",
-    )
-
-
-def _is_integer(x) -> bool:
-  return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
-
-
-def _check(q, k, v, mask, memory, first_key, dropout_rate, dropout_seed):
-  _require(
-    q.ndim == 4 and k.ndim == 4,
-    f"q {q.shape} and k {k.shape} must have the four axes "
-    "(batch, position, head, width)",
+  NumPy's arrays, lists and numbers are taken as JAX takes them anywhere, and a
+  seed that is a Python integer of any size.
+  """
+  mask, first_key, relative = jax.tree.map(
+    jnp.asarray, (mask, first_key, relative)
   )
-  _require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
-  B, T, H, K = q.shape
-  S = k.shape[1]
-  _require(
-    k.shape == (B, S, H, K),
-    f"k {k.shape} must have the batch, heads and width of q {q.shape}",
-  )
-  _require(
-    T >= 1 and H >= 1 and K >= 1,
-    f"q {q.shape} must hold at least one query, one head and a width of 1",
-  )
-  _require(
-    S >= T,
-    f"S={S} keys are fewer than T={T} queries; the queries are the last T of "
-    "the S positions",
-  )
-  _require(
-    q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16),
-    f"q, k, v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected all "
-    "float32 or all bfloat16",
-  )
-  _require(
-    0 <= memory <= S - T,
-    f"memory={memory} must be an integer from 0 to S - T = {S - T}",
-  )
-  _require(_is_integer(first_key), f"first_key={first_key} must be one integer")
-  _require(
-    0 <= dropout_rate < 1,
-    f"dropout_rate={dropout_rate} must be at least 0 and less than 1",
-  )
-  _require(
-    not dropout_rate or dropout_seed is not None,
-    f"dropout_rate={dropout_rate} needs a dropout_seed",
-  )
-  _require(
-    dropout_seed is None or _is_integer(dropout_seed),
-    f"dropout_seed={dropout_seed} must be one integer",
-  )
-  if mask is None:
-    return
-  lengths = {"span": mask.span}
-  if mask.wave is not None:
-    lengths |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
-    harmonics = mask.wave.harmonics
-    _require(
-      harmonics is None or (isinstance(harmonics, int) and harmonics >= 1),
-      f"harmonics={harmonics!r} must be None or an integer of at least 1",
-    )
-  for name, value in lengths.items():
-    _require(
-      value.shape == (H,),
-      f"{name} has the shape {value.shape}; expected one number for each of "
-      f"the {H} heads of q",
-    )
-  _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
-
-
-def attend_ring(ring, q_BTHK, k_BTHK, v_BTHK, mask, **options):
-  from adaptive_attention.attention.ring import append
-
-  ring = append(ring, k_BTHK, v_BTHK)
-  return attend(q_BTHK, k_BTHK, v_BTHK, mask, ring=ring, **options), ring
+  if isinstance(dropout_seed, int):
+    dropout_seed = jnp.uint32(dropout_seed % 2**32)
+  elif dropout_seed is not None:
+    dropout_seed = jnp.asarray(dropout_seed)
+  checks.options(q, first_key, relative, dropout_rate, dropout_seed)
+  checks.lengths(mask, q.shape[2])
+  return {
+    "mask": mask,
+    "first_key": first_key,
+    "relative_RK": relative,
+    "dropout_rate": dropout_rate,
+    "dropout_seed": dropout_seed,
+  }

@@ -34,8 +34,8 @@ def _kept(head, seed, B, x_Q):
   )
 
   def kept(tile):
-    s_11C = (tile.x + head.static.origin)[None, None]
-    return dropout.keep_key(row_BQ1, s_11C, head.static.dropout_rate)
+    x_11C = tile.x[None, None]
+    return dropout.keep_key(row_BQ1, x_11C, head.static.dropout_rate)
 
   return kept
 
@@ -244,20 +244,6 @@ def _scratch(static, B, sizes, zero):
   }
 
 
-def _rings(static, k, v, older):
-  """The keys and values of all S positions.
-
-  Those of a `Ring` are there already. Others are put together, which for the
-  compiler is the array that they were cut from.
-  """
-  if static.ring or older is None:
-    return older or Ring(k, v)
-  return Ring(
-    jnp.concatenate([older.k_NSHK, k], axis=1),
-    jnp.concatenate([older.v_NSHK, v], axis=1),
-  )
-
-
 @jax.custom_jvp
 def _differentiated_once(x):
   """x, where a second derivative would miss what stands in a ring."""
@@ -273,22 +259,22 @@ def _refuse(primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, plan, table, relative, q, k, v, older, seed):
+def _attend(static, plan, table, relative, q, k, v, ring, seed):
   """Attends; differentiable once in reverse, and then forward."""
-  return _attend_forward(static, plan, table, relative, q, k, v, older, seed)[0]
+  return _attend_forward(static, plan, table, relative, q, k, v, ring, seed)[0]
 
 
-def _attend_forward(static, plan, table, relative, q, k, v, older, seed):
+def _attend_forward(static, plan, table, relative, q, k, v, ring, seed):
   B, T, H, K = q.shape
-  residuals = plan, table, relative, q, k, v, older, seed
+  residuals = plan, table, relative, q, k, v, ring, seed
   if static.ring:
     q = _differentiated_once(q)
-  ring = _rings(static, k, v, older)
+  source = Ring(k, v) if ring is None else ring
   zero = _zero_after(q)
 
   def one_head(h, carry):
     head = tiles.Head(plan, table, h, static)
-    return _forward_head(head, q, ring, relative, seed, zero, carry)
+    return _forward_head(head, q, source, relative, seed, zero, carry)
 
   sizes = dict.fromkeys(("q", "k", "v", "out"), K) | {"lse": 1}
   with jax.default_matmul_precision(static.precision):
@@ -306,20 +292,22 @@ def _attend_forward(static, plan, table, relative, q, k, v, older, seed):
 
 
 def _attend_backward(static, residuals, d_out):
-  (plan, table, relative, q, k, v, older, seed), out, lse = residuals
+  (plan, table, relative, q, k, v, ring, seed), out, lse = residuals
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
   if static.ring:
     d_out = _differentiated_once(d_out)
-  ring = _rings(static, k, v, older)
+  source = Ring(k, v) if ring is None else ring
   zero = _zero_after(d_out)
 
   def one_head(h, carry):
     head = tiles.Head(plan, table, h, static)
     return _backward_head(
-      head, q, ring, relative, out, lse, d_out, seed, zero, carry
+      head, q, source, relative, out, lse, d_out, seed, zero, carry
     )
 
+  before = 0 if static.ring else static.memory
+  new = k.shape[1] - before
   names = ("q", "out", "d_out", "k", "v", "dq", "dk", "dv")
   sizes = dict.fromkeys(names, K) | {"lse": 1}
   with jax.default_matmul_precision(static.precision):
@@ -329,8 +317,7 @@ def _attend_backward(static, residuals, d_out):
       one_head,
       (
         jnp.full(q.shape, zero, q.dtype),
-        jnp.full(k.shape, zero, k.dtype),
-        jnp.full(v.shape, zero, v.dtype),
+        *(jnp.full((B, new, H, K), zero, x.dtype) for x in (k, v)),
         jnp.full((H, static.S), zero),
         None if relative is None else jnp.full(relative.shape, zero),
         _scratch(static, B, sizes, zero),
@@ -341,9 +328,8 @@ def _attend_backward(static, residuals, d_out):
     d_table,
     d_relative,
     dq,
-    dk,
-    dv,
-    jax.tree.map(_no_gradient, older),
+    *(jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0))) for x in (dk, dv)),
+    jax.tree.map(_no_gradient, ring),
     _no_gradient(seed),
   )
 
@@ -380,42 +366,38 @@ def attend(
   v_BSHK,
   mask,
   *,
+  ring,
   memory,
   first_key,
+  relative_RK,
   dropout_rate,
   dropout_seed,
-  ring,
-  relative_RK,
 ):
   """The same as `reference.attend`, in time that the masks leave."""
   T, H = q_BTHK.shape[1:3]
-  S = k_BSHK.shape[1] if ring is None else ring.k_NSHK.shape[1]
+  S = memory + T if ring is not None else k_BSHK.shape[1]
   if mask is None:
     mask = masks.Mask(jnp.full(H, float(S), jnp.float32), 1.0)
   static, plan, table_HS = tiles.prepare(
-    mask,
-    T,
-    S,
-    memory if ring is None else S - T,
-    first_key,
-    dropout_rate,
-    ring is not None,
+    mask, T, S, memory, first_key, dropout_rate, ring is not None
   )
   if relative_RK is not None:
     relative_RK = relative_RK.astype(jnp.float32)
-  older = ring
-  if ring is None and memory:
-    older = Ring(k_BSHK[:, :memory], v_BSHK[:, :memory])
-    older = Ring(*map(jnp.asarray, older))
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   arrays = _varying_alike(
     plan,
     table_HS,
     relative_RK,
     q_BTHK,
-    k_BSHK[:, memory:],
-    v_BSHK[:, memory:],
-    jax.tree.map(lax.stop_gradient, older),
+    k_BSHK,
+    v_BSHK,
+    ring,
     seed.astype(jnp.uint32),
   )
   return _attend(static, *arrays)
+
+
+def computed_pairs(mask, T, S, first_key):
+  """(H,) the pairs of all blocks that are computed."""
+  touched_H = tiles.touched(mask, T, S, first_key=first_key)
+  return np.asarray(touched_H, np.int64) * tiles.TILE**2

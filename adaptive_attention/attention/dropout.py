@@ -1,8 +1,11 @@
-"""Dropout of attention weights as a pure function of (seed, b, h, t, s).
+"""Dropout of attention weights as a pure function of (seed, b, h, t, x).
 
 Every implementation of `attend` visits the weights in another order; a hash
 of the indices lets them all drop the same ones, and lets the backward pass
 draw them again rather than store them.
+
+x = s - (S - T) modulo 2^32 is the key's position relative to the first query.
+So it does not matter to a draw how many older keys there are.
 """
 
 import jax.numpy as jnp
@@ -28,22 +31,22 @@ def row_hash(seed, b, h, t):
   return _mix(x)
 
 
-def keep_key(row, s, rate):
-  """mix(row + s * 0x9e3779b9) >= floor(rate * 2**32), all in uint32."""
-  s = jnp.asarray(s).astype(jnp.uint32)
-  bits = _mix(row + s * jnp.uint32(0x9E3779B9))
+def keep_key(row, x, rate):
+  """mix(row + x * 0x9e3779b9) >= floor(rate * 2**32), all in uint32."""
+  x = jnp.asarray(x).astype(jnp.uint32)
+  bits = _mix(row + x * jnp.uint32(0x9E3779B9))
   return bits >= jnp.uint32(int(rate * 2**32))
 
 
-def keep(seed, b, h, t, s, rate):
+def keep(seed, b, h, t, x, rate):
   """Which attention weights stay: True with probability 1 - rate.
 
-  keep = keep_key(row_hash(seed, b, h, t), s, rate)
+  keep = keep_key(row_hash(seed, b, h, t), x, rate)
 
   Args:
     seed: uint32 scalar, another one for each layer and step.
-    b, h, t, s: integers that broadcast against each other: batch row, head,
-      query index in [0, T), key index in [0, S).
+    b, h, t, x: integers that broadcast against each other: batch row, head,
+      query index in [0, T), key position x = s - (S - T) in [T - S, T).
     rate: the share to drop, a Python float in [0, 1).
   """
-  return keep_key(row_hash(seed, b, h, t), s, rate)
+  return keep_key(row_hash(seed, b, h, t), x, rate)

@@ -20,56 +20,42 @@ def attend(
   v_BSHK,
   mask,
   *,
+  ring,
   memory,
   first_key,
+  relative_RK,
   dropout_rate,
   dropout_seed,
-  ring,
-  relative_RK,
 ):
   """softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attention.attend`."""
+  del memory  # the gradient is stopped already
   B, T, H, K = q_BTHK.shape
   if ring is not None:
     k_BSHK, v_BSHK = (
       jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
       for old, new in ((ring.k_NSHK, k_BSHK), (ring.v_NSHK, v_BSHK))
     )
-    memory = k_BSHK.shape[1] - T
   S = k_BSHK.shape[1]
-
-  s_S = jnp.arange(S, dtype=jnp.int32)
   # A key that does not exist may hold anything, and 0 * nan is nan.
+  exists_1S11 = (jnp.arange(S, dtype=jnp.int32) >= first_key)[
+    None, :, None, None
+  ]
   k_BSHK, v_BSHK = (
-    _existing(x_BSHK, s_S >= first_key, memory) for x_BSHK in (k_BSHK, v_BSHK)
+    jnp.where(exists_1S11, x_BSHK, jnp.zeros((), x_BSHK.dtype))
+    for x_BSHK in (k_BSHK, v_BSHK)
   )
-  t_T1 = jnp.arange(T, dtype=jnp.int32)[:, None]
-  distance_TS = S - T + t_T1 - s_S[None]
-  exists_TS = (distance_TS >= 0) & (s_S >= first_key)[None]
-  if mask is None:
-    bias_HTS = jnp.zeros((1, T, S), jnp.float32)
-  else:
-    bias_HTS = masks.log_weight(mask, distance_TS)
-  bias_HTS = jnp.where(exists_TS[None], bias_HTS, -jnp.inf)
+  x_S = jnp.arange(T - S, T, dtype=jnp.int32)  # relative to the first query
+  distance_TS = jnp.arange(T, dtype=jnp.int32)[:, None] - x_S[None]
 
   logits_BHTS = jnp.einsum(
     "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
   )
   if relative_RK is not None:
     logits_BHTS += _of_distances(q_BTHK, relative_RK, distance_TS)
-  logits_BHTS = logits_BHTS / math.sqrt(K) + bias_HTS[None]
-  # A row without any open key has only -inf: its weights are zero, not nan.
-  highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
-  highest_BHT1 = jnp.where(jnp.isfinite(highest_BHT1), highest_BHT1, 0.0)
-  weights_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(highest_BHT1))
-  total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
-  weights_BHTS = weights_BHTS / jnp.where(total_BHT1 > 0, total_BHT1, 1.0)
+  bias_HTS = _bias(mask, distance_TS, first_key)
+  weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_HTS[None])
   if dropout_rate:
-    b_B111 = jnp.arange(B)[:, None, None, None]
-    h_1H11 = jnp.arange(H)[None, :, None, None]
-    t_11T1, s_111S = t_T1[None, None], s_S[None, None, None]
-    kept_BHTS = dropout.keep(
-      dropout_seed, b_B111, h_1H11, t_11T1, s_111S, dropout_rate
-    )
+    kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
     weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
   # In float32 for the gradient's sake: of a product that gives bfloat16 the
   # weights' gradient is one too, and XLA's CPU backend may sum it in bfloat16.
@@ -81,13 +67,38 @@ def attend(
   ).astype(q_BTHK.dtype)
 
 
-def _existing(x_BSHK, exists_S, memory):
-  """Keys or values, zero where none exist; the memory takes no gradient."""
-  if memory:
-    older = jax.lax.stop_gradient(x_BSHK[:, :memory])
-    x_BSHK = jnp.concatenate([older, x_BSHK[:, memory:]], axis=1)
-  exists_1S11 = exists_S[None, :, None, None]
-  return jnp.where(exists_1S11, x_BSHK, jnp.zeros((), x_BSHK.dtype))
+def _kept(seed, shape_BHT, x_S, rate):
+  """(B, H, T, S) which weights dropout leaves."""
+  b_B, h_H, t_T = (jnp.arange(n, dtype=jnp.int32) for n in shape_BHT)
+  return dropout.keep(
+    seed,
+    b_B[:, None, None, None],
+    h_H[None, :, None, None],
+    t_T[None, None, :, None],
+    x_S[None, None, None],
+    rate,
+  )
+
+
+def _bias(mask, distance_TS, first_key):
+  """(H or 1, T, S) log m + log w; -inf for later keys and missing ones."""
+  S = distance_TS.shape[1]
+  exists_TS = distance_TS >= 0
+  exists_TS &= (jnp.arange(S, dtype=jnp.int32) >= first_key)[None]
+  if mask is None:
+    bias_HTS = jnp.zeros((1, *distance_TS.shape), jnp.float32)
+  else:
+    bias_HTS = masks.log_weight(mask, distance_TS)
+  return jnp.where(exists_TS[None], bias_HTS, -jnp.inf)
+
+
+def _softmax(logits_BHTS):
+  """Weights of each row; zeros, and not nan, where all logits are -inf."""
+  highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
+  highest_BHT1 = jnp.where(jnp.isfinite(highest_BHT1), highest_BHT1, 0.0)
+  weights_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(highest_BHT1))
+  total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
+  return weights_BHTS / jnp.where(total_BHT1 > 0, total_BHT1, 1.0)
 
 
 def _of_distances(q_BTHK, relative_RK, distance_TS):

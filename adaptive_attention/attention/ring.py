@@ -26,17 +26,29 @@ class Ring(NamedTuple):
 
 
 def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
-  """Writes T new tokens over the oldest, in place where the ring is donated.
+  """Writes T <= S new tokens over the oldest; no gradient flows into a ring.
 
-  No gradient flows into a ring. S must be a multiple of T and the first row
-  too, so that T rows never go beyond the last one.
+  It is done in place where the ring is donated. The rows may go beyond the last
+  one and on from the first.
   """
-  S, T = ring.k_NSHK.shape[1], k_BTHK.shape[1]
+  B, T, H, K = k_BTHK.shape
+  S = ring.k_NSHK.shape[1]
+  first_row = jnp.asarray(ring.first_row, jnp.int32)
+  start = jnp.minimum(first_row, S - T)
+  beyond = first_row - start  # how many go on from the first row
+  row_T = jnp.arange(T, dtype=jnp.int32)
 
   def written(old_NSHK, new_BTHK):
     new_BTHK = lax.stop_gradient(new_BTHK).astype(old_NSHK.dtype)
-    at = [jnp.asarray(i, jnp.int32) for i in (ring.batch, ring.first_row, 0, 0)]
-    return lax.dynamic_update_slice(old_NSHK, new_BTHK, at)
+    turned_BTHK = jnp.roll(new_BTHK, beyond, axis=1)
+    for row, is_new_T in ((start, row_T >= beyond), (0, row_T < beyond)):
+      at = [jnp.asarray(i, jnp.int32) for i in (ring.batch, row, 0, 0)]
+      there_BTHK = lax.dynamic_slice(old_NSHK, at, (B, T, H, K))
+      rows_BTHK = jnp.where(
+        is_new_T[None, :, None, None], turned_BTHK, there_BTHK
+      )
+      old_NSHK = lax.dynamic_update_slice(old_NSHK, rows_BTHK, at)
+    return old_NSHK
 
   return Ring(
     written(ring.k_NSHK, k_BTHK),

@@ -1,6 +1,7 @@
 """Every implementation of attention on every case, against the oracle."""
 
 import functools
+import inspect
 import itertools
 
 import hypothesis
@@ -13,6 +14,8 @@ import pytest
 from adaptive_attention.attention import (
   IMPLEMENTATIONS,
   attend,
+  attend_ring,
+  computed_pairs,
   dropout,
   tiles,
 )
@@ -65,11 +68,16 @@ def expected(case):
 def differentiated(case, implementation):
   """A function of (q, k, v, mask, dout) -> out and its gradients by name."""
 
-  def run(q, k, v, mask, dout, **changes):
-    options = case.options | {"implementation": implementation} | changes
+  def run(q, k, v, mask, dout, ring=None):
+    options = case.options | {"implementation": implementation}
 
     def call(q, k, v, mask, relative):
-      return attend(q, k, v, mask, relative_RK=relative, **options)
+      if ring is None:
+        return attend(q, k, v, mask, relative_RK=relative, **options)
+      del options["memory"]
+      return attend_ring(ring, q, k, v, mask, relative_RK=relative, **options)[
+        0
+      ]
 
     out, pull = jax.vjp(call, q, k, v, mask, relative_vectors(case))
     dq, dk, dv, dmask, drelative = pull(dout)
@@ -165,34 +173,38 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
   ],
   ids=lambda case: case.name,
 )
-@pytest.mark.parametrize("turned", [0.0, 0.4])
+@pytest.mark.parametrize("turned", [0.0, 0.4, 0.95])
 def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
-  """Whatever the row of the oldest, and among the rows of other streams."""
+  """Whatever the row of the oldest, and among the rows of other streams.
+
+  That row need not be a multiple of T: the new ones go on from the first row.
+  """
   q, k, v, dout = inputs(case)
   first_row = int(turned * case.S)
+  older = case.S - case.T
   k_NSHK, v_NSHK = (
     jnp.pad(
-      jnp.roll(x, first_row, axis=1),
+      jnp.roll(
+        jnp.concatenate([0 * x[:, older:] - 7.0, x[:, :older]], axis=1),
+        first_row,
+        axis=1,
+      ),
       ((2, 1), (0, 0), (0, 0), (0, 0)),
       constant_values=jnp.nan,
     )
     for x in (k, v)
   )
-  new = k[:, case.memory :], v[:, case.memory :]
+  new = k[:, older:], v[:, older:]
 
   @jax.jit
   def from_ring(ring):
     return differentiated(case, implementation)(
-      q, *new, case.mask, dout, ring=ring, memory=0
+      q, *new, case.mask, dout, ring=ring
     )
 
   exact = expected(case)
-  newer = {
-    name: getattr(exact, name)[:, case.memory :] for name in ("dk", "dv")
-  }
-  scale = exact.scale | {
-    name: exact.scale[name][:, case.memory :] for name in newer
-  }
+  newer = {name: getattr(exact, name)[:, older:] for name in ("dk", "dv")}
+  scale = exact.scale | {name: exact.scale[name][:, older:] for name in newer}
   check(
     from_ring(Ring(k_NSHK, v_NSHK, first_row, 2)),
     exact._replace(**newer, scale=scale),
@@ -204,9 +216,11 @@ def test_a_ring_moves_only_what_is_new():
   random = np.random.default_rng(0)
   stream = random.standard_normal((2, 24, 3, 4)).astype(np.float32)
   ring = Ring(jnp.full((5, 12, 3, 4), np.nan), jnp.zeros((5, 12, 3, 4)), 0, 1)
-  for start in range(0, 24, 4):
-    new = stream[:, start : start + 4]
+  start = 0
+  for T in (4, 4, 5, 1, 7, 3):
+    new = stream[:, start : start + T]
     ring = append(ring, new, -new)
+    start += T
   for array, sign in ((ring.k_NSHK, 1), (ring.v_NSHK, -1)):
     np.testing.assert_array_equal(
       in_order(array, ring, 2), sign * stream[:, 12:]
@@ -437,8 +451,9 @@ def test_any_case(implementation, data):
 def test_dropout_draws_the_bits_of_the_oracle(seed, rate):
   shape_BHTS = (2, 3, 17, 65)
   b, h, t, s = np.indices(shape_BHTS, sparse=True)
+  x = s - (65 - 17)
   keep = jax.jit(dropout.keep, static_argnums=5)
-  kept = keep(np.uint32(seed), b, h, t, s, rate)
+  kept = keep(np.uint32(seed), b, h, t, x, rate)
   assert kept.dtype == bool
   np.testing.assert_array_equal(
     kept, oracle.dropout_keep(seed, shape_BHTS, rate)
@@ -446,8 +461,11 @@ def test_dropout_draws_the_bits_of_the_oracle(seed, rate):
   if rate == 0:
     assert kept.all()
   # A pure function of the indices: any part of it is the same part.
-  part = keep(np.uint32(seed), 1, h, t[..., 5:9, :], s[..., 30:], rate)
+  part = keep(np.uint32(seed), 1, h, t[..., 5:9, :], x[..., 30:], rate)
   np.testing.assert_array_equal(part[0], kept[1][:, 5:9, 30:])
+  # How many older keys there are changes no draw.
+  fewer = oracle.dropout_keep(seed, (2, 3, 17, 20), rate)
+  np.testing.assert_array_equal(fewer, kept[..., 45:])
 
 
 @pytest.fixture(scope="module")
@@ -501,12 +519,81 @@ def arguments(**changes):
   return {"q": queries, "k": keys, "v": keys, "mask": Mask(span)} | changes
 
 
-def call(q, k, v, mask, **options):
+def call(q, k, v, mask, ring=None, **options):
+  if ring is not None:
+    return attend_ring(ring, q, k, v, mask, **options)[0]
   return attend(*map(jnp.asarray, (q, k, v)), mask, **options)
 
 
 def test_arguments_that_fit():
   assert call(**arguments()).shape == (2, 5, 3, 4)
+  for first_row in (0, 6):
+    ring = Ring(LONG, LONG, first_row)
+    assert call(**arguments(ring=ring, **NEW)).shape == (2, 5, 3, 4)
+
+
+@pytest.mark.parametrize("function", [attend, attend_ring])
+def test_what_follows_the_mask_has_a_name(function):
+  parameters = list(inspect.signature(function).parameters.values())
+  after = parameters[[x.name for x in parameters].index("mask") + 1 :]
+  assert len(after) >= 5
+  assert {x.kind for x in after} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@everywhere
+def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
+  """Segment by segment, whatever their lengths, as over the whole stream."""
+  random = np.random.default_rng(3)
+  q, k, v = random.standard_normal((3, 2, 22, 3, 4)).astype(np.float32)
+  mask = Mask(np.float32([3.5, 6.25, 1.0]), 2.0)
+  whole = attend(q, k, v, mask, implementation=implementation)
+  empty = np.full((3, 13, 3, 4), np.nan, np.float32)
+  ring, start = Ring(empty, empty, 5, 1), 0
+  for T in (4, 4, 1, 5, 3, 5):
+    new = (x[:, start : start + T] for x in (q, k, v))
+    out, ring = attend_ring(
+      *(ring, *new, mask),
+      first_key=max(13 - T - start, 0),
+      implementation=implementation,
+    )
+    np.testing.assert_allclose(out, whole[:, start : start + T], atol=1e-5)
+    start += T
+
+
+@everywhere
+def test_what_is_kept_changes_no_draw(implementation):
+  """Older keys that no head looks at, or that do not exist."""
+  random = np.random.default_rng(4)
+  q, k, v = random.standard_normal((3, 1, 90, 2, 4)).astype(np.float32)
+  mask = Mask(np.float32([3.5, 20.25]), 2.0)
+  options = {"dropout_rate": 0.4, "dropout_seed": 11}
+
+  def last(first, **more):
+    return attend(
+      *(q[:, 80:], k[:, first:], v[:, first:], mask),
+      **(options | more),
+      implementation=implementation,
+    )
+
+  np.testing.assert_allclose(last(0), last(50), atol=1e-6)
+  np.testing.assert_allclose(
+    last(0, first_key=75), last(70, first_key=5), atol=1e-6
+  )
+
+
+def test_pairs_that_are_computed():
+  mask = Mask(np.float32([0.0, 1e4]), 1.0)
+  for implementation in (None, "blocked"):
+    pairs = computed_pairs(mask, 130, 130, implementation=implementation)
+    assert pairs.dtype == np.int64
+    np.testing.assert_array_equal(pairs, [3 * 64**2, 6 * 64**2])
+  np.testing.assert_array_equal(
+    computed_pairs(mask, 130, 200, implementation="reference"), [26000] * 2
+  )
+  with pytest.raises(ValueError, match="fastest"):
+    computed_pairs(mask, 130, 130, implementation="fastest")
+  with pytest.raises(ValueError, match="S=129"):
+    computed_pairs(mask, 130, 129)
 
 
 THREE = np.ones(3, np.float32)
@@ -541,8 +628,14 @@ NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
     ({"dropout_rate": -0.1, "dropout_seed": 0}, "-0.1"),
     ({"dropout_rate": np.nan, "dropout_seed": 0}, "nan"),
     ({"dropout_rate": 0.25}, "0.25"),
+    ({"interpret": True}, "interpret=True"),
+    ({"interpret": True, "implementation": "reference"}, "'reference'"),
     ({"ring": Ring(LONG, LONG)}, "7 keys"),
-    ({"ring": Ring(LONG, LONG), "memory": 2}, "memory=2"),
+    ({"ring": Ring(LONG[0], LONG[0]), **NEW}, "(8, 3, 4)"),
+    ({"ring": Ring(LONG, LONG.astype(jnp.bfloat16)), **NEW}, "bfloat16"),
+    ({"ring": Ring(LONG, LONG, 1.5), **NEW}, "first_row=1.5"),
+    ({"ring": Ring(LONG, LONG, 0, np.zeros(2, int)), **NEW}, "batch=[0 0]"),
+    ({"ring": Ring(LONG, LONG), "first_key": 0.5, **NEW}, "first_key=0.5"),
     ({"ring": Ring(LONG, LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
     ({"ring": Ring(LONG[:1], LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
     ({"ring": Ring(LONG[:, :4], LONG[:, :4]), **NEW}, "(2, 4, 3, 4)"),

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from adaptive_attention import masks
-from adaptive_attention.attention import IMPLEMENTATIONS, attend
-from adaptive_attention.attention.ring import Ring, append
+from adaptive_attention.attention import IMPLEMENTATIONS, attend, attend_ring
+from adaptive_attention.attention.ring import Ring
 from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import Case, inputs
 from tests.attention.test_attention import check, differentiated, expected
@@ -162,13 +162,13 @@ def from_ring(implementation, absent=0.0):
   def call(arguments):
     q, k, v, *lengths, relative_RK = arguments
     new = k[:, -T:], v[:, -T:]
-    return attend(
-      *(q, *new, mask_of(*lengths)),
-      ring=append(Ring(*map(jnp.asarray, rows), T, 1), *new),
+    out, _ = attend_ring(
+      *(Ring(*rows, T, 1), q, *new, mask_of(*lengths)),
       first_key=9,
       relative_RK=relative_RK,
       implementation=implementation,
     )
+    return out
 
   return call
 

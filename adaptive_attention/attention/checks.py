@@ -1,0 +1,145 @@
+"""What `attend` and `attend_ring` ask of their arguments.
+
+Each function raises ValueError, in one sentence that names the value and what
+was expected. Below the dispatch arguments are checked already.
+"""
+
+import operator
+
+import jax.numpy as jnp
+
+
+def _require(condition, message):
+  if not condition:
+    raise ValueError(message)
+
+
+def _is_integer(x) -> bool:
+  return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def whole_number(name, value) -> int:
+  """Returns a static integer."""
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise ValueError(f"{name}={value!r} must be an integer") from error
+
+
+def queries_and_keys(q, k, v):
+  """Checks q (B, T, H, K) and k, v (B, S, H, K), S >= T, of one dtype."""
+  _require(
+    q.ndim == 4 and k.ndim == 4,
+    f"q {q.shape} and k {k.shape} must have the four axes "
+    "(batch, position, head, width)",
+  )
+  _require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
+  B, T, H, K = q.shape
+  S = k.shape[1]
+  _require(
+    k.shape == (B, S, H, K),
+    f"k {k.shape} must have the batch, heads and width of q {q.shape}",
+  )
+  _require(
+    T >= 1 and H >= 1 and K >= 1,
+    f"q {q.shape} must hold at least one query, one head and a width of 1",
+  )
+  positions(T, S)
+  _require(
+    q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16),
+    f"q, k, v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected all "
+    "float32 or all bfloat16",
+  )
+
+
+def positions(T, S):
+  """Checks that T queries are the last of S positions."""
+  _require(
+    S >= T,
+    f"S={S} keys are fewer than T={T} queries; the queries are the last T of "
+    "the S positions",
+  )
+
+
+def older_keys(q, k, memory):
+  """Checks how many of the first keys take no gradient."""
+  rest = k.shape[1] - q.shape[1]
+  _require(
+    0 <= memory <= rest,
+    f"memory={memory} must be an integer from 0 to S - T = {rest}",
+  )
+
+
+def ring_rows(ring, q, k):
+  """Checks that T keys of B streams can be appended to a ring."""
+  B, T, H, K = q.shape
+  _require(
+    k.shape[1] == T,
+    f"{k.shape[1]} keys do not fit T={T} queries; give the keys of these "
+    "queries alone, as the older ones are in the ring",
+  )
+  shape = ring.k_NSHK.shape
+  _require(
+    len(shape) == 4
+    and shape == ring.v_NSHK.shape
+    and shape[0] >= B
+    and shape[1] >= T
+    and shape[2:] == (H, K),
+    f"the ring's keys {shape} and values {ring.v_NSHK.shape} must be alike, "
+    f"of at least the {B} sequences and {T} positions of q {q.shape} and of "
+    "its heads and width",
+  )
+  dtypes = ring.k_NSHK.dtype, ring.v_NSHK.dtype
+  _require(
+    dtypes == (k.dtype, k.dtype),
+    f"the ring's keys and values have the dtypes {dtypes[0]} and {dtypes[1]}; "
+    f"expected {k.dtype}, as q, k and v have",
+  )
+  for name, value in (("first_row", ring.first_row), ("batch", ring.batch)):
+    _require(
+      _is_integer(value), f"the ring's {name}={value} must be one integer"
+    )
+
+
+def options(q, first_key, relative, dropout_rate, dropout_seed):
+  """Checks what both functions take beside queries, keys and masks."""
+  _require(_is_integer(first_key), f"first_key={first_key} must be one integer")
+  _require(
+    relative is None
+    or (relative.ndim == 2 and relative.shape[1] == q.shape[3]),
+    f"relative_RK {None if relative is None else relative.shape} must hold a "
+    f"vector of the width {q.shape[3]} of one head for each distance",
+  )
+  _require(
+    0 <= dropout_rate < 1,
+    f"dropout_rate={dropout_rate} must be at least 0 and less than 1",
+  )
+  _require(
+    not dropout_rate or dropout_seed is not None,
+    f"dropout_rate={dropout_rate} needs a dropout_seed",
+  )
+  _require(
+    dropout_seed is None or _is_integer(dropout_seed),
+    f"dropout_seed={dropout_seed} must be one integer",
+  )
+
+
+def lengths(mask, H):
+  """Checks a mask of H heads; None is plain causal attention."""
+  if mask is None:
+    return
+  values = {"span": mask.span}
+  if mask.wave is not None:
+    values |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
+    harmonics = mask.wave.harmonics
+    _require(
+      harmonics is None or (isinstance(harmonics, int) and harmonics >= 1),
+      f"harmonics={harmonics!r} must be None or an integer of at least 1",
+    )
+  for name, value in values.items():
+    _require(
+      value.shape == (H,),
+      f"{name} has the shape {value.shape}; expected one number for each of "
+      f"the {H} heads of q",
+    )
+  _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
