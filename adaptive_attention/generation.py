@@ -214,8 +214,8 @@ def generate(
   half is read anew, at places that are the same for all texts.
 
   Args:
-    params: concrete; temperature, top_k, top_p: as of `sample`; cache: as of
-      `cache_groups`.
+    params, config: the model's, concrete; key: what is drawn follows from it.
+    temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text.
     on_tokens: called with each (B, n) new tokens as they come.
 

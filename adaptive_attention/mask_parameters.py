@@ -163,7 +163,11 @@ def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
   A function of the parameters alone, added to the loss in training only; zero
   where no spans are learned. See `masks.penalty` for the formula.
 
-  Args, Raises: as of `mask_params`.
+  Args:
+    params, layer_or_config: as of `mask_params`.
+
+  Raises:
+    ValueError: as `mask_params`.
   """
   bounds = layer_or_config.mask_bounds
   layers = mask_params(params, layer_or_config)

@@ -208,7 +208,7 @@ def init_cache(
   """Returns an empty KV cache for B sequences of one length.
 
   Args:
-    params: the model's; concrete, unless `groups` are given.
+    params, config: the model's; concrete, unless `groups` are given.
     batch: B.
     cache: as of `cache_groups`.
     groups: what `cache_groups` returned, in place of it.
