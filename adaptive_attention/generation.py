@@ -209,12 +209,13 @@ def generate(
   """Returns (B, steps) tokens that follow B prompts of one length.
 
   Row b is drawn with its own key, fold_in(key, b), and a token with its place
-  in the text, so that a text that is cut anywhere goes on the same. Learned
+  in the text: a text that is cut anywhere goes on the same. Learned
   positions have a longest context, which slides: where it is full its later
   half is read anew, at places that are the same for all texts.
 
   Args:
-    params, config: the model's, concrete; key: what is drawn follows from it.
+    params, config: the model's, concrete; prompt_BT: tokens, T at least 1.
+    steps, key: how many to draw, and what the draws follow from.
     temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text.
     on_tokens: called with each (B, n) new tokens as they come.
