@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import accounting, masks
-from adaptive_attention.attention import tiles
+from adaptive_attention.attention.layout import BLOCK
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
@@ -96,31 +96,33 @@ def test_flops_are_those_the_compiler_counts():
   assert 1.0 < cost["flops"] / (forward * 2 * 64) < 1.15
 
 
-def tiles_with_open_pairs(mask, T, tile):
-  """(H,) pairs of all tiles of the band that hold an open one, by looking."""
+def blocks_with_open_pairs(mask, T, block):
+  """(H,) pairs of all blocks of the band that hold an open one, by looking."""
   d_TS = np.arange(T)[:, None] - np.arange(T)
   open_HTS = np.asarray(masks.is_open(mask, np.abs(d_TS))) & (d_TS >= 0)
-  padded = -(-T // tile) * tile
+  padded = -(-T // block) * block
   whole = np.zeros((len(open_HTS), padded, padded), bool)
   whole[:, :T, :T] = open_HTS
-  cut = whole.reshape(len(whole), padded // tile, tile, padded // tile, tile)
-  return cut.any((2, 4)).sum((1, 2)) * tile**2
+  cut = whole.reshape(
+    len(whole), padded // block, block, padded // block, block
+  )
+  return cut.any((2, 4)).sum((1, 2)) * block**2
 
 
 @pytest.mark.parametrize("T", [1, 64, 200, 700])
-def test_the_band_computes_just_the_tiles_that_hold_an_open_pair(T):
+def test_the_band_computes_just_the_blocks_that_hold_an_open_pair(T):
   spans = jnp.array([0.0, 3.0, 50.0, 100.0, 333.3, 1e4])
   mask = masks.Mask(spans, 8.0)
   np.testing.assert_array_equal(
     accounting.computed_pairs(mask, T, "blocked"),
-    tiles_with_open_pairs(mask, T, tiles.TILE),
+    blocks_with_open_pairs(mask, T, BLOCK),
   )
 
 
 @pytest.mark.parametrize("T", [24, 130])
 @pytest.mark.parametrize("memory", [1, 100, 300])
 def test_with_a_memory_both_are_counted_one_by_one(T, memory):
-  """Keys stand at x = -memory .. T - 1, and tiles begin at multiples of 64."""
+  """Keys stand at x = -memory .. T - 1, and blocks begin at multiples of 64."""
   mask = masks.Mask(jnp.array([0.0, 30.0, 250.5, 1e4]), 8.0)
   x_S = np.arange(-memory, T)
   d_TS = np.arange(T)[:, None] - x_S
@@ -128,27 +130,27 @@ def test_with_a_memory_both_are_counted_one_by_one(T, memory):
   np.testing.assert_array_equal(
     accounting.open_pairs(mask, T, memory), open_HTS.sum((1, 2))
   )
-  tile = tiles.TILE
-  touched = np.zeros((4, 1 + T // tile, 20), bool)
+  block = BLOCK
+  touched = np.zeros((4, 1 + T // block, 20), bool)
   for h, t, s in np.argwhere(open_HTS):
-    touched[h, t // tile, 10 + x_S[s] // tile] = True
+    touched[h, t // block, 10 + x_S[s] // block] = True
   np.testing.assert_array_equal(
     accounting.computed_pairs(mask, T, "blocked", memory),
-    touched.sum((1, 2)) * tile**2,
+    touched.sum((1, 2)) * block**2,
   )
   # The multiply-adds of a token: 2 K a pair.
   macs = accounting.attention_macs_per_token([mask], CONFIG, T, memory)
   assert macs["open"] == 16 * open_HTS.sum() / T
-  assert macs["computed"] == 16 * touched.sum() * tile**2 / T
+  assert macs["computed"] == 16 * touched.sum() * block**2 / T
   config = dataclasses.replace(CONFIG, n_layer=1, n_head=4, width=32)
   dense = accounting.attention_macs_per_token([mask], config, T, memory)
   assert dense["dense"] == 16 * 4 * (d_TS >= 0).sum() / T
 
 
 @pytest.mark.parametrize("T", [700, 1025, 1500])
-def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
-  """Queries and keys of each class, cut into tiles of their own."""
-  tile, P = tiles.TILE, 4
+def test_the_stride_computes_just_the_blocks_that_hold_an_open_pair(T):
+  """Queries and keys of each class, cut into blocks of their own."""
+  block, P = BLOCK, 4
   wave = masks.Wave(jnp.array([4.0]), jnp.array([-0.2]), integer=True)
   mask = masks.Mask(jnp.array([1e4]), 8.0, wave)
   d_TS = np.arange(T)[:, None] - np.arange(T)
@@ -157,11 +159,11 @@ def test_the_stride_computes_just_the_tiles_that_hold_an_open_pair(T):
   for a in range(P):
     for c in range(P):
       part = open_TS[a::P, c::P]
-      size = -(-max(part.shape) // tile) * tile
+      size = -(-max(part.shape) // block) * block
       whole = np.zeros((size, size), bool)
       whole[: part.shape[0], : part.shape[1]] = part
-      cut = whole.reshape(size // tile, tile, size // tile, tile)
-      expected += cut.any((1, 3)).sum() * tile**2
+      cut = whole.reshape(size // block, block, size // block, block)
+      expected += cut.any((1, 3)).sum() * block**2
   computed = accounting.computed_pairs(mask, T, "blocked")
-  assert computed[0] < tiles_with_open_pairs(mask, T, tile)[0]
+  assert computed[0] < blocks_with_open_pairs(mask, T, block)[0]
   assert computed[0] == expected

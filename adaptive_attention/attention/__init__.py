@@ -2,6 +2,12 @@
 
 Here arguments are checked, the gradient of older keys is stopped, and an
 implementation is chosen. All that is below takes checked arguments.
+
+Implementations:
+  "blocked": computes only blocks that hold an open pair. It has gradients and
+    their forward derivatives (Hessian-vector products by jax.jvp of jax.grad),
+    but no jax.jvp by itself and no gradient of a gradient, which JAX refuses.
+  "reference": computes all pairs. It has derivatives of all orders and kinds.
 """
 
 import functools
@@ -35,50 +41,45 @@ def attend(
 ) -> jax.Array:
   """Attends from the last T of S positions to what each head may look at.
 
-  out = softmax_s(q.k / sqrt(K) + log m(d) + log w(d)) v, d = S - T + t - s >= 0
+  out = softmax_s(q.(k + p[d]) / sqrt(K) + log m(d) + log w(d)) v,
+  d = S - T + t - s >= 0  (Sukhbaatar et al. 2019, eq. 1 and 3; w is the wave)
 
-  With `relative_RK` p the score is q.(k + p[d]) / sqrt(K): shared vectors per
-  distance as in Sukhbaatar et al. 2019, eq. 1.
-
-  Softmax and masks are float32 whatever the inputs are. A query that finds no
-  open key at all gets zeros, and its gradients are zeros.
+  Softmax and masks are float32 whatever the inputs are; arrays may be NumPy's.
 
   Args:
     q_BTHK: queries; query t stands at key index S - T + t.
-    k_BSHK: keys, S >= T. No length needs to be a multiple of anything.
-    v_BSHK: values.
-    mask: spans and waves of the H heads, or None for plain causal attention.
-    memory: static; the first `memory` keys and values are older tokens, to
-      which no gradient flows.
-    first_key: runtime integer; keys before this index do not exist yet.
-    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
+    k_BSHK, v_BSHK: keys and values, S >= T; no length need be a multiple.
+    mask: spans and waves of the H heads in tokens, or None for plain causal.
+    memory: static; to this many first keys and values no gradient flows.
+    first_key: runtime integer; keys before this index do not exist yet. What
+      they hold, nan included, changes nothing.
+    relative_RK: p, a vector for each distance 0 .. R - 1; zero beyond.
     dropout_rate: static; the share of attention weights to drop, in [0, 1).
     dropout_seed: uint32 scalar; which ones is a pure function of
       (seed, b, h, t, s - (S - T)), the same for every implementation.
-    implementation: "blocked" (only blocks that hold an open pair), "reference"
-      (all pairs), or None for the best one that serves.
-    interpret: runs a Pallas kernel on any device; for tests. Neither of these
-      implementations has one.
-
-  Arrays may be NumPy's. What keys and values before `first_key` hold, nan
-  included, changes nothing.
+    implementation: one of IMPLEMENTATIONS, or None for the best that serves.
+    interpret: runs a Pallas kernel on any device; none has a kernel yet.
 
   Returns:
-    (B, T, H, K) in the dtype of q. Differentiable in q, k, v, the arrays of
-    `mask` and the relative vectors. "reference" has derivatives of all orders
-    and kinds; "blocked" has gradients, and their forward derivatives (Hessian-
-    vector products by jax.jvp of jax.grad), but no jax.jvp by itself and no
-    gradient of a gradient, which JAX refuses.
+    (B, T, H, K) in the dtype of q; zeros for a query without an open key.
+    Differentiable in q, k, v, the arrays of `mask` and the relative vectors.
 
   Raises:
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
+  options = mask, first_key, relative_RK, dropout_rate, dropout_seed
+  run = _runner(implementation, interpret)
+  return _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options)
+
+
+def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
+  """`attend` by the function of an implementation."""
   q_BTHK, k_BSHK, v_BSHK = map(jnp.asarray, (q_BTHK, k_BSHK, v_BSHK))
   memory = checks.whole_number("memory", memory)
   checks.queries_and_keys(q_BTHK, k_BSHK, v_BSHK)
   checks.older_keys(q_BTHK, k_BSHK, memory)
-  run = _runner(implementation, interpret)
+  options = _checked_options(q_BTHK, *options)
   if memory:
     k_BSHK, v_BSHK = (
       jnp.concatenate(
@@ -86,9 +87,6 @@ def attend(
       )
       for x_BSHK in (k_BSHK, v_BSHK)
     )
-  options = _checked_options(
-    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
-  )
   return run(q_BTHK, k_BSHK, v_BSHK, ring=None, memory=memory, **options)
 
 

@@ -1,20 +1,17 @@
 """Where the rows of one head stand while it is computed.
 
 Positions are dealt into P classes, x = P y + a. A head's rows of each class are
-brought together, so that a tile of consecutive y is one contiguous slice
+brought together, so that a block of consecutive y is one contiguous slice
 whatever the stride is; of the keys only as many as the head can see.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-TILE = 64  # rows and columns of a tile
-MAX_STRIDE = 16  # integer waves of longer periods run as a band
-_BLOCK = 256  # rows that are moved at a time
+from adaptive_attention.attention.walk import MAX_STRIDE, ceil_div
 
-
-def ceil_div(x, y):
-  return -(-x // y)
+BLOCK = 64  # queries and keys of a block
+_ROWS = 256  # how many are moved at a time
 
 
 def at(*index):
@@ -35,7 +32,7 @@ class Layout:
   """Where one head keeps its positions: class by class, each in a row.
 
   x = P y + a, from -front to T, stands in row(a, y) of a local array
-  (B, rows, K) in float32, which has room for a tile beyond either end.
+  (B, rows, K) in float32, which has room for a block beyond either end.
 
   Args:
     stride: P, at run time, from 1 to MAX_STRIDE.
@@ -52,16 +49,16 @@ class Layout:
     size = front + T
     # Moved all at once, unless a short span can do with much less.
     self.whole = not strided and not ring and front <= T
-    self.block = size if self.whole else min(_BLOCK, size)
+    self.block = size if self.whole else min(_ROWS, size)
 
   def filled(self, B, K, value):
     """A local array. What is not written is read beside what counts."""
     spare = 2 * MAX_STRIDE if self.strided else 0
-    rows = TILE + self.front + self.T + spare + max(TILE, _BLOCK)
+    rows = BLOCK + self.front + self.T + spare + max(BLOCK, _ROWS)
     return jnp.full((B, rows, K), value)
 
   def row(self, a, y):
-    return TILE + a * (self.fill + self.end) + self.fill + y
+    return BLOCK + a * (self.fill + self.end) + self.fill + y
 
   def reach(self, y):
     """The first y that there is, of those from y on."""

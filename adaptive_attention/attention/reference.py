@@ -37,14 +37,12 @@ def attend(
     )
   S = k_BSHK.shape[1]
   # A key that does not exist may hold anything, and 0 * nan is nan.
-  exists_1S11 = (jnp.arange(S, dtype=jnp.int32) >= first_key)[
-    None, :, None, None
-  ]
-  k_BSHK, v_BSHK = (
-    jnp.where(exists_1S11, x_BSHK, jnp.zeros((), x_BSHK.dtype))
-    for x_BSHK in (k_BSHK, v_BSHK)
-  )
   x_S = jnp.arange(T - S, T, dtype=jnp.int32)  # relative to the first query
+  exists_S = x_S >= first_key - (S - T)
+  k_BSHK, v_BSHK = (
+    jnp.where(exists_S[None, :, None, None], x, jnp.zeros((), x.dtype))
+    for x in (k_BSHK, v_BSHK)
+  )
   distance_TS = jnp.arange(T, dtype=jnp.int32)[:, None] - x_S[None]
 
   logits_BHTS = jnp.einsum(
@@ -52,7 +50,7 @@ def attend(
   )
   if relative_RK is not None:
     logits_BHTS += _of_distances(q_BTHK, relative_RK, distance_TS)
-  bias_HTS = _bias(mask, distance_TS, first_key)
+  bias_HTS = _bias(mask, distance_TS, exists_S)
   weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_HTS[None])
   if dropout_rate:
     kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
@@ -80,11 +78,9 @@ def _kept(seed, shape_BHT, x_S, rate):
   )
 
 
-def _bias(mask, distance_TS, first_key):
+def _bias(mask, distance_TS, exists_S):
   """(H or 1, T, S) log m + log w; -inf for later keys and missing ones."""
-  S = distance_TS.shape[1]
-  exists_TS = distance_TS >= 0
-  exists_TS &= (jnp.arange(S, dtype=jnp.int32) >= first_key)[None]
+  exists_TS = (distance_TS >= 0) & exists_S[None]
   if mask is None:
     bias_HTS = jnp.zeros((1, *distance_TS.shape), jnp.float32)
   else:

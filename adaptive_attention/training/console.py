@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from adaptive_attention import accounting
-from adaptive_attention.attention import tiles
+from adaptive_attention.attention.layout import BLOCK
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.generation import BYTES
 
@@ -119,7 +119,7 @@ def macs_text(macs: dict, config: ModelConfig) -> str:
       reason = "the reference computes the pairs with later keys too"
     case _:
       reason = (
-        f"pairs are computed in whole blocks of {tiles.TILE} x {tiles.TILE}, "
+        f"pairs are computed in whole blocks of {BLOCK} x {BLOCK}, "
         "of which a longer context wastes less"
       )
   return f"{text} (computed is more than dense, as {reason})"

@@ -15,9 +15,10 @@ from adaptive_attention.attention import (
   IMPLEMENTATIONS,
   attend,
   attend_ring,
+  blocked,
   computed_pairs,
   dropout,
-  tiles,
+  walk,
 )
 from adaptive_attention.attention.ring import Ring, append, in_order
 from adaptive_attention.masks import Mask, Wave
@@ -695,9 +696,10 @@ def test_band_and_stride_are_equal(memory, monkeypatch):
   )
   results, strides = [], []
   for cost in (0.0, 1e9):
-    monkeypatch.setattr(tiles, "_STRIDE_COST", cost)
-    _, plan, _ = tiles.prepare(case.mask, case.T, case.S)
-    strides.append([int(P) for P in plan.stride])
+    monkeypatch.setattr(walk, "_STRIDE_COST", cost)
+    sizes = blocked.sizes_of(case.mask, case.T, case.S)
+    heads, _ = blocked.prepared(case.mask, 0, sizes)
+    strides.append([int(P) for P in heads.stride])
     q, k, v, dout = inputs(case)
     results.append(
       jax.jit(differentiated(case, "blocked"))(q, k, v, case.mask, dout)

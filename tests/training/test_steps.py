@@ -123,7 +123,7 @@ def test_devices_draw_their_dropout_apart(tiny):
     step = make_train_step(tiny)
     for name, tokens in (("dealt", rows), ("swapped", rows[::-1])):
       state = parallel.replicate(init_state(tiny))
-      *_, metrics = step(state, None, make_batch(tokens))
+      *_, metrics = step(state, start_memory(tiny), make_batch(tokens))
       losses[dropout, name] = float(metrics["cross_entropy"])
   assert losses[0.0, "dealt"] == losses[0.0, "swapped"]
   assert losses[0.3, "dealt"] != losses[0.3, "swapped"]

@@ -1,0 +1,181 @@
+"""The gradients of one head of `blocked`, in one walk over its blocks."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from adaptive_attention.attention import blocked_bias
+from adaptive_attention.attention.blocked_head import Head, KeyBlock
+from adaptive_attention.attention.layout import BLOCK, put, take
+
+LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
+
+
+class Queries(NamedTuple):
+  """What a query block brings to its gradients.
+
+  Attributes:
+    q_BQK: divided by sqrt(K).
+    d_out_BQK: gradient of the output.
+    mean_BQ1: what softmax takes off: the same with dropout as without.
+    lse_BQ1: log of the sum of the exponentials.
+  """
+
+  q_BQK: jax.Array
+  d_out_BQK: jax.Array
+  mean_BQ1: jax.Array
+  lse_BQ1: jax.Array
+
+
+class Gradients(NamedTuple):
+  """What `attend` is differentiated by, all heads together.
+
+  Attributes:
+    dq_BTHK: of queries.
+    dk_BNHK, dv_BNHK: of the keys and values that are not memory.
+    table_HS: of log weights by distance.
+    relative_RK: of the vectors of distances, or None.
+  """
+
+  dq_BTHK: jax.Array
+  dk_BNHK: jax.Array
+  dv_BNHK: jax.Array
+  table_HS: jax.Array
+  relative_RK: jax.Array | None
+
+
+class Sums(NamedTuple):
+  """Gradients that all query blocks of a head add to.
+
+  Attributes:
+    dk, dv: local arrays of the keys that are not memory.
+    table: (S,) of the head's log weights by distance.
+    relative: of the vectors of distances, all heads together; or None.
+  """
+
+  dk: jax.Array
+  dv: jax.Array
+  table: jax.Array
+  relative: jax.Array | None
+
+
+def add_head(head: Head, local, relative, seed, zero, gradients: Gradients):
+  """Returns (gradients, local) with the gradients of one head written.
+
+  Args:
+    head: its walk.
+    local: local arrays by name, loaded; those of gradients are written over.
+    relative: vectors of distances, or None.
+    seed: of dropout.
+    zero: 0.0, which is not known before the arrays are there.
+    gradients: those of the heads before.
+  """
+  h, first_x = head.h, head.first_new_y * head.stride
+  dk, dv = (
+    head.new_keys.clear(local[name], head.first_new_y) for name in ("dk", "dv")
+  )
+  table_S = jnp.full(gradients.table_HS.shape[1], zero)
+  sums = Sums(dk, dv, table_S, gradients.relative_RK)
+  dq, sums = _of_head(head, local, relative, seed, zero, sums)
+  written = Gradients(
+    head.queries.store(dq, gradients.dq_BTHK, h, 0),
+    head.new_keys.store(sums.dk, gradients.dk_BNHK, h, first_x),
+    head.new_keys.store(sums.dv, gradients.dv_BNHK, h, first_x),
+    lax.dynamic_update_index_in_dim(gradients.table_HS, sums.table, h, 0),
+    sums.relative,
+  )
+  return written, local | {"dq": dq, "dk": sums.dk, "dv": sums.dv}
+
+
+def _of_head(head: Head, local, relative, seed, zero, sums: Sums):
+  """Returns (dq, sums) of one head: dq as a local array."""
+  B, _, K = local["q"].shape
+
+  def one_block(queries, carry):
+    dq_local, sums = carry
+    brought = _brought(head, local, queries)
+    kept = head.kept(seed, B, queries)
+
+    def one_key_block(keys, carry):
+      return _add_block(
+        *(head.static, head.stride, local, brought, keys),
+        *(relative, kept, carry),
+      )
+
+    dq_BQK, sums = head.over_key_blocks(
+      queries, one_key_block, (jnp.full((B, BLOCK, K), zero), sums)
+    )
+    return put(dq_local, queries.row, dq_BQK / math.sqrt(K)), sums
+
+  return head.over_query_blocks(one_block, (local["dq"], sums))
+
+
+def _brought(head, local, queries) -> Queries:
+  q_BQK, out_BQK, d_out_BQK, lse_BQ1 = (
+    take(local[name], queries.row, BLOCK)
+    for name in ("q", "out", "d_out", "lse")
+  )
+  # (In one sum over all queries XLA's CPU backend takes as long for it as for
+  # two products.)
+  mean_BQ1 = jnp.sum(d_out_BQK * out_BQK, axis=-1, keepdims=True)
+  # Beyond the end of the class these are the rows of others.
+  exists_1Q1 = (queries.x < head.sizes.T)[None, :, None]
+  lse_BQ1 = jnp.where(exists_1Q1, lse_BQ1, -LOW)
+  q_BQK = q_BQK / math.sqrt(q_BQK.shape[-1])
+  return Queries(q_BQK, d_out_BQK, mean_BQ1, lse_BQ1)
+
+
+def _add_block(
+  static, stride, local, queries: Queries, keys: KeyBlock, relative, kept, carry
+):
+  """Returns the carry (dq, sums) with the pairs of one block added."""
+  dq_BQK, sums = carry
+  k_BCK, v_BCK = (take(local[name], keys.row, BLOCK) for name in ("k", "v"))
+  relative_DK = blocked_bias.at_distances(relative, keys.distance)
+  logits_BQC = blocked_bias.logits(queries.q_BQK, k_BCK, keys.bias, relative_DK)
+  weights_BQC = jnp.exp(logits_BQC - queries.lse_BQ1)
+  d_weights_BQC = jnp.einsum("bqk,bck->bqc", queries.d_out_BQK, v_BCK)
+  dropped_BQC = weights_BQC
+  if static.dropout_rate:
+    scale = 1 / (1 - static.dropout_rate)
+    scale_BQC = jnp.where(kept(keys), scale, 0.0)
+    dropped_BQC = weights_BQC * scale_BQC
+    d_weights_BQC = d_weights_BQC * scale_BQC
+  d_logits_BQC = weights_BQC * (d_weights_BQC - queries.mean_BQ1)
+  table = blocked_bias.added_to_table(
+    sums.table, keys.bias, keys.distance, stride, d_logits_BQC
+  )
+  sums = sums._replace(table=table)
+  dq_BQK += jnp.einsum("bqc,bck->bqk", d_logits_BQC, k_BCK)
+  if relative is not None:
+    d_shifted_BQD = blocked_bias.unskew(d_logits_BQC)
+    dq_BQK += jnp.einsum("bqd,dk->bqk", d_shifted_BQD, relative_DK)
+    d_relative_DK = jnp.einsum("bqd,bqk->dk", d_shifted_BQD, queries.q_BQK)
+    sums = sums._replace(
+      relative=blocked_bias.added_at(
+        sums.relative, keys.distance, d_relative_DK
+      )
+    )
+  if not keys.older:
+    dk_BCK = jnp.einsum("bqc,bqk->bck", d_logits_BQC, queries.q_BQK)
+    dv_BCK = jnp.einsum("bqc,bqk->bck", dropped_BQC, queries.d_out_BQK)
+    sums = _added_to_keys(static, sums, keys, dk_BCK, dv_BCK)
+  return dq_BQK, sums
+
+
+def _added_to_keys(static, sums, keys, dk_BCK, dv_BCK) -> Sums:
+  """Returns the sums with the gradients of a key block added."""
+  if static.memory:  # before the first new key are the rows of others
+    new_C = keys.x >= static.memory - static.sizes.older
+    dk_BCK, dv_BCK = (
+      jnp.where(new_C[None, :, None], x_BCK, 0.0) for x_BCK in (dk_BCK, dv_BCK)
+    )
+
+  def added(local_BRK, rows_BCK):
+    there_BCK = take(local_BRK, keys.new_row, BLOCK)
+    return put(local_BRK, keys.new_row, there_BCK + rows_BCK)
+
+  return sums._replace(dk=added(sums.dk, dk_BCK), dv=added(sums.dv, dv_BCK))

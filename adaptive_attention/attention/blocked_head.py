@@ -1,0 +1,188 @@
+"""One head as `blocked` computes it: its walk, and what each block brings."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive_attention.attention import blocked_bias, dropout, walk
+from adaptive_attention.attention.layout import BLOCK, Layout
+
+
+class Static(NamedTuple):
+  """What is known when the function is traced.
+
+  Attributes:
+    memory: how many of the first keys take no gradient.
+    ring: whether keys are read out of a `Ring`.
+    precision: of products: what jax.default_matmul_precision is where `attend`
+      is called.
+  """
+
+  sizes: walk.Sizes
+  memory: int = 0
+  dropout_rate: float = 0.0
+  ring: bool = False
+  precision: str | None = None
+
+
+class QueryBlock(NamedTuple):
+  """BLOCK queries of one class.
+
+  Attributes:
+    a, y: their class, and the y of the first.
+    row: of the first in a local array.
+    x: (BLOCK,) their positions.
+  """
+
+  a: jax.Array
+  y: jax.Array
+  row: jax.Array
+  x: jax.Array
+
+
+class KeyBlock(NamedTuple):
+  """BLOCK keys of one class, and what the masks add to their logits.
+
+  Attributes:
+    row: of the first in a local array.
+    new_row: the same in one of newer keys alone.
+    x: (BLOCK,) their positions.
+    bias: (BLOCK, BLOCK) log m + log w; -inf for keys that do not exist. Of a
+      full block one number for all pairs; None for zero.
+    distance: (2 BLOCK - 1,) the distances of the diagonals, descending.
+    older: static; whether there are keys of the memory alone.
+  """
+
+  row: jax.Array
+  new_row: jax.Array
+  x: jax.Array
+  bias: jax.Array | None
+  distance: jax.Array
+  older: bool
+
+
+def layouts(static, stride=1):
+  """Returns those of queries, of keys, and of the keys that are not memory."""
+  T, older, strided = static.sizes.T, static.sizes.older, static.sizes.strided
+  return (
+    Layout(stride, 0, T, strided),
+    Layout(stride, older, T, strided, static.ring),
+    Layout(stride, older - static.memory, T, strided),
+  )
+
+
+class Head:
+  """One head's walk over its blocks, forward and backward alike."""
+
+  def __init__(self, static, heads: walk.Heads, table_HS, h):
+    self.static, self.sizes, self.h = static, static.sizes, h
+    self.table_HS = table_HS
+    self.walked = jax.tree.map(lambda x: x[h], heads)
+    self.stride = self.walked.stride
+    self.queries, self.keys, self.new_keys = layouts(static, self.stride)
+    # No block goes further back from the first query than the last distance.
+    back = walk.ceil_div(self.walked.last // self.stride + 1, BLOCK) * BLOCK
+    self.first_key_y = self.keys.reach(-back)
+    self.first_new_y = self.new_keys.reach(-back)
+
+  def loaded(self, scratch, queries, ring):
+    """Returns the scratch with this head's rows of queries and of a ring.
+
+    Args:
+      scratch: local arrays by name.
+      queries: by name, those to load.
+      ring: has the rows of k and v.
+    """
+    local = dict(scratch)
+    for name, array in queries.items():
+      local[name] = self.queries.load(local[name], array, self.h, 0)
+    for name, array in (("k", ring.k_NSHK), ("v", ring.v_NSHK)):
+      local[name] = self.keys.load(
+        *(local[name], array, self.h, self.first_key_y),
+        *(self.walked.first, ring.first_row, ring.batch),
+      )
+    return local
+
+  def over_query_blocks(self, body, carry):
+    """Returns the carry after body(QueryBlock, carry) over all queries.
+
+    Those of a class come in ascending y. The last block of a class goes beyond
+    its end, into the rows of the next, which come later.
+    """
+
+    def of_class(a, carry):
+      def one(i, carry):
+        y = i * BLOCK
+        y_Q = y + jnp.arange(BLOCK, dtype=jnp.int32)
+        row = self.queries.row(a, y)
+        return body(QueryBlock(a, y, row, a + self.stride * y_Q), carry)
+
+      count = walk.ceil_div(self.sizes.T - a, self.stride)
+      return jax.lax.fori_loop(0, walk.ceil_div(count, BLOCK), one, carry)
+
+    return self.queries.over_classes(of_class, carry)
+
+  def over_key_blocks(self, queries: QueryBlock, body, carry):
+    """Returns the carry after body(KeyBlock, carry) over what they meet."""
+    static, sizes = self.static, self.sizes
+
+    def residue(rho, carry):
+      ends = walk.key_blocks(self.walked, queries.a, queries.y, rho, sizes)
+      parts = [(False, ends)]
+      if static.memory:
+        c, _ = walk.key_class(self.walked, queries.a, rho, sizes)
+        newer = self.first_new(c) // BLOCK
+        parts = [
+          (False, [jnp.maximum(end, newer) for end in ends]),
+          (True, [jnp.minimum(end, newer) for end in ends]),
+        ]
+      for older, part in parts:
+
+        def one(j, is_full, carry, older=older):
+          keys = self.key_block(queries, rho, j, is_full, older)
+          return body(keys, carry)
+
+        carry = walk.over_blocks(part, one, carry)
+      return carry
+
+    return walk.over_residues(self.walked, residue, carry, sizes)
+
+  def first_new(self, c):
+    """Returns the y of the first key of a class that is not memory."""
+    first_x = self.static.memory - self.sizes.older
+    return walk.ceil_div(first_x - c, self.stride)
+
+  def key_block(self, queries, rho, j, is_full, older) -> KeyBlock:
+    """Returns key block j of the class that the queries meet at rho."""
+    c, b = walk.key_class(self.walked, queries.a, rho, self.sizes)
+    y = j * BLOCK
+    x = c + self.stride * (y + jnp.arange(BLOCK, dtype=jnp.int32))
+    diagonal = jnp.arange(2 * BLOCK - 1, dtype=jnp.int32)
+    distance = queries.y - y - b + BLOCK - 1 - diagonal
+    distance = self.stride * distance + rho
+    bias = None
+    if not is_full:
+      bias = blocked_bias.of_partial_block(
+        self.table_HS, self.h, distance, x >= self.walked.first
+      )
+    elif self.sizes.strided:
+      bias = self.table_HS[self.h, rho]
+    rows = self.keys.row(c, y), self.new_keys.row(c, y)
+    return KeyBlock(*rows, x, bias, distance, older)
+
+  def kept(self, seed, B, queries: QueryBlock):
+    """Returns a function of a KeyBlock: (B, Q, C) what dropout leaves."""
+    row_BQ1 = dropout.row_hash(
+      seed,
+      jnp.arange(B, dtype=jnp.int32)[:, None, None],
+      self.h,
+      queries.x[None, :, None],
+    )
+
+    def kept(keys):
+      return dropout.keep_key(
+        row_BQ1, keys.x[None, None], self.static.dropout_rate
+      )
+
+    return kept

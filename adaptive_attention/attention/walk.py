@@ -1,0 +1,331 @@
+"""Which blocks of queries and keys hold an open pair: integers alone.
+
+Positions are counted as x = t for queries and x = s - (S - T) for keys, so that
+a distance is a difference of x. A head with the stride P deals them into P
+residue classes, x = P y + a, and a block is made of consecutive y of one class:
+`block_q` of queries by `block_k` of keys. Blocks begin at multiples of their
+size in y, those of keys below zero too. Between a query of class a and a key of
+class c the distance is
+
+  d = P (y_q - y_k - b) + rho,  rho = (a - c) mod P,  b = 1 if a < rho else 0
+
+Under an integer wave of period P the wave is one number for each residue rho,
+so a head with the stride P walks the open residues alone. P = 1 is the band.
+
+An implementation reads a head's integers (`Heads`) and asks `key_blocks` or
+`query_blocks` between which ends it has to walk. Both give each block that
+holds an open pair of an existing query and an existing key, and no other; but
+for a head of stride 1 under a wave all distances up to its last open one count
+as open. Spans, periods and the first key are run-time values.
+
+These functions work on scalars, and serve in a Pallas kernel as well as in XLA:
+there is no constant array in them, what is a Python integer stays one, and
+`lax.div`, which rounds to zero, is all the division that there is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_STRIDE = 16  # integer waves of longer periods run as a band
+_STRIDE_COST = 1.1  # of a block under a stride, against one of the band
+
+
+class Sizes(NamedTuple):
+  """What is static: T queries, S keys, rows of blocks.
+
+  Attributes:
+    strided: whether a head may have a stride other than one. Where it may not,
+      classes and residues are Python's zero and nothing is divided by P.
+  """
+
+  T: int
+  S: int
+  block_q: int
+  block_k: int
+  strided: bool = False
+
+  @property
+  def older(self) -> int:
+    """How many keys stand before the first query."""
+    return self.S - self.T
+
+
+class Heads(NamedTuple):
+  """How heads are walked; of one head, without the leading axis.
+
+  Attributes:
+    stride: (H,) P.
+    last: (H,) the largest open distance; -1 if there is none.
+    full: (H,) the distance up to which all open pairs of one residue have one
+      log weight, which has no slope by distance; -1 if there is none.
+    first: (H,) the x of the first key that exists.
+    residues: (H, MAX_STRIDE) the open residues, in front.
+    residue_count: (H,) how many these are.
+  """
+
+  stride: jax.Array
+  last: jax.Array
+  full: jax.Array
+  first: jax.Array
+  residues: jax.Array
+  residue_count: jax.Array
+
+
+def floor_div(x, y):
+  """Returns x // y for y > 0; of Python's integers one of these."""
+  if isinstance(y, int) and (y == 1 or isinstance(x, int)):
+    return x // y if y > 1 else x
+  quotient = lax.div(x, y)
+  return jnp.where(quotient * y > x, quotient - 1, quotient)
+
+
+def ceil_div(x, y):
+  """Returns x / y rounded up, for y > 0."""
+  return -floor_div(-x, y)
+
+
+def to_int(condition):
+  """Returns 1 or 0."""
+  if isinstance(condition, bool):
+    return int(condition)
+  return condition.astype(jnp.int32)
+
+
+def stride_of(head: Heads, sizes: Sizes):
+  """Returns P, which is Python's 1 where no head has another."""
+  return head.stride if sizes.strided else 1
+
+
+def key_class(head: Heads, a, rho, sizes: Sizes):
+  """Returns (c, b) of the keys that class a of queries meets at rho."""
+  b = to_int(a < rho)
+  return a - rho + stride_of(head, sizes) * b, b
+
+
+def query_class(head: Heads, c, rho, sizes: Sizes):
+  """Returns (a, b) of the queries that class c of keys meets at rho."""
+  P = stride_of(head, sizes)
+  b = to_int(c + rho >= P)
+  return c + rho - P * b, b
+
+
+def _ordered(start, full_start, full_stop, stop):
+  """The ends, so that what is full lies within what is walked."""
+  full_start = jnp.minimum(jnp.maximum(full_start, start), stop)
+  full_stop = jnp.minimum(jnp.maximum(full_stop, full_start), stop)
+  return start, full_start, full_stop, stop
+
+
+def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
+  """Returns between which ends a query block walks the keys of a residue.
+
+  Args:
+    head: the integers of one head.
+    a, y_q: class and first y of the query block.
+    rho: an open residue.
+    sizes: static.
+
+  Returns:
+    (start, full_start, full_stop, stop): key block j, from y = j block_k on, is
+    walked for j in [start, stop). In [full_start, full_stop) it is full: all
+    its pairs (of queries that exist) are open and have one log weight.
+  """
+  P, block_k = stride_of(head, sizes), sizes.block_k
+  c, b = key_class(head, a, rho, sizes)
+  y_first = ceil_div(head.first - c, P)
+  newest = ceil_div(sizes.T - a, P)
+  newest = jnp.minimum(y_q + sizes.block_q, newest) - 1  # query of the block
+  low = jnp.maximum(y_q - b - floor_div(head.last - rho, P), y_first)
+  high = newest - b
+  there = (head.last >= rho) & (y_q <= newest) & (low <= high) & (a < P)
+  start = floor_div(low, block_k)
+  stop = jnp.where(there, floor_div(high, block_k) + 1, start)
+  low = jnp.maximum(high - floor_div(head.full - rho, P), y_first)
+  full_stop = floor_div(y_q - b + 1, block_k)
+  return _ordered(start, ceil_div(low, block_k), full_stop, stop)
+
+
+def query_blocks(head: Heads, c, y_k, rho, sizes: Sizes):
+  """Returns between which ends a key block walks the queries of a residue.
+
+  The same blocks as `key_blocks` gives, seen from the keys: query block i, from
+  y = i block_q on, is walked for i in [start, stop) and full in [full_start,
+  full_stop).
+  """
+  P, block_q = stride_of(head, sizes), sizes.block_q
+  a, b = query_class(head, c, rho, sizes)
+  y_first = ceil_div(head.first - c, P)
+  newest = y_k + sizes.block_k - 1  # key of the block
+  last_query = ceil_div(sizes.T - a, P) - 1
+  low = jnp.maximum(jnp.maximum(y_k, y_first) + b, 0)
+  high = newest + b + floor_div(head.last - rho, P)
+  high = jnp.minimum(high, last_query)
+  there = (head.last >= rho) & (y_first <= newest) & (low <= high) & (c < P)
+  start = floor_div(low, block_q)
+  stop = jnp.where(there, floor_div(high, block_q) + 1, start)
+  high = y_k + b + floor_div(head.full - rho, P)
+  full_stop = jnp.where(last_query <= high, stop, floor_div(high + 1, block_q))
+  full_stop = jnp.where(y_first <= y_k, full_stop, start)
+  return _ordered(start, ceil_div(newest + b, block_q), full_stop, stop)
+
+
+def over_residues(head: Heads, body, carry, sizes: Sizes):
+  """Returns the carry after body(rho, carry) for each open residue."""
+  if not sizes.strided:
+    return body(0, carry)
+  return lax.fori_loop(
+    0,
+    head.residue_count,
+    lambda r, carry: body(head.residues[r], carry),
+    carry,
+  )
+
+
+def over_blocks(ends, body, carry):
+  """Returns the carry after body(block, is_full, carry) between the ends.
+
+  `is_full` is static: first come the partial blocks, then the full ones, each
+  from the last to the first.
+  """
+  start, full_start, full_stop, stop = ends
+  after, full = stop - full_stop, full_stop - full_start
+
+  def partial(n, carry):
+    skipped = jnp.where(n < after, 0, full)
+    return body(stop - 1 - n - skipped, False, carry)
+
+  carry = lax.fori_loop(0, after + full_start - start, partial, carry)
+  return lax.fori_loop(
+    0, full, lambda n, carry: body(full_stop - 1 - n, True, carry), carry
+  )
+
+
+# What follows is for XLA alone: arrays over all heads and blocks.
+
+
+def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
+  """Returns the integers of all heads.
+
+  A head under an integer wave gets the stride of its period if that makes less
+  work than the band, by the number of blocks.
+
+  Args:
+    mask: a `masks.Mask`.
+    table_HS: log m + log w by distance; -inf where hidden.
+    first_key: keys before this index do not exist.
+    sizes: static.
+  """
+  open_HS = lax.stop_gradient(table_HS) > -jnp.inf
+  H, S = open_HS.shape
+  distance_S = jnp.arange(S, dtype=jnp.int32)
+  last_H = jnp.max(jnp.where(open_HS, distance_S[None], -1), axis=-1)
+  first = jnp.clip(first_key, 0, S).astype(jnp.int32) - sizes.older
+  # There m = 1 and without a slope; a token less, as m is rounded.
+  full_H = jnp.ceil(lax.stop_gradient(mask.span)).astype(jnp.int32) - 2
+  # m falls with the distance: a residue is open if its least distance is.
+  least_HR = open_HS[:, :MAX_STRIDE]
+  least_HR = jnp.pad(least_HR, ((0, 0), (0, max(0, MAX_STRIDE - S))))
+
+  def walked(stride_H, full_H):
+    rho_1R = jnp.arange(MAX_STRIDE, dtype=jnp.int32)[None]
+    open_HR = jnp.where(stride_H[:, None] == 1, rho_1R == 0, least_HR)
+    open_HR &= (rho_1R < stride_H[:, None]) & (last_H >= 0)[:, None]
+    return Heads(
+      stride_H,
+      last_H,
+      full_H,
+      jnp.full(H, first),
+      jnp.argsort(~open_HR, axis=-1, stable=True).astype(jnp.int32),
+      jnp.sum(open_HR, axis=-1, dtype=jnp.int32),
+    )
+
+  one_H = jnp.ones(H, jnp.int32)
+  band = walked(one_H, full_H if mask.wave is None else -one_H)
+  if not sizes.strided:
+    return band
+  period_H = jnp.round(lax.stop_gradient(mask.wave.period)).astype(jnp.int32)
+  strided = walked(jnp.clip(period_H, 1, MAX_STRIDE), full_H)
+  cost_H = _STRIDE_COST * block_count(strided, sizes).astype(jnp.float32)
+  worth_H = cost_H < block_count(band, sizes).astype(jnp.float32)
+  worth_H &= strided.stride == period_H
+  return jax.tree.map(
+    lambda x, y: jnp.where(worth_H.reshape(H, *(1,) * (x.ndim - 1)), x, y),
+    strided,
+    band,
+  )
+
+
+class Rows(NamedTuple):
+  """Blocks of one side, class by class, each class from a whole block on.
+
+  Attributes:
+    group: class a of queries or c of keys; P and more where there is none.
+    y: of the first row.
+  """
+
+  group: jax.Array
+  y: jax.Array
+
+
+def row_count(sizes: Sizes, rows) -> int:
+  """Returns N, as many blocks of queries ("q") or keys ("k") as there can be.
+
+  Each class begins at a whole block, on either side of zero.
+  """
+  spare = MAX_STRIDE if sizes.strided else 0
+  if rows == "q":
+    return ceil_div(sizes.T, sizes.block_q) + spare
+  before, after = (ceil_div(x, sizes.block_k) for x in (sizes.older, sizes.T))
+  return before + after + 2 * spare
+
+
+def rows_of(stride, sizes: Sizes, rows) -> Rows:
+  """Returns (N,) the blocks of queries (rows="q") or keys ("k") of one head.
+
+  All classes have as many, the keys' from the same y below zero on.
+  """
+  P = stride if sizes.strided else 1
+  block = sizes.block_q if rows == "q" else sizes.block_k
+  older = 0 if rows == "q" else sizes.older
+  before = ceil_div(ceil_div(older, P), block)
+  of_class = before + ceil_div(ceil_div(sizes.T, P), block)
+  n = jnp.arange(row_count(sizes, rows), dtype=jnp.int32)
+  group = n // of_class
+  return Rows(group, (n - group * of_class - before) * block)
+
+
+def ends_of(heads: Heads, sizes: Sizes, rows="q"):
+  """Returns (ends, Rows): what each block of `rows_of` walks, of all heads.
+
+  The ends are those of `key_blocks` for rows="q" and of `query_blocks` for
+  "k", each (H, N, R); R is the rank among a head's open residues. Beyond these
+  nothing is walked.
+  """
+  walk = key_blocks if rows == "q" else query_blocks
+  rank_R = jnp.arange(MAX_STRIDE if sizes.strided else 1, dtype=jnp.int32)
+
+  def of_residue(head, group, y, rank):
+    ends = walk(head, group, y, head.residues[rank], sizes)
+    return [jnp.where(rank < head.residue_count, end, ends[0]) for end in ends]
+
+  def of_head(head):
+    blocks = rows_of(head.stride, sizes, rows)
+    over_ranks = jax.vmap(of_residue, (None, None, None, 0))
+    over_blocks = jax.vmap(over_ranks, (None, 0, 0, None))
+    return over_blocks(head, *blocks, rank_R), blocks
+
+  return jax.vmap(of_head)(heads)
+
+
+def counts(heads: Heads, sizes: Sizes, rows="q"):
+  """Returns (H, N, R) how many blocks are walked; see `ends_of`."""
+  (start, _, _, stop), _ = ends_of(heads, sizes, rows)
+  return stop - start
+
+
+def block_count(heads: Heads, sizes: Sizes):
+  """Returns (H,) how many blocks are computed."""
+  return jnp.sum(counts(heads, sizes), axis=(1, 2), dtype=jnp.int32)

@@ -1,0 +1,146 @@
+"""A list of the blocks of a walk, for a grid that needs one (a TPU's).
+
+It is made from the counts of `walk.counts`, so that beside the list itself
+memory is linear in the numbers of query blocks and key blocks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive_attention.attention.walk import (
+  Heads,
+  Sizes,
+  ends_of,
+  floor_div,
+  row_count,
+  to_int,
+)
+
+FIRST, LAST, FULL, EMPTY = 1, 2, 4, 8  # flags of an `Item`
+
+
+class Items(NamedTuple):
+  """A list of blocks, head by head, for a grid that needs one.
+
+  Items of one query block (or of one key block) follow each other, and each
+  block of `rows_of` whose class there is has at least one. See `item` for what
+  an entry holds.
+
+  Attributes:
+    count: () how many there are.
+    words: two of (N,); N is static and the most that there can be.
+  """
+
+  count: jax.Array
+  words: tuple[jax.Array, jax.Array]
+
+
+class Item(NamedTuple):
+  """One entry: query block i of class a and key block j, at rho, of a head.
+
+  Attributes:
+    flags: FIRST and LAST of the items that follow each other for one query
+      block (or key block); FULL; EMPTY where there is nothing to compute, but
+      a result of zeros to write.
+  """
+
+  head: jax.Array
+  a: jax.Array
+  i: jax.Array
+  rho: jax.Array
+  j: jax.Array
+  flags: jax.Array
+
+
+def item(words) -> Item:
+  """Returns what the two words of an item say; in a kernel too."""
+  who, where = words
+  return Item(
+    head=who >> 16,
+    a=(who >> 12) & 15,
+    i=where >> 16,
+    rho=(who >> 8) & 15,
+    j=(where << 16) >> 16,
+    flags=who & 255,
+  )
+
+
+def most_items(H, sizes: Sizes, rows) -> int:
+  """Returns the length of a list: a band without a mask, and empty items.
+
+  A stride is taken only where it makes less work than the band.
+  """
+  causal = sum(
+    floor_div(min(y + sizes.block_q, sizes.T) - 1, sizes.block_k)
+    - floor_div(-sizes.older, sizes.block_k)
+    + 1
+    for y in range(0, sizes.T, sizes.block_q)
+  )
+  return H * (causal + row_count(sizes, rows))
+
+
+def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
+  """Returns the list of all blocks.
+
+  Args:
+    heads: of all H heads.
+    sizes: static.
+    rows: static; "q" for items sorted by query block, "k" by key block.
+
+  Raises:
+    ValueError: more heads or blocks than two words can name.
+  """
+  (start, full_start, full_stop, stop), blocks = ends_of(heads, sizes, rows)
+  H, N, R = start.shape
+  most = max(H, *(row_count(sizes, side) for side in "qk"))
+  if most >= 2**15:
+    raise ValueError(
+      f"{H} heads or {most} blocks are more than the {2**15 - 1} that an item "
+      "can name; take larger blocks"
+    )
+  exists_HN = blocks.group < heads.stride[:, None]
+  empty_HN = exists_HN & (jnp.sum(stop - start, axis=-1) == 0)
+  count_HNR = stop - start
+  count_HNR = count_HNR.at[..., 0].add(to_int(empty_HN))
+  at, place, place_in_row, count = _expanded(
+    count_HNR, most_items(H, sizes, rows)
+  )
+  h, n, rank = at // (N * R), at // R % N, at % R
+
+  is_empty = empty_HN[h, n]
+  other = jnp.where(is_empty, 0, start[h, n, rank] + place)
+  is_full = (full_start[h, n, rank] <= other) & (other < full_stop[h, n, rank])
+  flags = FIRST * to_int(place_in_row == 0) + EMPTY * to_int(is_empty)
+  flags += FULL * to_int(is_full & ~is_empty)
+  in_row = jnp.sum(count_HNR, axis=-1, dtype=jnp.int32)[h, n]
+  flags += LAST * to_int(place_in_row == in_row - 1)
+  rho = heads.residues[h, rank]
+  group, y = blocks.group[h, n], blocks.y[h, n]
+  if rows == "q":
+    a, i, j = group, y // sizes.block_q, other
+  else:
+    a, i, j = group + rho, other, y // sizes.block_k
+    a = jnp.where(a >= heads.stride[h], a - heads.stride[h], a)
+  who = (h << 16) + (a << 12) + (rho << 8) + flags
+  return Items(count, (who, (i << 16) + (j & 0xFFFF)))
+
+
+def _expanded(count_HNR, total):
+  """Numbers the items of all counts, in order.
+
+  Returns:
+    (at, place, place_in_row, count): of each of `total` items at which count it
+    stands, flat; its place within that one, and within the counts of one block
+    of rows; and how many items there are.
+  """
+  R = count_HNR.shape[-1]
+  count = count_HNR.reshape(-1)
+  stop = jnp.cumsum(count, dtype=jnp.int32)
+  at = jnp.repeat(
+    jnp.arange(len(count), dtype=jnp.int32), count, total_repeat_length=total
+  )
+  here = jnp.arange(total, dtype=jnp.int32)
+  begin = stop - count
+  return at, here - begin[at], here - begin[at // R * R], stop[-1]

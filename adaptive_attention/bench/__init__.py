@@ -1,0 +1,1 @@
+"""Benchmarks: the cases that tests and --mode=bench share, and what is timed."""

@@ -1,0 +1,265 @@
+"""The walk against brute force: which blocks hold an open pair."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive_attention import masks
+from adaptive_attention.attention import walk, walk_items
+from adaptive_attention.attention.walk import Sizes
+from adaptive_attention.masks import Mask, Wave
+
+
+def made(heads, integer=True):
+  """A mask of heads: (span,) or (span, period, ratio) each."""
+  span, *wave = (jnp.array(x, jnp.float32) for x in zip(*heads, strict=True))
+  return Mask(span, 8.0, Wave(*wave, integer=integer) if wave else None)
+
+
+# 365 and, under a stride of 2, 495 are a little less than what a block of 64
+# or 128 wants to be full.
+MASKS = {
+  "spans": made(
+    [(z,) for z in (0.0, 0.4, 5.5, 40.5, 63.0, 64.0, 130.5, 365.0, 1e4)]
+  ),
+  "real waves": made(
+    [(3.5, 2.3, 0.1), (90.5, 5.7, -0.2), (1e4, 7.9, 0.2), (9.5, 4.0, -0.5)],
+    integer=False,
+  ),
+  "integer waves": made(
+    [(1e4, P, -0.2) for P in range(1, walk.MAX_STRIDE + 1)]
+    + [(20.0 * P, P, P / 40 - 0.25) for P in range(1, walk.MAX_STRIDE + 1)]
+    + [(365.0, 2.0, -0.2), (495.0, 2.0, -0.2), (130.5, 3.0, 0.0)]
+    + [(50.0, 17.0, -0.25), (1e4, 4.0, -0.5), (1e4, 4.0, 0.5), (0.0, 2.0, 0.2)]
+  ),
+}
+# T, S, first key, rows of query blocks and of key blocks.
+SIZES = [
+  (1, 1, 0, 16, 16),
+  (1, 300, 0, 64, 32),
+  (7, 10, 3, 16, 32),
+  (129, 129, 0, 64, 64),
+  (129, 129, 128, 32, 64),
+  (130, 200, 70, 64, 16),
+  (300, 427, 17, 128, 64),
+  (300, 427, 400, 32, 128),
+  (333, 333, 333, 64, 64),
+  (500, 500, 0, 48, 80),
+  (700, 900, 50, 128, 128),
+]
+case = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size}")
+mask = pytest.mark.parametrize("name", MASKS)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _found(mask, first_key, sizes, cost):
+  # The cost is read when this is traced.
+  assert walk._STRIDE_COST == cost
+  table_HS = masks.log_weight(mask, jnp.arange(sizes.S, dtype=jnp.int32))
+  heads = walk.heads_of(mask, table_HS, first_key, sizes)
+  ends = {rows: walk.ends_of(heads, sizes, rows) for rows in "qk"}
+  return heads, table_HS, ends, walk.block_count(heads, sizes)
+
+
+def found(mask, size):
+  """(heads, sizes, table_HS, ends, counts) as NumPy's arrays."""
+  T, S, first_key, block_q, block_k = size
+  strided = mask.wave is not None and mask.wave.integer
+  sizes = Sizes(T, S, block_q, block_k, strided)
+  heads, *rest = jax.tree.map(
+    np.asarray, _found(mask, first_key, sizes, walk._STRIDE_COST)
+  )
+  return heads, sizes, *rest
+
+
+def positions(stride, sizes, rows):
+  """{(class, block): x of those that exist} of one head, by looking at all."""
+  block = sizes.block_q if rows == "q" else sizes.block_k
+  found = {}
+  for x in range(0 if rows == "q" else -sizes.older, sizes.T):
+    y, group = divmod(x, stride)
+    found.setdefault((group, y // block), []).append(x)
+  return {key: np.array(x) for key, x in found.items()}
+
+
+def brute_force(mask, size, heads, sizes, table_HS):
+  """Of each head {(a, i, c, j): log weights of the pairs of a block}.
+
+  Only of blocks with an open pair, and of queries and keys that exist; a pair
+  of a key that is later than the query, or missing, is -inf. Under a wave that
+  a head does not stride all distances up to its last open one count as open.
+  """
+  first = min(max(size[2], 0), sizes.S) - sizes.older
+  of_heads = []
+  for h, stride in enumerate(heads.stride.tolist()):
+    counts = np.isfinite(table_HS[h])
+    if stride == 1 and mask.wave is not None and counts.any():
+      counts[: np.flatnonzero(counts)[-1] + 1] = True
+    blocks = {}
+    for ((a, i), x_q), ((c, j), x_k) in itertools.product(
+      positions(stride, sizes, "q").items(),
+      positions(stride, sizes, "k").items(),
+    ):
+      d = x_q[:, None] - x_k[None]
+      there = (d >= 0) & (x_k >= first)[None]
+      d = np.clip(d, 0, None)
+      if (counts[d] & there).any():
+        weights = np.where(there, table_HS[h][d], -np.inf)
+        whole = len(x_k) == sizes.block_k
+        blocks[a, i, c, j] = weights if whole else np.append(weights, -np.inf)
+    of_heads.append(blocks)
+  return of_heads
+
+
+def walked(heads, sizes, ends_of_rows, rows):
+  """Of each head the list of ((a, i, c, j), is full), in one direction."""
+  ends, blocks = ends_of_rows
+  block = sizes.block_q if rows == "q" else sizes.block_k
+  of_heads = []
+  for h, P in enumerate(heads.stride.tolist()):
+    of_heads.append([])
+    for n, r in np.ndindex(ends[0].shape[1:]):
+      start, full_start, full_stop, stop = (int(end[h, n, r]) for end in ends)
+      assert start <= full_start <= full_stop <= stop
+      group, here = int(blocks.group[h, n]), int(blocks.y[h, n]) // block
+      rho = int(heads.residues[h, r])
+      for there in range(start, stop):
+        if rows == "q":
+          key = group, here, (group - rho) % P, there
+        else:
+          key = (group + rho) % P, there, group, here
+        of_heads[-1].append((key, full_start <= there < full_stop))
+  return of_heads
+
+
+@mask
+@case
+def test_blocks_with_an_open_pair_are_walked_once_and_no_others(
+  name, size, monkeypatch
+):
+  """In both directions, under all strides whether they pay or not."""
+  monkeypatch.setattr(walk, "_STRIDE_COST", 0.0)
+  heads, sizes, table_HS, ends, counts = found(MASKS[name], size)
+  expected = brute_force(MASKS[name], size, heads, sizes, table_HS)
+  directions = [walked(heads, sizes, ends[rows], rows) for rows in "qk"]
+  for h, blocks in enumerate(expected):
+    for direction in directions:
+      keys = [key for key, _ in direction[h]]
+      assert len(keys) == len(set(keys))
+      assert set(keys) == blocks.keys()
+      for key, full in direction[h]:
+        if full:  # one log weight for all pairs of the residue
+          assert np.ptp(blocks[key]) == 0, (h, key)
+    assert sorted(directions[0][h]) == sorted(directions[1][h])
+  np.testing.assert_array_equal(counts, [len(blocks) for blocks in expected])
+
+
+def test_all_strides_are_among_the_cases(monkeypatch):
+  monkeypatch.setattr(walk, "_STRIDE_COST", 0.0)
+  heads, *_ = found(MASKS["integer waves"], SIZES[-1])
+  assert set(heads.stride.tolist()) == set(range(1, walk.MAX_STRIDE + 1))
+
+
+@pytest.mark.parametrize("rows", ["q", "k"])
+@mask
+@case
+def test_items_are_the_walk(name, size, rows):
+  heads, sizes, _, ends, _ = found(MASKS[name], size)
+  listed = jax.jit(walk_items.items, static_argnums=(1, 2))(heads, sizes, rows)
+  count, H = int(listed.count), len(heads.stride)
+  assert count <= len(listed.words[0]) == walk_items.most_items(H, sizes, rows)
+  item = walk_items.item([np.asarray(word)[:count] for word in listed.words])
+  of_heads, groups = [[] for _ in range(H)], []
+  for head, a, i, rho, j, flags in zip(*item, strict=True):
+    P = heads.stride[head]
+    c = (a - rho) % P
+    key = tuple(map(int, (a, i, c, j)))
+    groups.append((int(head), *(key[:2] if rows == "q" else key[2:]), flags))
+    if not flags & walk_items.EMPTY:
+      of_heads[head].append((key, bool(flags & walk_items.FULL)))
+  assert of_heads == walked(heads, sizes, ends[rows], rows)
+  # Each block of rows stands once, from a first item to a last one.
+  runs = [
+    (key, [flags for *_, flags in run])
+    for key, run in itertools.groupby(groups, lambda group: group[:3])
+  ]
+  assert [key for key, _ in runs] == sorted({key for key, _ in runs})
+  wanted = set()
+  for h, P in enumerate(heads.stride.tolist()):
+    here = positions(P, sizes, rows)
+    wanted |= {(h, *key) for key in here}
+  assert wanted <= {key for key, _ in runs}
+  for _, flags in runs:
+    ends = walk_items.FIRST, walk_items.LAST
+    for end, at in zip(ends, (0, len(flags) - 1), strict=True):
+      marked = [n for n, flag in enumerate(flags) if flag & end]
+      assert marked == [at]
+    assert len(flags) == 1 or not any(x & walk_items.EMPTY for x in flags)
+
+
+def test_a_band_has_as_many_full_blocks_as_it_can():
+  """Closed forms may not call full less than there is."""
+  mask = MASKS["spans"]
+  heads, sizes, _, ends, _ = found(mask, (500, 500, 0, 64, 64))
+  full = [
+    sum(full for _, full in blocks)
+    for blocks in walked(heads, sizes, ends["q"], "q")
+  ]
+  d = 64 * np.subtract.outer(np.arange(8), np.arange(8))
+  # Of the last block only 500 - 7 * 64 = 52 queries exist. A key that is as far
+  # as the span may be off by a rounding.
+  last = np.where(np.arange(8) == 7, 51, 63)[:, None]
+  spans = np.ceil(np.asarray(mask.span)) - 2
+  assert full == [((d >= 64) & (d + last <= z)).sum() for z in spans]
+  assert full[-1] == 28 and full[-2] > 0
+
+
+def test_the_stride_is_the_one_with_less_work():
+  heads = [
+    (1e4, 4.0, -0.2),
+    (1e4, 4.0, 0.5),
+    (1e4, 17.0, -0.2),
+    (9.0, 4.0, 0.0),
+  ]
+  heads, *_ = found(made(heads), (2000, 2000, 0, 64, 64))
+  np.testing.assert_array_equal(heads.stride, [4, 1, 1, 1])
+  np.testing.assert_array_equal(heads.residue_count, [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("rows", ["q", "k"])
+def test_a_list_takes_memory_that_is_linear_beside_itself(rows):
+  def temporary(T):
+    sizes = Sizes(T, T, 64, 64, True)
+    H = jax.ShapeDtypeStruct((16,), jnp.int32)
+    residues = jax.ShapeDtypeStruct((16, walk.MAX_STRIDE), jnp.int32)
+    heads = walk.Heads(H, H, H, H, residues, H)
+    run = jax.jit(walk_items.items, static_argnums=(1, 2))
+    memory = run.lower(heads, sizes, rows).compile().memory_analysis()
+    counted = 16 * walk.row_count(sizes, rows) * walk.MAX_STRIDE
+    listed = walk_items.most_items(16, sizes, rows)
+    return memory.temp_size_in_bytes / (listed + counted)
+
+  # Sixteen integers an entry of the list or of the counts, at any length.
+  assert temporary(4096) < 64
+  assert temporary(32768) < 64
+
+
+@pytest.mark.parametrize("x", range(-9, 10))
+@pytest.mark.parametrize("y", [1, 2, 3, 8])
+def test_divisions_round_to_either_side(x, y):
+  for one, other in ((x, y), (jnp.int32(x), y), (x, jnp.int32(y))):
+    assert walk.floor_div(one, other) == x // y
+    assert walk.ceil_div(one, other) == -(-x // y)
+  assert isinstance(walk.floor_div(x, y), int)
+
+
+def test_more_blocks_than_an_item_can_name():
+  sizes = Sizes(2**20, 2**20, 16, 16)
+  one = jnp.zeros(1, jnp.int32)
+  heads = walk.Heads(one, one, one, one, jnp.zeros((1, 16), jnp.int32), one)
+  with pytest.raises(ValueError, match="65536 blocks"):
+    walk_items.items(heads, sizes)
