@@ -214,7 +214,7 @@ def generate(
   half is read anew, at places that are the same for all texts.
 
   Args:
-    params, config: the model's, concrete; prompt_BT: tokens, T at least 1.
+    params, config, prompt_BT: concrete; T is at least 1.
     steps, key: how many to draw, and what the draws follow from.
     temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text.
@@ -229,8 +229,7 @@ def generate(
   text_BT = np.asarray(_prompt(prompt_BT, config))
   B, prompt_length = text_BT.shape
   key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
-  end = prompt_length + steps
-  room = 0  # How many tokens can follow before the window is read anew.
+  end, room = prompt_length + steps, 0  # `room` is what can follow the window.
   while (length := text_BT.shape[1]) < end:
     if not room:
       window_BT, room = _window(config, text_BT, end - length)

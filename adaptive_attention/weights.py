@@ -8,6 +8,7 @@ that are added before layer I >= 1.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -141,7 +142,7 @@ def _is_buffer(name, shape):
   )
 
 
-def from_nanogpt(params: Mapping, config: ModelConfig):
+def from_nanogpt(params: Mapping, config: ModelConfig) -> dict:
   """The parameter tree of `Transformer(config)`, from the published names.
 
   Buffers are ignored. `lm_head.weight` must equal `transformer.wte.weight`.
@@ -240,7 +241,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple]:
   return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def load(path, config: ModelConfig):
+def load(path: str | os.PathLike, config: ModelConfig) -> dict:
   """The parameter tree out of a file, float32 whatever dtype the file has.
 
   Args:
@@ -279,7 +280,9 @@ def load(path, config: ModelConfig):
   )
 
 
-def save(path, params, config: ModelConfig, step: int):
+def save(
+  path: str | os.PathLike, params: Mapping, config: ModelConfig, step: int
+) -> None:
   """Writes the parameters as safetensors, with the model's settings.
 
   Names are paths, as block_0/attention/qkv/kernel. The metadata holds `config`,

@@ -11,8 +11,18 @@ from adaptive_attention.config import ModelConfig, OptimizerConfig, defaults
 
 
 def get_config() -> ConfigDict:
-  config = ConfigDict()
+  """Returns all settings, locked."""
+  config = _of_a_run()
+  config.data = _of_the_data()
+  # Each field of these two is explained where its default stands.
+  config.model = ConfigDict(defaults(ModelConfig))
+  config.optimizer = ConfigDict(defaults(OptimizerConfig))
+  config.bench = _of_benchmarks()
+  return config.lock()
 
+
+def _of_a_run() -> ConfigDict:
+  config = ConfigDict()
   # One number, under 2^32, from which the parameters, batches and dropout all
   # follow.
   config.seed = 0
@@ -52,30 +62,29 @@ def get_config() -> ConfigDict:
   # Copies of metrics.jsonl for those who look at curves.
   config.tensorboard = False
   config.wandb = False
+  return config
 
-  config.data = ConfigDict()
+
+def _of_the_data() -> ConfigDict:
+  config = ConfigDict()
   # "enwik8", or "python_source", the text that every Python carries.
-  config.data.corpus = "enwik8"
+  config.corpus = "enwik8"
   # Any local file instead (raw, .gz, .bz2, .xz, .zip with one member), split
   # 90/5/5.
-  config.data.path = ""
+  config.path = ""
   # Where a downloaded corpus is kept.
-  config.data.cache_dir = "data/cache"
+  config.cache_dir = "data/cache"
+  return config
 
-  # Each field with its reason in adaptive_attention/config.py.
-  config.model = ConfigDict(defaults(ModelConfig))
 
-  # Each is explained where its default stands, at OptimizerConfig.
-  config.optimizer = ConfigDict(defaults(OptimizerConfig))
-
-  config.bench = ConfigDict()
+def _of_benchmarks() -> ConfigDict:
+  config = ConfigDict()
   # "torch" times PyTorch's attention beside ours, where it is installed.
-  config.bench.compare = ""
+  config.compare = ""
   # A trained run whose spans to time, in place of the named shapes.
-  config.bench.checkpoint = ""
+  config.checkpoint = ""
   # Some of the shapes, parted by ";"; all if empty.
-  config.bench.shapes = ""
+  config.shapes = ""
   # Timed turns of each; the median is told.
-  config.bench.repeats = 7
-
-  return config.lock()
+  config.repeats = 7
+  return config

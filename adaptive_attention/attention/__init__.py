@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from adaptive_attention.attention import blocked, checks, reference
 from adaptive_attention.attention.ring import Ring, append
@@ -26,18 +27,18 @@ IMPLEMENTATIONS = ("blocked", "reference")
 
 
 def attend(
-  q_BTHK,
-  k_BSHK,
-  v_BSHK,
+  q_BTHK: ArrayLike,
+  k_BSHK: ArrayLike,
+  v_BSHK: ArrayLike,
   mask: Mask | None,
   *,
   memory: int = 0,
-  first_key=0,
-  relative_RK=None,
+  first_key: ArrayLike = 0,
+  relative_RK: ArrayLike | None = None,
   dropout_rate: float = 0.0,
-  dropout_seed=None,
+  dropout_seed: ArrayLike | None = None,
   implementation: str | None = None,
-  interpret=False,
+  interpret: bool = False,
 ) -> jax.Array:
   """Attends from the last T of S positions to what each head may look at.
 
@@ -92,15 +93,15 @@ def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
 
 def attend_ring(
   ring: Ring,
-  q_BTHK,
-  k_BTHK,
-  v_BTHK,
+  q_BTHK: ArrayLike,
+  k_BTHK: ArrayLike,
+  v_BTHK: ArrayLike,
   mask: Mask | None,
   *,
-  first_key=0,
-  relative_RK=None,
+  first_key: ArrayLike = 0,
+  relative_RK: ArrayLike | None = None,
   dropout_rate: float = 0.0,
-  dropout_seed=None,
+  dropout_seed: ArrayLike | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array, Ring]:
   """Appends T keys and values to a ring, then attends to all its S positions.
@@ -125,9 +126,8 @@ def attend_ring(
   Raises:
     ValueError, NotImplementedError: as `attend` does.
   """
-  q_BTHK, k_BTHK, v_BTHK, ring = jax.tree.map(
-    jnp.asarray, (q_BTHK, k_BTHK, v_BTHK, ring)
-  )
+  ring = jax.tree.map(jnp.asarray, ring)
+  q_BTHK, k_BTHK, v_BTHK = map(jnp.asarray, (q_BTHK, k_BTHK, v_BTHK))
   checks.queries_and_keys(q_BTHK, k_BTHK, v_BTHK)
   checks.ring_rows(ring, q_BTHK, k_BTHK)
   run = _runner(implementation)
@@ -135,7 +135,7 @@ def attend_ring(
     q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
   )
   ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTHK, v_BTHK)
-  memory = ring.k_NSHK.shape[1] - q_BTHK.shape[1]
+  memory = ring.k_NSHK.shape[1] - jnp.shape(q_BTHK)[1]
   out_BTHK = run(q_BTHK, k_BTHK, v_BTHK, ring=ring, memory=memory, **options)
   return out_BTHK, ring
 
@@ -157,11 +157,9 @@ def computed_pairs(
     ValueError: an unknown implementation, or lengths that do not fit.
   """
   checks.positions(T, S)
-  match _named(implementation):
-    case "reference":
-      return np.full(len(mask.span), T * S, np.int64)
-    case "blocked":
-      return blocked.computed_pairs(mask, T, S, first_key)
+  if _named(implementation) == "reference":
+    return np.full(len(mask.span), T * S, np.int64)
+  return blocked.computed_pairs(mask, T, S, first_key)
 
 
 def _named(implementation) -> str:

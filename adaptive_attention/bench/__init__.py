@@ -1,1 +1,1 @@
-"""Benchmarks: the cases that tests and --mode=bench share, and what is timed."""
+"""Benchmarks: the cases that tests share with them, and what is timed."""
