@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_attention.command_line.uses import USES
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.training import settings
+from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,7 +95,7 @@ def test_the_attend_example_is_as_it_says():
   assert names["out_BTHK"].shape == (1, 5, 2, 4)
 
 
-def test_the_memory_example_is_as_it_says():
+def test_the_state_example_is_as_it_says():
   from adaptive_attention.model import Transformer
 
   tokens_BT = jnp.zeros((4, 512), int)
@@ -103,7 +106,7 @@ def test_the_memory_example_is_as_it_says():
   names = init(jax.random.key(0), tokens_BT) | {"tokens_BT": tokens_BT}
   exec(example, names)
   assert names["logits_BTV"].shape == (4, 512, 256)
-  assert names["memory"].tokens_read == 512
+  assert names["state"].tokens_read == 512
 
 
 def test_the_writing_example_is_as_it_says(capsys):
@@ -117,12 +120,26 @@ def test_the_writing_example_is_as_it_says(capsys):
   names |= jax.jit(Transformer(config).init)(jax.random.key(0), prompt_BT)
   exec(blocks("python")[3], names)
   assert names["tokens_BT"].shape == (2, 100)
-  assert int(capsys.readouterr().out) == names["cache"].nbytes
+  assert int(capsys.readouterr().out) == names["state"].nbytes
+  assert names["state"].tokens_read == 6
+
+
+def test_the_table_of_modes_has_their_flags():
+  rows = re.findall(
+    r"^\| (\w+)(?: \(default\))? \| .* \| ([\w, ]+) \|$", README, re.M
+  )
+  told = {mode: {*flags.split(", ")} for mode, flags in rows}
+  expected = {}
+  for use in USES:
+    expected.setdefault(use.mode, set()).update(use.flags())
+  for mode, flags in expected.items():
+    always = {"config", "workdir"}  # name the folder alone in most of them
+    assert told[mode] - always == flags - always, mode
 
 
 def test_files_and_flags_that_readme_names_exist():
   for path in re.findall(r"\]\(([\w/.]+)\)", README):
     assert (ROOT / path).exists(), path
-  settings = (ROOT / "configs" / "base.py").read_text()
-  for name in re.findall(r"--config\.([\w.]+)", README):
-    assert f"config.{name} =" in settings, name
+  names = settings._flatten(base.get_config())
+  for name in re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)?)", README):
+    assert name in names, name
