@@ -1,8 +1,4 @@
-"""What is written out of a cache is what full forward passes say."""
-
-import dataclasses
-import functools
-import math
+"""Texts are those of full forward passes, drawn as they are told to be."""
 
 import jax
 import jax.numpy as jnp
@@ -10,237 +6,19 @@ import numpy as np
 import pytest
 
 from adaptive_attention import (
-  accounting,
   generation,
-  masks,
 )
-from adaptive_attention.attention import decode
-from adaptive_attention.config import ModelConfig
-from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer
-from adaptive_attention.modes import sample
-from adaptive_attention.state import init_cache
 from adaptive_attention.training import console
-from tests.test_model import randomized
-
-LENGTH = 90
-CONFIG = ModelConfig(
-  n_layer=2,
-  n_head=4,
-  width=32,
-  context_tokens=LENGTH,
-  max_span=64,
-  ramp=4.0,
-  position="rotary",
-  attention="span",
-  implementation="reference",
+from tests.written_models import (
+  CONFIG,
+  LENGTH,
+  MODELS,
+  TEXT,
+  all_logits,
+  changed,
+  parameters,
 )
-TEXT = np.random.default_rng(0).integers(0, 256, (3, LENGTH))
-SPANS = np.array([0.001, 2.0, 11.5, 30.25])
-
-
-def changed(**changes):
-  return dataclasses.replace(CONFIG, **changes)
-
-
-def parameters(config):
-  """Nothing at zero, spans from short to long, another order in each layer."""
-  init = jax.jit(Transformer(config).init)
-  tokens = jnp.zeros((1, 8), int)
-  params = randomized(init(jax.random.key(0), tokens)["params"], scale=0.3)
-  if config.attention == "dense":
-    return params
-  for i in range(config.n_layer):
-    attention = params[f"block_{i}"]["attention"]
-    share_H = np.roll(SPANS, i) / config.max_span
-    attention["span_logit"] = jnp.asarray(
-      np.log(share_H / (1 - share_H)), jnp.float32
-    )
-    if config.attention == "span_wave":
-      # Combs of one, two and all residues, and of three periods.
-      attention["period_logit"] = jnp.array([-9.0, 0.7, -0.7, 0.2])
-      attention["ratio_logit"] = jnp.array([-2.0, -1.0, -9.0, 9.0])
-  return params
-
-
-def all_logits(config, params, text=TEXT):
-  apply = jax.jit(Transformer(config).apply)
-  return np.asarray(apply({"params": params}, text))
-
-
-CLOSED = {
-  "attention": "span_wave",
-  "harmonics": 5,
-  "period_min": 30.0,
-  "period_max": 64.0,
-}
-MODELS = {
-  "dense": {"attention": "dense"},
-  "dense, relative": {"attention": "dense", "position": "relative"},
-  "span": {},
-  "span, relative": {"position": "relative"},
-  "span, learned": {"position": "learned"},
-  "real waves": {"attention": "span_wave"},
-  "integer waves": {"attention": "span_wave", "period": "integer"},
-  "integer waves, relative": {
-    "attention": "span_wave",
-    "period": "integer",
-    "position": "relative",
-    "harmonics": 0,
-  },
-  # Texts that are longer than the context of layers without spans.
-  "long, dense": {"attention": "dense", "context_tokens": 24},
-  "long, dense, relative": {
-    "attention": "dense",
-    "position": "relative",
-    "context_tokens": 20,
-    "memory_tokens": 7,
-  },
-  # The series of a long period closes even at the query itself.
-  "closed waves": CLOSED,
-  "closed integer waves": CLOSED | {"period": "integer", "vocab_size": 300},
-}
-
-
-@functools.cache
-def model_of(name):
-  """(config, params, logits of TEXT) of one of MODELS."""
-  config = changed(**MODELS[name])
-  params = parameters(config)
-  return config, params, all_logits(config, params)
-
-
-step = jax.jit(generation.step, static_argnames="config")
-
-
-@pytest.mark.parametrize(
-  ("cache", "prompt"), [("spans", 1), ("spans", 5), ("spans", 70), ("dense", 5)]
-)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
-  """Past the ends of the rings; prompts shorter and longer than these."""
-  config, params, expected = model_of(model)
-  assert np.isfinite(expected).all()
-  logits, kept = generation.prefill(params, config, TEXT[:, :prompt], cache)
-  for t in range(prompt, LENGTH):
-    np.testing.assert_allclose(logits, expected[:, t - 1], atol=1e-4)
-    logits, kept = step(params, config, TEXT[:, t], kept)
-  np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
-  assert kept.tokens_read == LENGTH
-
-
-@pytest.mark.parametrize("cache", ["spans", "dense"])
-@pytest.mark.parametrize("model", MODELS)
-def test_a_text_is_read_in_parts_of_any_length(model, cache):
-  """One call for all of them, traced and not, from an empty cache on."""
-  config, params, expected = model_of(model)
-  apply = Transformer(config).apply
-  traced = jax.jit(apply)
-  state = init_cache(params, config, batch=len(TEXT), cache=cache)
-  start = 0
-  for length, call in ((3, traced), (1, apply), (41, traced), (30, apply)):
-    tokens = TEXT[:, start : start + length]
-    logits, state = call({"params": params}, tokens, state=state)
-    np.testing.assert_allclose(
-      logits, expected[:, start : start + length], atol=1e-4
-    )
-    start += length
-    assert state.tokens_read == start
-
-
-def test_a_loop_on_the_device_starts_with_an_empty_cache():
-  config, params, expected = model_of("integer waves")
-  state = init_cache(params, config, batch=len(TEXT))
-
-  def one(state, tokens_B):
-    logits, state = Transformer(config).apply(
-      {"params": params}, tokens_B[:, None], state=state
-    )
-    return state, logits[:, 0]
-
-  _, logits = jax.lax.scan(one, state, jnp.asarray(TEXT.T))
-  np.testing.assert_allclose(logits.swapaxes(0, 1), expected, atol=1e-4)
-
-
-def test_closed_waves_leave_queries_without_a_key():
-  config, params, _ = model_of("closed waves")
-  opened = masks.is_open(mask_params(params, config)[0], np.arange(LENGTH))
-  assert (~np.asarray(opened)).all(axis=1).any()
-
-
-def test_dense_layers_look_back_as_far_in_any_text():
-  config, params, _ = model_of("long, dense")
-  config = dataclasses.replace(config, n_layer=1)
-  changed = np.array(TEXT)
-  changed[:, 40] = (changed[:, 40] + 1) % 256
-  seen = (
-    all_logits(config, params, changed) != all_logits(config, params)
-  ).any((0, 2))
-  np.testing.assert_array_equal(np.flatnonzero(seen), np.arange(40, 64))
-
-
-def test_combs_are_strides_and_what_is_hidden_is_not_read():
-  config = changed(**MODELS["integer waves"])
-  params = parameters(config)
-  layers = mask_params(params, config)
-  groups = decode.groups_of(layers[0], config.cache_tokens)
-  periods = {group.period for group in groups}
-  assert len(periods) > 1
-  reads = accounting.cache_reads(layers, config)
-  assert reads["open"] < reads["cache"] < reads["reach"] < reads["dense"]
-  opened = sum(
-    masks.is_open(mask, d).sum() for mask in layers for d in range(68)
-  )
-  assert reads["open"] == opened
-
-
-@pytest.mark.parametrize("longest", [40, 8192])
-def test_groups_hold_all_that_heads_see_and_hardly_more(longest):
-  spans = np.array([0, 0, 10, 20, 60, 150, 400, 1500.0])
-  mask = Mask(jnp.asarray(spans))
-  reach_H = decode.reach(mask, longest)
-  np.testing.assert_array_equal(reach_H, np.minimum(spans + 32, longest))
-  groups = decode.groups_of(mask, longest)
-  assert sorted(h for g in groups for h in g.heads) == list(range(8))
-  for group in groups:
-    assert group.rows == max(reach_H[h] for h in group.heads)
-  taken = sum(len(g.heads) * g.rows for g in groups)
-  assert taken <= 1.08 * reach_H.sum()
-  assert len(groups) == {40: 1, 8192: 4}[longest]
-
-
-def test_residues_of_combs():
-  wave = Wave(
-    jnp.array([4.0, 4.2, 3.0, 8.0]),
-    jnp.array([-0.25, -0.25, 0.0, 0.5]),
-    integer=True,
-  )
-  mask = Mask(jnp.array([100.0, 90.0, 50.0, 10.0]), 4.0, wave)
-  groups = decode.groups_of(mask, 1000)
-  # Of the third all residues are open, of the fourth as well.
-  assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
-    ((1, 0), 4, (0,), 26),
-    ((2,), 1, (0,), 54),
-    ((3,), 1, (0,), 14),
-  }
-
-
-def test_the_cache_takes_the_bytes_that_are_counted():
-  config = changed(dtype="bfloat16")
-  params = parameters(config)
-  layers = mask_params(params, config)
-  counted = accounting.cache_bytes(layers, config)
-  for kind, name in (("spans", "head"), ("dense", "dense")):
-    _, kept = generation.prefill(params, config, TEXT[:, :5], kind)
-    assert kept.nbytes == 3 * counted[name]
-    held = sum(x.nbytes for layer in kept.layers for x in (*layer.k, *layer.v))
-    assert held == kept.nbytes
-  seen = sum(math.ceil(z + 4) for z in SPANS) * 2  # of two layers
-  assert counted["reach"] == seen * 2 * 8 * 2
-  assert counted["reach"] <= counted["head"] <= 1.1 * counted["reach"]
-  assert counted["layer"] == 2 * 4 * 35 * 2 * 8 * 2
-  assert counted["dense"] == 2 * 4 * 68 * 2 * 8 * 2
 
 
 def write(config, params, prompt, steps, seed=0, **options):
@@ -374,30 +152,6 @@ def test_sampling_that_cannot_be_is_named(bad):
     write(CONFIG, {}, TEXT[:, :3], 1, **bad)
 
 
-def test_what_a_cache_refuses():
-  params = parameters(CONFIG)
-  with pytest.raises(ValueError, match="prompt is empty"):
-    generation.prefill(params, CONFIG, TEXT[:, :0])
-  with pytest.raises(ValueError, match="cache='ring' is unknown"):
-    generation.prefill(params, CONFIG, TEXT, "ring")
-  _, kept = generation.prefill(params, CONFIG, TEXT[:, :3])
-  with pytest.raises(ValueError, match=r"of 3 sequence\(s\), not of 1"):
-    generation.step(params, CONFIG, TEXT[:1, 3], kept)
-  with pytest.raises(ValueError, match=r"\(3, 1\) are not one of each"):
-    generation.step(params, CONFIG, TEXT[:, 3:4], kept)
-  with pytest.raises(ValueError, match="batch=-1 is not possible"):
-    init_cache(params, CONFIG, batch=-1)
-  dropping = changed(dropout=0.5)
-  with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
-    Transformer(dropping).apply(
-      {"params": params},
-      TEXT[:, :1],
-      train=True,
-      state=kept,
-      rngs={"dropout": jax.random.key(0)},
-    )
-
-
 @pytest.mark.parametrize(
   ("prompt", "told"),
   [
@@ -429,20 +183,6 @@ def test_tokens_that_are_none_are_named():
   for option in ({"steps": -1}, {"steps": 1, "draw_below": 0}):
     with pytest.raises(ValueError, match="is not possible; expected"):
       write(CONFIG, params, TEXT[:, :3], **option)
-
-
-def test_no_position_is_taken_for_another():
-  """Beyond those that were learned: refused, or nan where it is traced."""
-  config = changed(position="learned", context_tokens=8)
-  params = parameters(config)
-  logits, kept = generation.prefill(params, config, TEXT[:, :7])
-  logits, kept = step(params, config, TEXT[:, 7], kept)
-  assert np.isfinite(logits).all()
-  with pytest.raises(ValueError, match="9 tokens are more than the 8"):
-    generation.step(params, config, TEXT[:, 8], kept)
-  assert np.isnan(step(params, config, TEXT[:, 8], kept)[0]).all()
-  with pytest.raises(ValueError, match="9 tokens are more than the 8"):
-    generation.prefill(params, config, TEXT[:, :9])
 
 
 @pytest.mark.parametrize("model", ["integer waves, relative", "span, learned"])
@@ -478,61 +218,3 @@ def test_no_switch_of_jax_changes_a_text(switch, model):
 def test_no_texts_go_on_as_none():
   params = parameters(CONFIG)
   assert write(CONFIG, params, TEXT[:0, :7], 5).shape == (0, 5)
-
-
-def test_text_is_safe_to_show():
-  data = "né\ttab\nline".encode() + b"\x1b[2J\xff\x00\x7f" + "\x85".encode()
-  expected = "né\ttab\nline\\x1b[2J\\xff\\x00\\x7f\\x85"
-  assert console.text_of(np.frombuffer(data, np.uint8)) == expected
-  # A character may come in parts.
-  part = console.Text()
-  bytes_ = np.frombuffer(data, np.uint8)
-  shown = "".join(part(bytes_[i : i + 1]) for i in range(len(bytes_)))
-  assert shown + part(bytes_[:0], last=True) == expected
-
-
-def test_a_prompt_of_bytes_that_are_no_text():
-  typed = b"caf\xe9 \xff".decode("utf-8", "surrogateescape")
-  assert bytes(sample.read_prompt(typed, None)) == b"caf\xe9 \xff"
-
-
-def test_the_verb(main, tiny_flags, tmp_path):
-  code, _, err = main(
-    *tiny_flags,
-    "--config.model.position=rotary",
-    "--config.model.vocab_size=300",  # of which only bytes are written
-    f"--workdir={tmp_path}",
-  )
-  assert code == 0, err
-
-  def sample(*flags):
-    return main("--mode=sample", f"--workdir={tmp_path}", *flags)
-
-  code, out, err = sample("--prompt=query key ", "--tokens=40", "--seed=3")
-  assert code == 0, err
-  written = (tmp_path / "sample.txt").read_text()
-  text = written.split("\n", 1)[1].rstrip("\n")
-  assert text.startswith("query key ")
-  assert out.startswith(text)
-  assert "keys read per token" in out
-  (tmp_path / "prompt").write_bytes(b"query key ")
-  code, out, err = sample(
-    f"--prompt_file={tmp_path / 'prompt'}", "--tokens=40", "--seed=3", "--num=3"
-  )
-  assert code == 0, err
-  assert out.startswith(text)
-  assert out.count("--- ") == 2
-  assert (tmp_path / "sample.txt").read_text().count("--- ") == 3
-  for flags, told in (
-    ([], "needs one of --prompt"),
-    (["--prompt=a", "--prompt_file=b"], "needs one of --prompt"),
-    (["--prompt="], "--prompt is empty"),
-    ([f"--prompt_file={tmp_path / 'none'}"], "cannot be read (No such file"),
-    ([f"--prompt_file={tmp_path}"], "cannot be read (Is a directory)"),
-    (["--prompt=a", "--top_p=0"], "top_p=0.0 is not possible"),
-    (["--prompt=a", "--split=test"], "means nothing to --mode=sample"),
-  ):
-    code, _, err = sample(*flags)
-    assert code in (1, 2)
-    assert told in err
-    assert err.count("\n") == 1
