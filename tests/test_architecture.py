@@ -325,6 +325,7 @@ import jax
 from jax._src import xla_bridge
 for name in theirs:
   importlib.import_module(name)
+logging.root.handlers.clear()  # with any, basicConfig would do nothing
 before = state()
 for name in ours:
   importlib.import_module(name)
