@@ -1,10 +1,11 @@
 """Two CPU devices for all tests, and main.py as a function."""
 
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,25 +31,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_num_cpu_devices", 2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_for_one_file():
-  """Lets go of what the tests of a file have compiled, when they are through.
+_TESTS_BETWEEN = 20
+_made = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def room():
+  """Lets go, every some tests, of what tests have compiled.
 
   A process may map only so many pieces of memory, and each program takes some.
   """
   yield
-  jax.clear_caches()
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-  """Refuses longer files, as a full disk does."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  if next(_made) % _TESTS_BETWEEN == 0:
+    jax.clear_caches()
+    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
+      ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
