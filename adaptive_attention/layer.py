@@ -150,17 +150,18 @@ class AdaptiveSelfAttention(nn.Module):
     B, T, D = x_BTD.shape
     features = self.qkv_features or D
     self._check(features)
+    K = features // self.num_heads
     drops = self._drops(deterministic)
     qkv = self._dense(3 * features, self.kernel_init, "qkv")(x_BTD)
     q_BTHK, k_BTHK, v_BTHK = (
-      x.reshape(B, T, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1)
+      x.reshape(B, T, self.num_heads, K) for x in jnp.split(qkv, 3, axis=-1)
     )
     if position is None:
       position = jnp.arange(T, dtype=jnp.uint32) + tokens_read
     if self.position == "rotary":
       q_BTHK, k_BTHK = (positions.rotate(x, position) for x in (q_BTHK, k_BTHK))
     elif self.position == "relative" and relative_RK is None:
-      relative_RK = self._relative(features // self.num_heads)
+      relative_RK = self._relative(K)
     y_BTHK, layer_state = state.attend(
       layer_state,
       *(q_BTHK, k_BTHK, v_BTHK),

@@ -66,8 +66,9 @@ def test_hardened_masks_are_whole():
 def test_parameters_of_other_settings_are_named():
   with pytest.raises(ValueError, match=r"span_logit of the shape \(3,\)"):
     mask_params(parameters(), ModelConfig(n_head=4, width=12))
-  with pytest.raises(ValueError, match="has period_logit, ratio_logit too"):
-    mask_params(parameters(), ModelConfig(n_head=3, width=12, attention="span"))
+  spans = parameters(ModelConfig(n_head=3, width=12, attention="span"))
+  with pytest.raises(ValueError, match="period_logit of the shape None"):
+    mask_params(spans, ModelConfig(n_head=3, width=12))
   with pytest.raises(ValueError, match="hold no attention layer with spans"):
     mask_params({"norm": {"scale": jnp.ones(3)}}, CONFIG)
 

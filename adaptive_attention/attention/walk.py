@@ -78,8 +78,14 @@ def floor_div(x, y):
   """Returns x // y for y > 0; of Python's integers one of these."""
   if isinstance(y, int) and (y == 1 or isinstance(x, int)):
     return x // y if y > 1 else x
+  # Python's integers take the other's type, whatever JAX's default is.
+  x, y = (_like(other, n) for n, other in ((x, y), (y, x)))
   quotient = lax.div(x, y)
   return jnp.where(quotient * y > x, quotient - 1, quotient)
+
+
+def _like(other, n):
+  return other.dtype.type(n) if isinstance(n, int) else n
 
 
 def ceil_div(x, y):

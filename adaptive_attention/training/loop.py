@@ -3,6 +3,8 @@
 import collections
 import math
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from adaptive_attention.errors import Error
 from adaptive_attention.training import parallel
@@ -24,7 +26,7 @@ class Clock:
   """
 
   def __init__(self):
-    self._seconds, self._steps, self._began = 0.0, 0, 0.0
+    self._seconds, self._steps, self._began = 0.0, 0, time.perf_counter()
 
   def start(self):
     self._began = time.perf_counter()
@@ -41,6 +43,21 @@ class Clock:
     return seconds
 
 
+class Follow(NamedTuple):
+  """What is called after steps.
+
+  Attributes:
+    record: with (step, its metrics, seconds per step or None).
+    save: with (state, memory, step).
+    evaluate, sample: with (state, step).
+  """
+
+  record: Callable
+  save: Callable
+  evaluate: Callable
+  sample: Callable
+
+
 def train(
   train_step,
   start: Start,
@@ -48,37 +65,21 @@ def train(
   batches: Batches,
   every: Every,
   ends: Signals,
-  *,
-  record,
-  save,
-  evaluate,
-  sample,
+  follow: Follow,
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
   The host reads one step behind, but for the first step, which is not timed,
-  and those that something follows: it begins when all steps are done. What may
-  take long begins when they are saved.
-
-  Args:
-    train_step: of `steps.make_train_step`, which the state and the memory are
-      donated to.
-    start: with the state on all devices.
-    memory: what these devices remember of their streams, or None.
-    every: which steps are followed by what.
-    ends: what asks for the end.
-    record: called with (step, its metrics, seconds per step or None).
-    save: called with (state, memory, step).
-    evaluate, sample: called with (state, step).
+  and those that something follows, which begins when the step is saved.
+  `start.state` and `memory`, on all devices, are donated to `train_step`.
 
   Raises:
     TrainingError: a loss or gradient that is not finite.
-    Stopped: the end was asked for, and the step is saved.
+    Stopped: `ends` asked for the end, and the step is saved.
   """
   state, done, saved_step = start.state, start.step, start.saved_step
   first, clock, stop = start.step + 1, Clock(), False
   waiting = collections.deque()
-  clock.start()
   for step in range(first, every.last + 1):
     batch = batches.at(step - 1, stop=ends.reason is not None)
     state, memory, metrics = train_step(state, memory, batch)
@@ -95,17 +96,17 @@ def train(
     if step == first:
       clock.take()
     if due.record:
-      record(step, metrics, clock.take())
+      follow.record(step, metrics, clock.take())
       stop = stop or _stops(ends)
     if due.save or stop:
-      save(state, memory, step)
+      follow.save(state, memory, step)
       saved_step = step
     if stop or (due.save and _stops(ends)):
       raise ends.stopped(step)
     if due.evaluate:
-      evaluate(state, step)
+      follow.evaluate(state, step)
     if due.sample:
-      sample(state, step)
+      follow.sample(state, step)
     clock.start()
 
 

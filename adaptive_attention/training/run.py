@@ -67,34 +67,39 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
       )
     else:
       made_again = ("valid",) if start.owed else ()
-      with logbook.Logbook(
-        workdir, config.record, start.step, made_again
-      ) as book:
+      record = config.record, start.step, made_again
+      with logbook.Logbook(workdir, *record) as book:
         follow = _what_follows(config, model, corpus, saved, book, ends, began)
-        start = start._replace(state=parallel.replicate(start.state))
-        if start.owed:
-          follow["evaluate"](start.state, start.step)
-        if start.step < config.steps:
-          source = _batches(config, corpus)
-          memory = resume.start_memory(
-            saved, config.model, source.per_device, start.step
-          )
-          train_step = _compile(
-            steps.make_train_step(model, rule, config.seed),
-            *(start.state, memory, source.shapes),
-          )
-          loop.train(
-            train_step, start, memory, source, config.every, ends, **follow
-          )
+        _go_on(config, model, rule, corpus, saved, start, ends, follow)
     if ends.reason is not None:
       raise ends.stopped(max(start.step, config.steps))
 
 
-def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
-  """What `loop.train` calls after steps, by name."""
+def _go_on(config, model, rule, corpus, saved, start, ends, follow):
+  """Makes up an evaluation that is owed, and the steps that are left."""
+  start = start._replace(state=parallel.replicate(start.state))
+  if start.owed:
+    follow.evaluate(start.state, start.step)
+  if start.step >= config.steps:
+    return
+  source = _batches(config, corpus)
+  memory = resume.start_memory(
+    saved, config.model, source.per_device, start.step
+  )
+  train_step = _compile(
+    steps.make_train_step(model, rule, config.seed),
+    *(start.state, memory, source.shapes),
+  )
+  loop.train(train_step, start, memory, source, config.every, ends, follow)
+
+
+def _what_follows(
+  config, model, corpus, saved, book, ends, began
+) -> loop.Follow:
+  """Returns what `loop.train` calls after steps."""
   data = {"name": corpus.name, "sha256": corpus.sha256}
-  return {
-    "record": functools.partial(
+  return loop.Follow(
+    record=functools.partial(
       milestones.record,
       config=config.model,
       step_tokens=config.batch_size * config.model.context_tokens,
@@ -103,10 +108,10 @@ def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
       book=book,
       ends=ends,
     ),
-    "save": functools.partial(
+    save=functools.partial(
       milestones.save, saved=saved, meta={"config": config.record, "data": data}
     ),
-    "evaluate": functools.partial(
+    evaluate=functools.partial(
       milestones.evaluate,
       predict=evaluator.Evaluator(model, config.eval_batch_size),
       data=corpus.valid[: config.eval_tokens],
@@ -115,14 +120,14 @@ def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
       book=book,
       ends=ends,
     ),
-    "sample": functools.partial(
+    sample=functools.partial(
       milestones.sample,
       config=config.model,
       data=corpus.valid,
       seed=config.seed,
       ends=ends,
     ),
-  }
+  )
 
 
 def _batches(config, corpus) -> batches.Batches:

@@ -162,7 +162,7 @@ def stubs(monkeypatch, tiny):
 
     return called
 
-  monkeypatch.setattr(parallel, "start", lambda *_: None)
+  monkeypatch.setattr(parallel, "start", lambda *_, **__: None)
   monkeypatch.setattr(prepare, "header", lambda *_: [])
   monkeypatch.setattr(prepare, "saved_settings", saved)
   for module in MODES.values():
@@ -269,22 +269,13 @@ def acting(text, tmp_path_factory):
   read = {use.name: set() for use in USES}
   restored = prepare.saved_settings
 
-  def start(config, sequences=None):
+  def start(sequences, **machine):
     """Of `parallel.start` what it reads: the devices of tests are made."""
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax.config, "update", lambda *_: None)
       patch.setattr(jax.distributed, "initialize", lambda **_: None)
-      parallel_start(Distributed(config), sequences)
-
-  class Distributed:
-    """Several processes, to see that their settings are read."""
-
-    def __init__(self, config):
-      self._config = config
-
-    def __getattr__(self, name):
-      value = getattr(self._config, name)
-      return True if name == "distributed" else value
+      # Several processes, to see that their settings are taken.
+      parallel_start(sequences, **machine | {"distributed": True})
 
   parallel_start = parallel.start
   with pytest.MonkeyPatch.context() as patch:

@@ -207,6 +207,7 @@ def test_the_memory_stays_in_its_place(tiny):
   """Nothing of its size is copied or returned anew."""
   config = remembering(tiny)
   config.model.attention = "span"
+  config.model.implementation = "blocked"
   config.model.memory_tokens = 24 * 1000
   memory = start_memory(config)
   _, sizes = parallel.compile_step(
@@ -233,6 +234,7 @@ def test_the_memory_stays_in_its_place(tiny):
 def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
   config = remembering(tiny) if remat == "mlp" else tiny
   config.model.update(n_layer=4, context_tokens=96, dropout=0.3)
+  config.model.implementation = "blocked"
   found = []
   for config.model.remat in ("none", remat):
     state = parallel.replicate(init_state(config))
