@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,17 @@ def room():
     jax.clear_caches()
     with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
       ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """Refuses longer files, as a full disk does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

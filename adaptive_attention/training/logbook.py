@@ -137,17 +137,20 @@ class Logbook:
     config: every setting, a plain dictionary, for config.json.
     resumed_step: the step that the run goes on from; 0 for a new one.
     made_again: the splits whose line of that step is dropped too.
+    copies: where the metrics go besides, of "tensorboard" and "wandb".
 
   Attributes:
     seconds: the wall time that the run had taken at the last line kept.
   """
 
-  def __init__(self, workdir, config, resumed_step: int, made_again=()):
+  def __init__(
+    self, workdir, config, resumed_step: int, made_again=(), copies=()
+  ):
     self.seconds = 0.0
     self._workdir = pathlib.Path(workdir)
     self._config = config
     self._resumed_step = resumed_step
-    self._made_again = made_again
+    self._made_again, self._copies = made_again, copies
     self._metrics = None
     self._tensorboard = None
     self._wandb = None
@@ -163,9 +166,9 @@ class Logbook:
     self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
     with writing(path):
       self._metrics = path.open("a", encoding="utf-8")
-    if config["tensorboard"]:
+    if "tensorboard" in self._copies:
       self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
-    if config["wandb"]:
+    if "wandb" in self._copies:
       self._wandb = _start_wandb(self._workdir, config)
     return self
 

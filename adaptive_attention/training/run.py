@@ -67,7 +67,7 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
       )
     else:
       made_again = ("valid",) if start.owed else ()
-      record = config.record, start.step, made_again
+      record = config.record, start.step, made_again, config.copies
       with logbook.Logbook(workdir, *record) as book:
         follow = _what_follows(config, model, corpus, saved, book, ends, began)
         _go_on(config, model, rule, corpus, saved, start, ends, follow)

@@ -184,6 +184,7 @@ def training_config(config: ConfigDict) -> TrainingConfig:
     eval_batch_size=config.eval_batch_size,
     keep_checkpoints=config.keep_checkpoints,
     init_from=config.init_from,
+    copies=tuple(n for n in ("tensorboard", "wandb") if config[n]),
     record=config.to_dict(),
   )
 

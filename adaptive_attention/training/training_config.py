@@ -66,6 +66,7 @@ class TrainingConfig:
     eval_batch_size: windows or streams at a time in evaluation.
     keep_checkpoints: how many of the newest are kept.
     init_from: a file of parameters to start from; "" for drawn ones.
+    copies: where the metrics go besides, of "tensorboard" and "wandb".
     record: all settings, for config.json and the checkpoints.
   """
 
@@ -80,4 +81,5 @@ class TrainingConfig:
   eval_batch_size: int
   keep_checkpoints: int
   init_from: str
+  copies: tuple[str, ...]
   record: Mapping[str, object]

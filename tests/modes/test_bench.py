@@ -11,6 +11,7 @@ from adaptive_attention.bench import cases, runners, timing
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.modes import bench
+from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   checkpoint,
   logbook,
@@ -130,7 +131,7 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
     )
   (_, memory), (_, none) = seen
   assert (memory.tokens_read == 96).all()
-  assert none is None
+  assert none == Stateless(1)
 
 
 def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):

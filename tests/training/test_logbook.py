@@ -118,9 +118,9 @@ def seen_by_tensorboard(folder):
 
 
 def test_tensorboard_sees_a_resumed_run_as_one(tiny, tmp_path):
-  tiny.tensorboard = True
   for first, last in ((0, 5), (3, 6), (3, 4), (0, 2)):
-    with logbook.Logbook(tmp_path, tiny.to_dict(), first) as book:
+    copied = {"copies": ("tensorboard",)}
+    with logbook.Logbook(tmp_path, tiny.to_dict(), first, **copied) as book:
       for step in range(first + 1, last + 1):
         book.write(step, "train", loss=last)
     expected = {1: 5, 2: 5, 3: 5, 4: last, 5: last, 6: last}
@@ -151,8 +151,7 @@ def wandb_calls(monkeypatch):
 
 def wandb_id(calls, workdir, config):
   workdir.mkdir(parents=True, exist_ok=True)
-  config.wandb = True
-  with logbook.Logbook(workdir, config.to_dict(), 0):
+  with logbook.Logbook(workdir, config.to_dict(), 0, copies=("wandb",)):
     return calls[-1]["id"]
 
 
