@@ -13,14 +13,14 @@ from adaptive_attention.training.training_config import Every
 
 
 class TrainingError(Error):
-  """A run that cannot go on."""
+  """A run cannot go on."""
 
 
 class Clock:
-  """The time that training steps take, and nothing between them.
+  """Measures the time that training steps take, without the time between them.
 
-  It runs only while steps are under way: it is stopped once the last one of
-  them is done.
+  It runs only while steps are under way: it is stopped once the last of them is
+  done.
   """
 
   def __init__(self):
@@ -30,12 +30,12 @@ class Clock:
     self._began = time.perf_counter()
 
   def stop(self, steps: int):
-    """Stops after so many steps."""
+    """Stops, after `steps` steps since the start."""
     self._seconds += time.perf_counter() - self._began
     self._steps += steps
 
   def take(self) -> float | None:
-    """Seconds per step since this was called last; None without a step."""
+    """Returns seconds per step since the last call; None without a step."""
     seconds = self._seconds / self._steps if self._steps else None
     self._seconds, self._steps = 0.0, 0
     return seconds
@@ -56,17 +56,16 @@ def train(
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The host reads one step behind, but for the first step, which is not timed,
-  and those that something follows: it begins when all steps are done. What may
-  take long begins when they are saved.
+  The host reads the numbers of a step while the next one runs. It waits for the
+  first step, which is not timed, and for steps that are recorded or saved.
+  Evaluation and sampling, which may take long, begin when the step is saved.
 
   Args:
-    train_step: of `steps.make_train_step`, which the state and the memory are
-      donated to.
-    start: with the state on all devices.
-    memory: what these devices remember of their streams, or None.
-    every: which steps are followed by what.
-    ends: what asks for the end.
+    train_step: of `steps.make_train_step`; state and memory are donated to it.
+    start: where the run starts, with the state on all devices.
+    memory: the memory of these devices' streams; it may be empty.
+    every: after which steps something follows.
+    ends: the signals that ask for the end.
     record: called with (step, its metrics, seconds per step or None).
     save: called with (state, memory, step).
     evaluate, sample: called with (state, step).
@@ -112,7 +111,7 @@ def train(
 def _stops(ends, metrics=None) -> bool:
   """Tells whether all processes know that the run is to end.
 
-  Several learn it together, from the numbers of a step.
+  Several processes learn it together, from the numbers of a step.
   """
   if parallel.process_count() == 1:
     return ends.reason is not None
