@@ -60,7 +60,7 @@ def segment(step, data=DATA, batch_size=3, shard_index=1, seed=0):
   )
 
 
-def test_streams_go_on_where_they_ended_and_then_start_anew():
+def test_streams_go_on_where_they_ended_and_then_start_again():
   count = batches.segments(len(DATA), 3, 10)
   assert count == 33
   first = np.stack([segment(i) for i in range(count)])

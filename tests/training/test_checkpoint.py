@@ -188,7 +188,7 @@ def copy_older(folder):
 
 
 @pytest.mark.parametrize(
-  ("damage", "told"),
+  ("damage", "said"),
   [
     (flip, "params"),
     (truncate, "params"),
@@ -202,12 +202,12 @@ def copy_older(folder):
   ],
 )
 def test_damage_is_said_with_the_older_ones_that_are_intact(
-  tmp_path, damage, told
+  tmp_path, damage, said
 ):
   save(tmp_path, [1, 2, 3])
   damage(tmp_path / "checkpoints" / "3")
   empty(tmp_path / "checkpoints" / "2")
-  message = refused(tmp_path, 3, told, "intact: 1;", "--step=1")
+  message = refused(tmp_path, 3, said, "intact: 1;", "--step=1")
   assert "2" not in message.split("intact:")[1]
   assert read(tmp_path, 1)[2]["step"] == 1
 
@@ -232,7 +232,7 @@ def test_damage_of_the_only_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("params", "state", "told"),
+  ("params", "state", "said"),
   [
     ({**PARAMS, "span_logit": np.zeros(5, np.float32)}, STATE, "float32[5]"),
     ({**PARAMS, "more": np.zeros(5, np.float32)}, STATE, "nothing at more"),
@@ -240,11 +240,11 @@ def test_damage_of_the_only_one(tmp_path):
     (PARAMS, optax.sgd(0.1, momentum=0.9).init(PARAMS), "trace"),
   ],
 )
-def test_another_model_or_optimizer_is_named(tmp_path, params, state, told):
+def test_another_model_or_optimizer_is_named(tmp_path, params, state, said):
   save(tmp_path, [3])
   with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
     saved.restore(3, params, state)
-  assert told in str(error.value)
+  assert said in str(error.value)
   assert "damaged" not in str(error.value)
 
 

@@ -271,12 +271,12 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
   assert other["data"]["sha256"] != first["data"]["sha256"]
   lines = (tmp_path / "evals.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == records
-  for flags, told in (
+  for flags, said in (
     (["--step=5"], "one of"),
     (["--config.model.n_layer=3"], "takes the model from the checkpoint"),
     (["--protocol=stride:99"], "to the context of 24"),
   ):
     code, _, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
     assert code in (1, 2)
-    assert told in err
+    assert said in err
     assert err.count("\n") == 1
