@@ -92,7 +92,7 @@ def load(
   return split(source.name, content, source.sizes, digest)
 
 
-_ONE_THREAD = threading.Lock()  # a process holds the lock of a file, no thread
+_ONE_THREAD = threading.Lock()  # a file lock does not exclude threads
 
 
 def _hold(descriptor):

@@ -107,7 +107,7 @@ def _container(content):
   for kind, (first, last) in _CONTAINERS_WITH_ENDS.items():
     if start.startswith(first) and end.endswith(last):
       return kind
-  try:  # the first header has a checksum
+  try:  # the first header of a tar archive has a checksum
     tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
   except tarfile.HeaderError:
     return None

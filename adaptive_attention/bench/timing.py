@@ -25,7 +25,7 @@ _BASELINES = (
 
 @dataclasses.dataclass
 class Runner:
-  """Something to time.
+  """A piece of work to time.
 
   Attributes:
     case: the name of its case.

@@ -149,7 +149,7 @@ def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How a split is cut up for evaluation: batches of rows of T + 1 bytes.
+  """A split cut up for evaluation: batches of rows of T + 1 bytes.
 
   Row r of batch g holds the bytes from starts[g, r] on and predicts the byte
   after each of its first T; of these predictions those from scored_from to
@@ -195,7 +195,7 @@ class Reading:
 def windows(
   length: int, context_tokens: int, stride_tokens: int, rows: int
 ) -> Reading:
-  """Windows that start every `stride_tokens` of a split of `length` bytes.
+  """Cuts a split of `length` bytes into windows, one every `stride_tokens`.
 
   With stride = context they are disjoint. With a shorter stride each window
   but the first counts only its last `stride_tokens` predictions, each of which
@@ -218,7 +218,7 @@ def windows(
 def streams(
   length: int, context_tokens: int, warm_tokens: int, rows: int
 ) -> Reading:
-  """A split of `length` bytes read once, in `rows` streams side by side.
+  """Cuts a split of `length` bytes into `rows` streams, read side by side.
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
   `warm_tokens`, rounded up to segments, before the bytes that they count. So

@@ -55,7 +55,7 @@ class Checkpoints:
     self._context = contextlib.ExitStack()
 
   def __enter__(self) -> "Checkpoints":
-    with self._plain_workdir():  # now, rather than at the first save
+    with self._plain_workdir():  # an error comes now, not at the first save
       pass
     self._late_reads = self._context.enter_context(library_noise.quiet())
     return self

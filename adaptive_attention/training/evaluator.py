@@ -23,7 +23,7 @@ from adaptive_attention.training import (
 
 
 class EvaluationError(Error):
-  """A split that cannot be evaluated."""
+  """A split cannot be evaluated."""
 
 
 _CHUNK_BYTES = 1024  # of the standard error: neighbours are not independent
@@ -102,7 +102,7 @@ class Evaluator:
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(model)
-    self._compiled = set()  # for which rows, with or without a memory
+    self._compiled = set()  # (with a memory, rows) that are compiled
 
   def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all bytes of `data`.
