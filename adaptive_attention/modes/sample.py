@@ -32,9 +32,7 @@ def run(
   num=1,
   seed=0,
 ):
-  """Prints texts that a checkpoint writes, and writes them to sample.txt.
-
-  The first text is printed while it is written.
+  """Prints texts as a checkpoint writes them, and saves them in sample.txt.
 
   Args:
     config: the checkpoint's settings.
@@ -42,8 +40,7 @@ def run(
     prompt, prompt_file: as in `read_prompt`.
     tokens, num: how many bytes to write, and how many texts side by side.
     temperature, top_k, top_p: as in `generation.generate`.
-    seed: the number that all draws follow from; text b is the same for any
-      number of texts.
+    seed: text b of a seed is the same for any number of texts.
 
   Raises:
     SettingsError: a flag is out of bounds, or there is not one prompt.
