@@ -16,7 +16,7 @@ _HERE = pathlib.Path(__file__).resolve().parent
 
 
 def main(argv) -> int:
-  """Runs the mode; returns the exit code, an error said in one sentence."""
+  """Runs the mode, prints an error in one sentence, returns the exit code."""
   try:
     given = flags.parse(argv, _HERE / "configs", base.get_config())
     if given is None:
@@ -27,18 +27,18 @@ def main(argv) -> int:
     return _fail(error, getattr(error, "exit_code", 1))
   except BrokenPipeError:
     return _fail("stopped by a closed pipe", 128 + 13)  # SIGPIPE
-  except OSError as error:  # of files, or of a console that takes no more
+  except OSError as error:  # of a file, or of a console that fails
     return _fail(
       f"{error.filename or 'a file'} cannot be read or written "
-      f"({error.strerror or error}); see that it is there, may be used and has "
-      "room",
+      f"({error.strerror or error}); check that it exists, that it may be used "
+      "and that the disk has room",
       1,
     )
   return 0
 
 
 def _fail(error, code) -> int:
-  with contextlib.suppress(OSError):  # the code tells, if nobody reads it
+  with contextlib.suppress(OSError):  # the exit code still says that it failed
     console.write(f"main.py: {error}\n", sys.stderr)
   return code
 
@@ -47,12 +47,12 @@ def _print_help():
   from adaptive_attention.command_line import help_page
 
   page = help_page.text(base.get_config())
-  with contextlib.suppress(OSError):  # nobody reads on
+  with contextlib.suppress(OSError):  # the reader may have left
     console.write(f"{page}\n", sys.stdout)
 
 
 def _run(given: flags.Given):
-  # Imported after the flags were read, so that a wrong one is told at once.
+  # Imported after the flags were read, so that a wrong one is refused at once.
   from adaptive_attention.command_line import prepare
 
   project = prepare.Project(_HERE, base.get_config, load_corpus)
@@ -65,7 +65,7 @@ def load_corpus(config):
   """Returns the bytes that the settings name, split.
 
   Raises:
-    CorpusError: they cannot be had.
+    CorpusError: they cannot be read or fetched.
   """
   from data import enwik8, python_source, text_file
 

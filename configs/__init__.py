@@ -1,1 +1,1 @@
-"""One file per experiment: the record of what was run, at what cost."""
+"""The experiments, one file each: what is run, and what it costs."""

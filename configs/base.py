@@ -1,7 +1,7 @@
-"""Every setting there is, with its default.
+"""All settings, with their defaults.
 
-The other files of this folder start from here and change what their experiment
-is about; flags change the rest: `--config.model.n_layer=4`. Names end in
+The other files of this folder start from these and change what their experiment
+is about. Flags change the rest: `--config.model.n_layer=4`. Names end in
 `_steps` for durations, `_tokens` for lengths, `_coef` for weights of losses.
 """
 
@@ -23,43 +23,43 @@ def get_config() -> ConfigDict:
 
 def _of_a_run() -> ConfigDict:
   config = ConfigDict()
-  # One number, under 2^32, from which the parameters, batches and dropout all
-  # follow.
+  # The number, under 2^32, that parameters, batches and dropout follow from.
   config.seed = 0
   # Optimizer updates. The learning rate reaches its minimum with the last one.
   config.steps = 150_000
-  # Sequences per update, over all devices and accumulation steps together.
+  # Sequences per update, over all devices and accumulation steps.
   config.batch_size = 64
   # Parts into which each device's sequences are cut to save memory; the
   # update is that of the whole batch.
   config.accumulation_steps = 1
-  # Lines on the console and in metrics.jsonl; each one waits for the device.
+  # How often a line is printed and recorded; each waits for the device.
   config.log_every_steps = 100
   # How often the validation split is predicted.
   config.eval_every_steps = 1_000
-  # First bytes of the validation split to predict then; 0 for all of it.
+  # How many bytes of the validation split are predicted then; 0 for all.
   config.eval_tokens = 0
-  # Windows at a time in evaluation, over all devices; no figure depends on it.
+  # Windows at a time in evaluation, over all devices; no result depends on it.
   config.eval_batch_size = 64
-  # How often a text is written on the console, on from the first bytes of the
-  # validation split; 0 for never.
+  # How often a text is printed that continues the first bytes of the validation
+  # split; 0 for never.
   config.sample_every_steps = 1_000
-  # What is lost at most when the machine goes down.
+  # How often a checkpoint is saved; at most so many steps are lost in a crash.
   config.checkpoint_every_steps = 1_000
-  # Newest checkpoints to keep, besides the one with the best validation.
+  # How many of the newest checkpoints are kept, besides the best by validation.
   config.keep_checkpoints = 2
   # Parameters of the published program to start from: an .npz or .pt file.
   config.init_from = ""
-  # CPU devices to make where there is no accelerator; 0 for one per core, or
-  # as many as the batch can be dealt to.
+  # CPU devices to make without an accelerator; 0 for one per core, but only as
+  # many as the batch can be dealt to.
   config.cpu_devices = 0
-  # Several processes (hosts) that train one model together.
+  # Whether several processes (hosts) train one model together.
   config.distributed = False
-  # Who they are; found out by jax on clusters that it knows.
+  # HOST:PORT of the first process, how many there are, and which one this is.
+  # On clusters that jax knows it finds these out.
   config.coordinator_address = ""
   config.process_count = 0
   config.process_index = -1
-  # Copies of metrics.jsonl for those who look at curves.
+  # Whether metrics.jsonl is copied to TensorBoard and to Weights & Biases.
   config.tensorboard = False
   config.wandb = False
   return config
@@ -67,7 +67,7 @@ def _of_a_run() -> ConfigDict:
 
 def _of_the_data() -> ConfigDict:
   config = ConfigDict()
-  # "enwik8", or "python_source", the text that every Python carries.
+  # "enwik8", or "python_source", the sources of Python's standard library.
   config.corpus = "enwik8"
   # Any local file instead (raw, .gz, .bz2, .xz, .zip with one member), split
   # 90/5/5.
@@ -79,12 +79,12 @@ def _of_the_data() -> ConfigDict:
 
 def _of_benchmarks() -> ConfigDict:
   config = ConfigDict()
-  # "torch" times PyTorch's attention beside ours, where it is installed.
+  # "torch" times PyTorch's attention too, if it is installed.
   config.compare = ""
-  # A trained run whose spans to time, in place of the named shapes.
+  # The folder of a run whose masks are timed, in place of the named shapes.
   config.checkpoint = ""
-  # Some of the shapes, parted by ";"; all if empty.
+  # Some of the shapes, separated by ";"; all if empty.
   config.shapes = ""
-  # Timed turns of each; the median is told.
+  # How often each is timed; the median is printed.
   config.repeats = 7
   return config

@@ -2,20 +2,20 @@
 
 python main.py --config configs/enwik8_8k.py
 With triangle waves: --config.model.attention=span_wave
-38 million parameters; a step of 64 x 512 tokens is 28 TFLOP dense, of which
-attention over context and memory is three quarters, and all but 2% of that is
-not computed while spans are short. The memory takes 13 GiB in bfloat16 over all
-devices (26 in float32): for several GPUs. Not yet run to its end; a small model
-with a memory, and a step of 4 x 512 over 8,192, are in RESULTS.md.
+38 million parameters. With all pairs a step of 64 x 512 tokens is 28 TFLOP, of
+which attention over context and memory is three quarters; while spans are short
+only 2% of that is computed. The memory takes 13 GiB in bfloat16 over all
+devices (26 in float32): for several GPUs. It has not been run to its end.
+RESULTS.md has a small model with a memory, and a step of 4 x 512 over 8,192.
 
-Optimizer. AdamW at 1e-3 as in configs/enwik8.py, for a model of the same width,
-with a longer warmup since the batches of one stream resemble each other. Spans
-start at 32 tokens, as most of them stay short and long ones cost time from the
-first step on. From there z = 8192 sigmoid(logit) grows by a factor e as the
-logit grows by one, so that 2,000 tokens are four units away: at the rate of the
-rest that takes 4,000 steps even if all gradients agree, hence a multiplier of
-ten. The paper's own choice, Adagrad at 0.07 with each tensor's gradient clipped
-to 0.03 and a warmup of 32,000 steps, is
+The optimizer is AdamW at 1e-3, as in configs/enwik8.py for a model of the same
+width. Its warmup is longer, since the batches of one stream resemble each
+other. Spans start at 32 tokens, as most of them stay short and long ones cost
+time from the first step on. From there z = 8192 sigmoid(logit) grows by a
+factor e as the logit grows by one, so that 2,000 tokens are four units away. At
+the rate of the other parameters that takes 4,000 steps even if all gradients
+agree, hence a multiplier of ten. The paper's own choice is Adagrad at 0.07 with
+each tensor's gradient clipped to 0.03 and a warmup of 32,000 steps:
   --config.optimizer.name=adagrad --config.optimizer.learning_rate=0.07
   --config.optimizer.min_learning_rate=0.07 --config.optimizer.clip=tensor
   --config.optimizer.clip_norm=0.03 --config.optimizer.warmup_steps=32000

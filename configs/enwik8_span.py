@@ -1,8 +1,8 @@
 """The published run without its triangle waves: spans alone.
 
 python main.py --config configs/enwik8_span.py
-Costs what configs/enwik8.py costs; not yet run to its end (RESULTS.md,
-"enwik8-4M").
+It costs what configs/enwik8.py costs. It has not been run to its end;
+RESULTS.md has it at a small size, under "enwik8-4M".
 """
 
 from configs import enwik8

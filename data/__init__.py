@@ -18,8 +18,8 @@ class Corpus:
   """A text in three splits, as read-only uint8 arrays.
 
   Attributes:
-    name: the name that results on it have.
-    sha256: of train, valid and test, joined.
+    name: the name under which results are reported.
+    sha256: the digest of train, valid and test, joined.
   """
 
   name: str
@@ -35,9 +35,9 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
   Args:
     name: the name of the corpus.
     content: bytes, or a uint8 array.
-    sizes: the bytes of train, valid and test, whose sum is all; without them
-      valid and test are 5 per cent each.
-    sha256: that of the content, if it is known already.
+    sizes: the numbers of bytes of train, valid and test, which must add up to
+      all; None for 5 per cent each of valid and test.
+    sha256: the digest of the content, if it is known already.
 
   Raises:
     CorpusError: there are too few bytes, the sizes do not add up, or a split is
@@ -59,7 +59,7 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
   if sum(sizes) != total:
     raise CorpusError(
       f"{name} has {total:,} bytes; expected {sum(sizes):,}, the sum of "
-      "its splits; give the whole file"
+      "its splits; give the complete file"
     )
   if min(sizes) < 1:
     raise CorpusError(
@@ -71,7 +71,7 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
 
 
 def sha256_of(content: np.ndarray) -> str:
-  """The hex digest of an array's bytes, read in pieces."""
+  """Returns the hex digest of an array's bytes, read in pieces."""
   digest = hashlib.sha256()
   for start in range(0, len(content), _HASHED_AT_ONCE):
     digest.update(

@@ -20,12 +20,12 @@ from data import Corpus, CorpusError, sha256_of, split
 
 _PIECE_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 30
-_PAUSES_SECONDS = (1, 5, 20)  # before each further try
+_PAUSES_SECONDS = (1, 5, 20)  # before the second, third and fourth try
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A zipped corpus: its address, and what must come out of it."""
+  """A zipped corpus: its address, and the content that it must have."""
 
   name: str
   url: str
@@ -52,18 +52,17 @@ ENWIK8 = Source(
 def load(
   cache_dir, *, source=ENWIK8, log=None, pauses_seconds=_PAUSES_SECONDS
 ) -> Corpus:
-  """The corpus in `cache_dir`, fetched first if it is not there, and verified.
+  """Returns the corpus in `cache_dir`, verified; fetches it first if absent.
 
   Args:
     cache_dir: a folder, made if absent; it may hold `enwik8` or `enwik8.zip`.
-    source: what to fetch.
+    source: the corpus to fetch.
     log: a function that takes lines of progress.
     pauses_seconds: how long to wait before each further try.
 
   Raises:
     CorpusError: the corpus cannot be fetched, the folder cannot be used, or a
-      file in it has another content than expected. Files that were there stay
-      as they were.
+      file in it has not the content expected. Files that exist are not changed.
   """
   folder = pathlib.Path(cache_dir)
   raw = folder / source.name
@@ -93,11 +92,11 @@ def load(
   return split(source.name, content, source.sizes, digest)
 
 
-_ONE_THREAD = threading.Lock()  # the lock of a file is held by a process
+_ONE_THREAD = threading.Lock()  # a file lock does not exclude threads
 
 
 def _hold(descriptor):
-  """Waits for the lock of a file, which ends with the process that has it."""
+  """Waits for the lock of a file, which ends with the process that holds it."""
   if hasattr(os, "lockf"):
     os.lockf(descriptor, os.F_LOCK, 0)
     return
@@ -112,7 +111,7 @@ def _hold(descriptor):
 
 
 def _make(source, raw, log, pauses_seconds):
-  """Makes the raw file out of its zip, which is fetched first if absent."""
+  """Makes the raw file from its zip, which is fetched first if absent."""
   zipped = raw.with_name(raw.name + ".zip")
   if not zipped.exists():
     _fetch(source, zipped, log, pauses_seconds)
@@ -126,7 +125,7 @@ def _make(source, raw, log, pauses_seconds):
 
 
 def _is_safe(url):
-  """Whether a URL is https, or of a server on this machine."""
+  """Tells whether a URL is https, or of a server on this machine."""
   parts = urllib.parse.urlsplit(url)
   return parts.scheme == "https" or (
     parts.scheme == "http"
@@ -143,7 +142,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _fetch(source, target, log, pauses_seconds):
-  """Downloads to `target`, and resumes after what a broken try has left."""
+  """Downloads to `target`, and goes on after the part that a try has left."""
   by_hand = f"put {target.name} or {source.name} into {target.parent} yourself"
   if not _is_safe(source.url):
     raise CorpusError(f"{source.url} is not fetched; expected https; {by_hand}")
@@ -153,7 +152,7 @@ def _fetch(source, target, log, pauses_seconds):
       _fetch_once(source, part, log)
       break
     except urllib.error.HTTPError as error:
-      if error.code == 416:  # the part is as long as the whole, or longer
+      if error.code == 416:  # the part is as long as the file, or longer
         part.unlink(missing_ok=True)
       reason = f"HTTP status {error.code}, {error.msg}"
       final = error.code < 500 and error.code not in (408, 416, 429)
@@ -179,7 +178,11 @@ def _fetch(source, target, log, pauses_seconds):
 
 
 def _fetch_once(source, part, log):
-  """Downloads what `part` lacks; a ConnectionError if that breaks off."""
+  """Downloads the bytes that `part` lacks.
+
+  Raises:
+    ConnectionError: the download broke off.
+  """
   have = part.stat().st_size if part.exists() else 0
   if have == source.zip_bytes:
     return
@@ -215,7 +218,7 @@ def _file_sha256(path):
 
 
 def _unpack(source, zipped, raw):
-  """Unpacks the one member of the zip; the file appears whole or not at all."""
+  """Unpacks the one member of the zip, completely or not at all."""
   part = raw.with_name(raw.name + ".part")
   try:
     with zipfile.ZipFile(zipped) as archive:

@@ -1,4 +1,4 @@
-"""The sources of Python's standard library, a text on every machine."""
+"""The sources of Python's standard library: every machine has this text."""
 
 import os
 import pathlib
@@ -7,8 +7,8 @@ import sysconfig
 from data import Corpus, CorpusError, split
 
 CAP_BYTES = 8_000_000
-# Tests repeat themselves, tables of characters are hardly Python, and packages
-# and settings of a build differ between machines.
+# Tests repeat themselves. Tables of characters are hardly Python. Packages and
+# the settings of a build differ between machines.
 _FOLDERS_LEFT_OUT = {
   "test",
   "tests",
@@ -23,11 +23,11 @@ _FILES_LEFT_OUT = ("test_", "_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 def load() -> Corpus:
-  """The .py files of the running Python's library, in the order of their paths.
+  """Joins the .py files of this Python's library, in the order of their paths.
 
   Tests and files that belong to one machine are left out; the first 8,000,000
-  bytes of the others count. The splits are 90/5/5 per cent. They have different
-  files, except that each cut may lie within a file.
+  bytes of the others are taken. The splits are 90/5/5 per cent. They have
+  different files, except that each cut may lie within a file.
 
   Raises:
     CorpusError: this Python has no sources, or they cannot be read.
@@ -53,9 +53,9 @@ def load() -> Corpus:
 
 
 def _paths(folder):
-  """The files that count, as paths from `folder` with forward slashes."""
+  """Yields the files to take, as paths from `folder` with forward slashes."""
   for parent, folders, names in os.walk(folder):
-    # These are not entered: site-packages may hold more files than all others.
+    # Folders left out are not entered, as site-packages may hold many files.
     folders[:] = [
       name
       for name in folders

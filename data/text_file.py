@@ -15,14 +15,14 @@ from data import Corpus, CorpusError, split
 CAP_BYTES = 4 << 30  # of unpacked text, which is held in memory
 _READ_AT_ONCE = 1 << 20
 _GZIP = b"\x1f\x8b"
-_XZ = (b"\xfd7zXZ\x00", b"]\x00\x00")  # the latter without its container
-_BZIP2 = tuple(  # with a first block, or without any
+_XZ = (b"\xfd7zXZ\x00", b"]\x00\x00")  # the latter is without a container
+_BZIP2 = tuple(  # the first block follows, or the end of the file
   b"BZh%d" % level + block
   for level in range(1, 10)
   for block in (b"1AY&SY", b"\x17rE8P\x90")
 )
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-# First bytes of files that hold a text, or numbers, in a form of their own. All
+# The first bytes of files that hold text or numbers in a form of their own. All
 # other bytes are accepted, as a model may be meant to learn them.
 _CONTAINERS = {
   "a gzip file": _GZIP,
@@ -51,7 +51,7 @@ _CONTAINERS = {
   "a PDF": b"%PDF-",
   "a document of Office": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
 }
-# A text could begin with these bytes, so the last bytes decide too.
+# A text may begin with these bytes, so the last bytes decide too.
 _CONTAINERS_WITH_ENDS = {
   "a Feather file": (b"FEA1", b"FEA1"),
   "an ORC file": (b"ORC", tuple(b"ORC%c" % length for length in range(256))),
@@ -62,8 +62,8 @@ _CONTAINERS_WITH_ENDS = {
 def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
   """Splits a file 90/5/5 per cent.
 
-  The first bytes decide how it is read, not its name. A raw file stays on the
-  disk and is read as it is needed.
+  Its first bytes decide how it is read, not its name. A raw file stays on the
+  disk and is read as needed.
 
   Raises:
     CorpusError: the file does not exist, is damaged, is an archive of several
@@ -87,8 +87,8 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
   ) as error:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     raise CorpusError(
-      f"data.path={path} cannot be read ({reason}); give a whole file that may "
-      "be read"
+      f"data.path={path} cannot be read ({reason}); give a complete file that "
+      "may be read"
     ) from error
   if kind:
     raise CorpusError(
@@ -99,7 +99,7 @@ def load(path, cap_bytes: int = CAP_BYTES) -> Corpus:
 
 
 def _container(content):
-  """The name of the format that holds a text in another form, or None."""
+  """Returns the name of the format if it is not plain text, or None."""
   start, end = content[:512].tobytes(), content[-4:].tobytes()
   for kind, first in _CONTAINERS.items():
     if start.startswith(first):
@@ -107,7 +107,7 @@ def _container(content):
   for kind, (first, last) in _CONTAINERS_WITH_ENDS.items():
     if start.startswith(first) and end.endswith(last):
       return kind
-  try:  # the first header has a checksum
+  try:  # the first header of a tar archive has a checksum
     tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
   except tarfile.HeaderError:
     return None
@@ -115,7 +115,7 @@ def _container(content):
 
 
 def _content(path, cap_bytes):
-  """The bytes of a file, unpacked."""
+  """Returns the bytes of a file, unpacked."""
   if not path.is_file():
     wrong = "is not a file" if path.exists() else "does not exist"
     raise CorpusError(f"data.path={path} {wrong}; give a file of text")

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def refused(main):
-  """refused(code, *flags) -> the one sentence with which main.py ended."""
+  """refused(code, *flags) calls main.py and returns its one sentence."""
 
   def run(code, *flags, started=False):
     found, _, err = main(*flags)
@@ -79,9 +79,9 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.model.attention=sparse", "config.model.attention='sparse'"),
     ("--config.model.implementation=fast", "model.implementation='fast'"),
     ("--config.data.corpus=books", "config.data.corpus='books'"),
-    # Several processes that are not told of each other.
+    # Several processes that do not know each other.
     ("--config.process_count=2", "0 without distributed=True"),
-    # Flags that the mode would pass over.
+    # Flags that the mode does not use.
     ("--protocol=window", "--protocol=window means nothing to --mode=train"),
   ],
 )
@@ -107,7 +107,7 @@ def test_what_is_needed(refused):
 
 
 @pytest.mark.parametrize(
-  ("content", "told"),
+  ("content", "said"),
   [
     ("def get_config(:", "fails (SyntaxError"),
     ("x = 1", "has no get_config"),
@@ -132,10 +132,10 @@ def test_what_is_needed(refused):
     ),
   ],
 )
-def test_configs_that_are_none(refused, tmp_path, content, told):
+def test_configs_that_cannot_be_used(refused, tmp_path, content, said):
   (tmp_path / "broken.py").write_text(content)
   message = refused(2, f"--config={tmp_path / 'broken.py'}")
-  assert told in message
+  assert said in message
   assert "broken.py" in message
 
 
@@ -237,8 +237,8 @@ def test_plan_counts_without_training(main, tmp_path):
     f"--workdir={tmp_path / 'w'}",
   )
   assert code == 0, err
-  # 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits a layer, norms
-  # of 192 (two a block and the last), 256 bytes and 2 x 128 positions.
+  # 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits per layer, norms
+  # of 192 (two per layer and the last), 256 bytes and 2 x 128 positions.
   D = 192
   expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + (256 + 2 * 128) * D
   assert f"parameters {expected:,} (span_wave)" in out
@@ -253,7 +253,7 @@ def test_plan_counts_without_training(main, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd(main, text, tmp_path_factory):
-  """A run whose batch no two devices share, of spans beyond the context."""
+  """A run whose batch two devices cannot share; its spans pass the context."""
   workdir = tmp_path_factory.mktemp("runs") / "odd"
   changes = TINY | {
     "steps": 2,
@@ -300,7 +300,7 @@ def test_a_model_of_an_odd_batch_is_used(main, odd):
   assert code == 0, err
   with safetensors.safe_open(odd[0] / "model.safetensors", "np") as file:
     assert json.loads(file.metadata()["config"])["max_span"] == 512
-  # A prompt is taken to the byte, UTF-8 or not.
+  # A prompt is taken byte for byte, UTF-8 or not.
   code, out, err = main(
     "--mode=sample", workdir, "--prompt=caf\udce9", "--tokens=2"
   )
@@ -405,7 +405,7 @@ def test_the_largest_span_follows_the_context_unless_set():
   assert ModelConfig(**config.model).max_span == 100
 
 
-# What other systems lack: macOS the first, Windows the second too.
+# Other systems lack these: macOS the first, Windows the second too.
 _AS_ELSEWHERE = """
 import os, runpy, sys
 del os.sched_getaffinity

@@ -1,1 +1,1 @@
-"""Benchmarks: the cases that tests share with them, and what is timed."""
+"""Benchmarks: named cases, which the tests use too, and their timing."""

@@ -1,7 +1,7 @@
 """The named cases: calls of attention, training steps, and decoding.
 
-`SHAPES`, `STEPS` and `DECODES` are timed. The tests hold every implementation
-to the first of these too, made shorter, beside small cases of their own.
+`SHAPES`, `STEPS` and `DECODES` are timed. The tests also check every
+implementation on `SHAPES`, made shorter, beside small cases of their own.
 Lengths are in tokens.
 """
 
@@ -16,7 +16,7 @@ from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.errors import Error
 from adaptive_attention.masks import Mask, Wave
 
-SEED = 0x9E3779B1  # in the upper half of 32 bits, where a signed one fails
+SEED = 0x9E3779B1  # in the upper half of 32 bits, where a signed integer fails
 
 
 class BenchmarkError(Error):
@@ -29,8 +29,8 @@ class Case(NamedTuple):
   Attributes:
     span, period, ratio: a value per head, or one value for all heads. Without a
       span the mask is None, without a period it has no wave.
-    relative: the number of vectors of distances, 0 for none.
-    query_scale: a factor of the queries, for sharp weights.
+    relative: the number of vectors of distances; 0 if there are none.
+    query_scale: a factor of the queries, which makes the weights sharp.
     ramp, harmonics, integer, memory, first_key, dropout_rate: as in `attend`.
   """
 
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
   @property
   def mask(self) -> Mask | None:
-    """The mask as `attend` takes it."""
+    """Returns the mask as `attend` takes it."""
     if self.span is None:
       return None
     wave = None
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
   @property
   def options(self) -> dict:
-    """The keyword arguments of `attend`, all but the implementation."""
+    """Returns all keyword arguments of `attend` but the implementation."""
     return {
       "memory": self.memory,
       "first_key": self.first_key,
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 def inputs(case: Case) -> tuple:
-  """(q_BTHK, k_BSHK, v_BSHK, dout_BTHK) in the dtype of the case."""
+  """Returns (q_BTHK, k_BSHK, v_BSHK, dout_BTHK) in the dtype of the case."""
   random = np.random.default_rng(sum(case.name.encode()))
   queries = (case.B, case.T, case.H, case.K)
   keys = (case.B, case.S, case.H, case.K)
@@ -94,7 +94,7 @@ def inputs(case: Case) -> tuple:
 
 
 def relative_vectors(case: Case):
-  """The vectors of distances (R, K), or None."""
+  """Returns the vectors of distances (R, K), or None."""
   if not case.relative:
     return None
   random = np.random.default_rng(case.relative)
@@ -104,7 +104,7 @@ def relative_vectors(case: Case):
 
 
 def case_of_mask(name: str, T: int, mask: Mask | None, *, H: int, K: int):
-  """The case of plain attention over T tokens under a given mask."""
+  """Returns the case of plain attention over T tokens under a given mask."""
   case = Case(name, T, T, H=H, K=K)
   if mask is None:
     return case
@@ -155,7 +155,7 @@ class Step:
   Attributes:
     spans: z of the eight heads of every layer, at most the tokens that there
       are to attend to.
-    runs: what is compared: the settings of each model by its name.
+    runs: the models that are compared: name -> settings.
   """
 
   name: str
@@ -197,7 +197,7 @@ class Decode:
     context_tokens: the largest distance that a head could reach.
     spans: z of the eight heads of every layer.
     runs: name -> (settings of the model, kind of cache, position of the next
-      token); without a cache all of the context is read again for each token.
+      token); with None for the cache the context is read again for each token.
   """
 
   name: str
@@ -227,7 +227,11 @@ DECODES = tuple(
 
 
 def named(cases: Iterable, names: str) -> list:
-  """The cases of these names, separated by ";", in their order; all for "".
+  """Returns the cases of these names, in their own order; all of them for "".
+
+  Args:
+    cases: cases with a `name`.
+    names: some of their names, separated by ";".
 
   Raises:
     BenchmarkError: naming the first unknown name.

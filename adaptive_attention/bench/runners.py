@@ -1,4 +1,4 @@
-"""What is timed of each case, on this machine."""
+"""The runners of each case: what is timed on this machine."""
 
 import functools
 import time
@@ -25,16 +25,18 @@ from adaptive_attention.training import (
 from adaptive_attention.training.settings import training_config
 
 MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
-_DECODE_TOKENS = 32  # a call
+_DECODE_TOKENS = 32  # per call
 
 
 def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
-  """The runners of a case; none, with a line that says why, if it cannot run.
+  """Returns the runners of a case.
+
+  If the case cannot run here, a line says why, and the list is empty.
 
   Args:
     case: one of `cases`.
     config: the settings that a training step does not take from its case.
-    compare: "torch" for PyTorch's attention beside ours.
+    compare: "torch" to time PyTorch's attention too.
 
   Raises:
     BenchmarkError: PyTorch is asked for and not installed.
@@ -62,7 +64,7 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
 
 
 def _attention_runners(case, implementation):
-  """Forward, and forward with all gradients."""
+  """Makes the runners of forward, and of forward with all gradients."""
   logits = 4 * case.B * case.H * case.T * case.S
   if implementation == "reference" and logits > MOST_PAIRS_BYTES:
     console.say(
@@ -92,7 +94,7 @@ def _attention_runners(case, implementation):
 
 
 def _pairs(mask, case, implementation):
-  """Open and computed pairs of all heads."""
+  """Counts the open and the computed pairs of all heads."""
   T = case.T
   if mask is None:
     opened, computed = T * (T + 1) // 2 * case.H, T * T * case.H
@@ -103,7 +105,7 @@ def _pairs(mask, case, implementation):
 
 
 def _over_devices(name, both, mask, dealt, pairs):
-  """The same batch, dealt to all devices."""
+  """Makes the runner of the same batch, dealt to all devices."""
   step = parallel.eval_step(lambda mask, _, x: (None, both(*x[:3], mask, x[3])))
   start = time.perf_counter()
   jax.block_until_ready(step(mask, None, dealt))
@@ -118,7 +120,10 @@ def _over_devices(name, both, mask, dealt, pairs):
 
 
 def _step_runner(config, case, name):
-  """A training step, in the middle of a stream if the model has a memory."""
+  """Makes the runner of a training step.
+
+  If the model has a memory, the step is in the middle of a stream.
+  """
   parts = training_config(_step_settings(config, case, case.runs[name]))
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps)
@@ -144,7 +149,7 @@ def _step_runner(config, case, name):
 
 
 def _step_settings(config, case, settings):
-  """The settings with the model and the batch of a step."""
+  """Returns the settings with the model and the batch of a step."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.batch_size, config.accumulation_steps = case.B, 1
@@ -161,7 +166,7 @@ def _step_settings(config, case, settings):
 
 
 def _decode_runner(case, name):
-  """Token after token, in the middle of a text."""
+  """Makes the runner that writes token after token in the middle of a text."""
   settings, kind, position = case.runs[name]
   config = ModelConfig(
     context_tokens=case.context_tokens,
@@ -188,14 +193,14 @@ def _decode_runner(case, name):
 
 
 def _by_context(model, params, case):
-  """A call that reads all of the context for one token."""
+  """Makes a call that reads all of the context for one token."""
   tokens_BT = jnp.zeros((case.B, case.context_tokens), int)
   read = jax.jit(lambda params, x: model.apply({"params": params}, x)[:, -1])
   return lambda: jax.block_until_ready(read(params, tokens_BT))
 
 
 def _by_cache(params, config, case, kind, position):
-  """(the cache, a call that draws some tokens one after the other)."""
+  """Makes (cache, a call that draws some tokens one after the other)."""
   first_B1 = jnp.zeros((case.B, 1), int)
   logits_BV, cache = generation.prefill(params, config, first_B1, kind)
   carried = [logits_BV, cache.at(jnp.uint32(position))]
@@ -217,7 +222,7 @@ def _by_cache(params, config, case, kind, position):
 
 
 def _cache_counts(params, config, cache_bytes, kind):
-  """Bytes and keys of one text, as a row has them."""
+  """Returns the bytes and keys of one text, as a row holds them."""
   layers = mask_params(params, config)
   reads = accounting.cache_reads(layers, config)
   return {
@@ -228,7 +233,7 @@ def _cache_counts(params, config, cache_bytes, kind):
 
 
 def _with_spans(params, spans, config: ModelConfig):
-  """The parameters with these spans in every layer, as far as they can go."""
+  """Returns parameters with these spans in every layer, within their bounds."""
 
   def changed(name, length):
     return np.array(spans) if name == "span_logit" else length
@@ -237,10 +242,10 @@ def _with_spans(params, spans, config: ModelConfig):
 
 
 def _with_waves(params, config: ModelConfig):
-  """The parameters with other waves, where there are waves.
+  """Returns parameters with other waves, if there are waves.
 
-  The head of the longest span has period 4 and one open residue; the period of
-  the others leaves everything open.
+  The head of the longest span has period 4 and one open residue. The waves of
+  the other heads leave everything open.
   """
 
   def changed(name, length):

@@ -1,7 +1,7 @@
-"""What is timed, and the table of what came out.
+"""Timing of runners, and the table of the results.
 
-Machines are noisy: runners that are compared run in one process, in turns, and
-their medians are reported.
+Machines are noisy. So runners that are compared run in one process, in turns,
+and their medians are reported.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptive_attention.training import console
 
-# The others of a case are compared with the first of these that ran.
+# The runners of a case are compared with the first of these that ran.
 _BASELINES = (
   "reference",
   "torch dense causal",
@@ -25,16 +25,16 @@ _BASELINES = (
 
 @dataclasses.dataclass
 class Runner:
-  """Something to time.
+  """A piece of work to time.
 
   Attributes:
     case: the name of its case.
-    name, kind: what runs, and which work of it is timed, as "forward".
+    name, kind: what runs, and which part of its work is timed, as "forward".
     call: does that work, and returns when it is done.
-    compile_seconds: None for what is not compiled.
-    temporary_bytes: as the compiler tells them, or None.
-    counts: what else belongs into its row.
-    times: how often a call does what is timed.
+    compile_seconds: how long compiling took; None if nothing is compiled.
+    temporary_bytes: the temporary memory that the compiler reports, or None.
+    counts: further entries of its row.
+    times: how often a call does the work.
     seconds: how long each call took.
   """
 
@@ -49,7 +49,7 @@ class Runner:
   seconds: list = dataclasses.field(default_factory=list)
 
   def row(self) -> dict:
-    """What bench.json keeps of it."""
+    """Returns its row of bench.json."""
     return {
       "case": self.case,
       "run": f"{self.name} {self.kind}",
@@ -62,7 +62,7 @@ class Runner:
 
 
 def compiled(case: str, name: str, kind: str, function, *args, counts=None):
-  """The runner of a compiled function of these arguments."""
+  """Compiles a function for these arguments; returns its runner."""
   start = time.perf_counter()
   run = jax.jit(function).lower(*args).compile()
   return Runner(
@@ -87,7 +87,7 @@ def time_in_turns(runners: list[Runner], repeats: int):
 
 
 def table(runners: list[Runner]) -> list[str]:
-  """A line for each runner of a case, with its ratio to the baseline."""
+  """Returns a line for each runner of a case, with the ratio to a baseline."""
   return [_line(runner, _baseline(runner, runners)) for runner in runners]
 
 
@@ -106,14 +106,14 @@ def _line(runner, baseline):
     text += f"  computed / open {ratio:.2f}"
   if "cache_bytes" in row:
     text += (
-      f"  cache {console.bytes_text(row['cache_bytes'])} a text, "
-      f"{row['keys_read']:,} keys read"
+      f"  cache {console.bytes_text(row['cache_bytes'])} per text, "
+      f"{row['keys_read']:,} keys read per token"
     )
   return text
 
 
 def _baseline(runner, runners):
-  """The runner that does the same work and is compared with, or None."""
+  """Returns the runner of the same work to compare with, or None."""
   others = {other.name: other for other in runners if other.kind == runner.kind}
   found = next((others[name] for name in _BASELINES if name in others), None)
   return None if found is runner else found

@@ -1,4 +1,4 @@
-"""PyTorch's attention, timed beside ours."""
+"""The runners of PyTorch's attention, to compare with."""
 
 import functools
 import time
@@ -12,11 +12,11 @@ from adaptive_attention.training import console
 
 
 def runners(case: Case, most_bytes: int) -> list[Runner]:
-  """PyTorch's dense causal attention, and FlexAttention under the spans.
+  """Makes runners of dense causal attention, and of FlexAttention with spans.
 
   Args:
-    case: without a memory.
-    most_bytes: what one array over all pairs may take.
+    case: a case without a memory.
+    most_bytes: the most that one array over all pairs may take.
 
   Raises:
     BenchmarkError: PyTorch is not installed.
@@ -47,7 +47,7 @@ def runners(case: Case, most_bytes: int) -> list[Runner]:
 
 
 def _imported():
-  """The modules torch and flex_attention."""
+  """Returns the modules torch and flex_attention."""
   try:
     import torch
     from torch.nn.attention import flex_attention
@@ -60,12 +60,12 @@ def _imported():
 
 
 def _flex_runners(torch, flex_attention, case, arrays, most_bytes):
-  """Forward alone: FlexAttention has no backward pass on a CPU."""
+  """Makes the runner of forward alone: on a CPU there is no backward pass."""
   # create_block_mask computes all pairs by 64-bit indices, several at a time.
   indices = 8 * case.H * case.T**2
   if indices > most_bytes:
     console.say(
-      f"{case.name}: FlexAttention is left out, as its block mask is made of "
+      f"{case.name}: FlexAttention is left out, as its block mask needs "
       f"{console.bytes_text(indices)} of indices"
     )
     return []
@@ -92,7 +92,7 @@ def _flex_runners(torch, flex_attention, case, arrays, most_bytes):
 
 
 def _flex_mask(torch, case):
-  """(mask_mod, score_mod): the open pairs and the log weights of the spans."""
+  """Returns (mask_mod, score_mod): open pairs, and log weights of the spans."""
   spans_H = torch.tensor(case.span)
 
   def is_open(b, h, t, s):

@@ -1,4 +1,4 @@
-"""A file of settings: what its get_config returns, or why it cannot be had."""
+"""Files of settings: what get_config returns, or why it cannot be called."""
 
 import inspect
 import os
@@ -11,12 +11,12 @@ from adaptive_attention.errors import SettingsError
 
 
 class ConfigFileError(SettingsError):
-  """A file of settings that is missing, fails or has other settings."""
+  """A file of settings is missing, fails or has other settings."""
 
 
 def file_and_argument(given: str) -> tuple[str, list[str]]:
-  """Parts what --config names: a file, and the arguments of its get_config."""
-  if os.path.isfile(given):  # False too for a name that no file may have
+  """Splits --config into a file and the arguments of its get_config."""
+  if os.path.isfile(given):  # also False for a name that no file may have
     return given, []
   file, *argument = given.split(":", 1)
   return file, argument
@@ -27,8 +27,8 @@ def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
 
   Args:
     given: FILE.py, or FILE.py:ARGUMENT.
-    folder: where the configs are.
-    defaults: a config with all the settings that there are.
+    folder: the folder of the configs.
+    defaults: a config with all settings.
 
   Raises:
     ConfigFileError: the file does not exist, fails, or has other settings.
@@ -46,7 +46,7 @@ def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
     config = _called(given, file, argument)
   except ConfigFileError:
     raise
-  except (Exception, SystemExit) as error:  # whatever a file may do
+  except (Exception, SystemExit) as error:  # a file may raise anything
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise ConfigFileError(
       f"--config={given} fails ({reason}); correct it, or give another"

@@ -1,8 +1,8 @@
-"""The command line: the flags, read and held against the way of calling it.
+"""The flags: they are read and checked against the use of main.py.
 
-A flag or a setting, as --config.FIELD=VALUE, that would do nothing is refused.
-Flags have no default here: what is not given is not handed to the mode, whose
-`run` has its own.
+A flag, or a setting as --config.FIELD=VALUE, that would do nothing is refused.
+Flags have no defaults here: a flag that is not given is not passed to the mode,
+whose `run` has the defaults.
 """
 
 import ast
@@ -21,11 +21,11 @@ from adaptive_attention.errors import SettingsError
 
 
 class Flag(NamedTuple):
-  """A flag: what it is for, and which values it may have.
+  """A flag: its help, and which values it may have.
 
   Attributes:
-    help: a sentence.
-    kind: the type of its values, or all the values that it may have.
+    help: a sentence about what it does.
+    kind: the type of its values, or all values that it may have.
     least, most: the bounds of a number.
   """
 
@@ -39,7 +39,7 @@ MODES = tuple(dict.fromkeys(use.mode for use in USES))
 FLAGS = {
   "mode": Flag("What to do.", MODES),
   "config": Flag(
-    "The experiment, a file of configs/; FILE:ARGUMENT hands get_config an "
+    "The experiment, a file of configs/; FILE:ARGUMENT passes get_config an "
     "argument."
   ),
   "workdir": Flag("The run's folder; runs/NAME for --config=configs/NAME.py."),
@@ -51,8 +51,8 @@ FLAGS = {
     "How to evaluate: window (disjoint), stride:N, or memory (read once, as "
     "streams); memory for a model that has one, else window, if not given."
   ),
-  "prompt": Flag("What a sample goes on from."),
-  "prompt_file": Flag("The same out of a file, to the byte."),
+  "prompt": Flag("The text that a sample continues."),
+  "prompt_file": Flag("A file with that text, taken byte for byte."),
   "tokens": Flag("How many bytes to write.", int, 1),
   "temperature": Flag(
     "Divides the logits; 0 for the likeliest byte.", float, 0.0
@@ -62,8 +62,8 @@ FLAGS = {
     "Draw from the likeliest bytes of so much probability.", float, 0.0
   ),
   "num": Flag("How many texts to write.", int, 1),
-  "seed": Flag("The same seed, the same texts; under 2^32.", int, 0, 2**32 - 1),
-  "harden": Flag("Round spans and periods, and say what that costs.", bool),
+  "seed": Flag("Equal seeds give equal texts; under 2^32.", int, 0, 2**32 - 1),
+  "harden": Flag("Round spans and periods, and print what that costs.", bool),
   "finetune_steps": Flag("How long to train the hardened model on.", int, 0),
 }
 _HELP = ("help", "h", "helpshort", "helpfull")
@@ -71,12 +71,12 @@ _HELP = ("help", "h", "helpshort", "helpfull")
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """What was typed.
+  """A command line that was read.
 
   Attributes:
-    use: the way of calling main.py that it is.
+    use: its way of calling main.py.
     flags: the values of the flags that were given.
-    config: all settings, as the file and the flags have them.
+    config: all settings, from the file and the flags.
     overrides: the settings that flags change.
   """
 
@@ -90,13 +90,12 @@ def parse(argv, folder: pathlib.Path, defaults: ConfigDict) -> Given | None:
   """Reads the command line; returns None if it asks for help.
 
   Args:
-    argv: as `sys.argv`.
-    folder: where the configs are.
-    defaults: the settings without a config, of which all have the names.
+    argv: the words of the command line, as in `sys.argv`.
+    folder: the folder of the configs.
+    defaults: the settings without a config; every config has these names.
 
   Raises:
-    SettingsError: a flag, file or setting that is wrong, or that would do
-      nothing.
+    SettingsError: a flag, file or setting is wrong or would do nothing.
   """
   values = _defined()
   try:
@@ -118,7 +117,7 @@ def parse(argv, folder: pathlib.Path, defaults: ConfigDict) -> Given | None:
 
 
 def _defined() -> flags.FlagValues:
-  """Returns all flags but the settings; those of absl are not among them."""
+  """Returns all flags but the settings; absl's own flags are left out."""
   values = flags.FlagValues()
   to = {"flag_values": values}
   for name, flag in FLAGS.items():
@@ -140,12 +139,12 @@ def _defined() -> flags.FlagValues:
 
 
 def _sentence(error) -> str:
-  """Says why, in one line."""
+  """Returns an error's message in one line."""
   return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _override(config, rest) -> dict:
-  """Sets in `config` what `rest` of a command line says; returns it by name."""
+  """Sets in `config` the settings that `rest` changes; returns them by name."""
   try:
     overrides, positional = _read_settings(config, rest)
   except flags.UnrecognizedFlagError as error:
@@ -156,7 +155,7 @@ def _override(config, rest) -> dict:
     ) from error
   except (AttributeError, KeyError) as error:  # of the locked config
     reason = str(error.args[0])
-    if reason[:1] in ("'", '"'):  # one KeyError in another is quoted by it
+    if reason[:1] in ("'", '"'):  # a KeyError quotes another one in it
       reason = ast.literal_eval(reason)
     reason = reason.strip().replace("\n", "; ")
     raise SettingsError(
@@ -178,7 +177,7 @@ def _override(config, rest) -> dict:
 
 
 def _read_settings(config, rest) -> tuple[dict, list[str]]:
-  """Returns the settings that `rest` changes, and what is not a flag in it."""
+  """Returns the settings that `rest` changes, and the words left over."""
   values = flags.FlagValues()
   flag = config_flags.DEFINE_config_dict(
     "config", config, flag_values=values, sys_argv=rest
@@ -189,7 +188,7 @@ def _read_settings(config, rest) -> tuple[dict, list[str]]:
 
 
 def _use_of(mode, given) -> Use:
-  """Returns the use that a command line is, by what is given besides."""
+  """Returns the use of main.py that the mode and the other flags name."""
   extra = ""
   match mode:
     case "train":
@@ -204,7 +203,7 @@ def _use_of(mode, given) -> Use:
 
 
 def _check(use: Use, given, overrides):
-  """Checks that the use has what it needs, and nothing that does nothing."""
+  """Checks that the use gets what it needs, and nothing that it ignores."""
   steps = given.get("finetune_steps")
   if use.mode == "export" and steps and not given.get("harden"):
     raise SettingsError(
@@ -225,7 +224,7 @@ def _check(use: Use, given, overrides):
 
 
 def _check_needs(use, given):
-  """Checks that it is told which experiment, or which run."""
+  """Checks that an experiment or a run is named, if the use needs one."""
   if use.mode == "train" and "config" not in given:
     raise SettingsError(
       "--mode=train needs --config=FILE, the experiment, a file of configs/; "
@@ -242,7 +241,7 @@ def _check_needs(use, given):
 def _refusal(use, name, value):
   if name.startswith("model.") and use.saved and use.mode != "plan":
     return (
-      f"--config.{name}={value} has no place in {use.name}, which takes the "
+      f"--config.{name}={value} means nothing to {use.name}, which takes the "
       "model from the checkpoint; leave it out"
     )
   return f"--config.{name}={value} means nothing to {use.name}; leave it out"

@@ -1,4 +1,4 @@
-"""The help: the ways of calling main.py, with their flags and settings."""
+"""The help page: the ways to call main.py, with their flags and settings."""
 
 import textwrap
 
@@ -9,10 +9,10 @@ from adaptive_attention.command_line.uses import EXAMPLES, USES
 
 
 def text(defaults: ConfigDict) -> str:
-  """Returns the page, of 80 columns.
+  """Returns the page, 80 columns wide.
 
   Args:
-    defaults: a config with all the settings that there are.
+    defaults: a config with all settings.
   """
   lines = ["python main.py --mode=MODE ...", ""]
   for use in USES:
@@ -45,7 +45,7 @@ def _wrapped(text, first, others=None):
 
 
 def _acting(use, config, prefix=""):
-  """Returns the settings that act; SECTION.* where all of a section do."""
+  """Returns the settings that act; SECTION.* if all of a section do."""
   found = []
   for name, value in config.items():
     if not isinstance(value, ConfigDict):

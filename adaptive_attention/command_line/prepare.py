@@ -1,6 +1,6 @@
-"""What a mode's `run` is called with: settings, folder, data and devices.
+"""The arguments of a mode's `run`: settings, folder, data and devices.
 
-main.py hands in what is not part of the package: its folder, the default
+main.py passes in what is not part of the package: its folder, the default
 settings and the data.
 """
 
@@ -23,12 +23,12 @@ from adaptive_attention.training import (
 
 
 class Project(NamedTuple):
-  """What main.py hands in.
+  """What main.py passes in, as it is not part of the package.
 
   Attributes:
-    folder: the one of main.py, with configs/ in it.
+    folder: the folder of main.py, with configs/ in it.
     get_config: makes the default settings.
-    load_corpus: load_corpus(config) is the data that the settings name.
+    load_corpus: load_corpus(config) returns the data that the settings name.
   """
 
   folder: pathlib.Path
@@ -37,15 +37,14 @@ class Project(NamedTuple):
 
 
 def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
-  """Checks everything, makes the devices and says what runs here.
+  """Checks everything, makes the devices and prints what runs here.
 
   Returns:
     The positional arguments of the mode's `run`, config and workdir, and those
     by name: flags that were given, the data, the checkpoint's step.
 
   Raises:
-    SettingsError: settings that are wrong, or that the data or devices do not
-      fit.
+    SettingsError: settings are wrong, or do not fit the data or the devices.
     CheckpointError: the checkpoint that is asked for does not exist.
   """
   workdir, config = workdirs.of(given), given.config
@@ -59,7 +58,7 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
     workdirs.check(workdir, project.folder)
   _check_data_settings(given, config)
   devices = max(config.cpu_devices, 1)
-  _check_fit(given, config, None, devices)  # before any data are fetched
+  _check_fit(given, config, None, devices)  # before any data is fetched
   corpus = None
   if "corpus" in parameters and given.use.acts("data.path"):
     corpus = named["corpus"] = _corpus(config, project)
@@ -72,11 +71,10 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
 
 
 def saved_settings(given: Given, workdir, project: Project):
-  """Returns a checkpoint's settings under the flags, its step, what to say.
+  """Returns a checkpoint's settings with the flags, its step, lines to print.
 
-  Every setting is the checkpoint's, whatever the defaults are today, but for
-  those of the machine. Evaluation is of the whole split unless a flag says
-  less.
+  Every setting is the checkpoint's, whatever the defaults are today, except
+  those of the machine. The complete split is evaluated unless a flag limits it.
   """
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.resolve(given.flags.get("step", "latest"))
@@ -85,9 +83,7 @@ def saved_settings(given: Given, workdir, project: Project):
   unknown = settings.restore(config, saved)
   if unknown:
     listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-    said.append(
-      f"passed over: {listed} of the checkpoint, unknown to this version"
-    )
+    said.append(f"ignored: {listed} of the checkpoint, unknown to this version")
   if {"config", "workdir"} <= given.flags.keys():
     said.append(
       f"settings   of step {step} in {workdir}, not of {given.flags['config']}"
@@ -102,7 +98,7 @@ def saved_settings(given: Given, workdir, project: Project):
 
 
 def _check_data_settings(given, config):
-  """Checks that those which name the data are all used."""
+  """Checks that no flag changes a setting of the data that is not used."""
   unused = {}
   if config.data.corpus != "enwik8":
     unused["data.cache_dir"] = f"data.corpus={config.data.corpus} is read"
@@ -118,7 +114,7 @@ def _check_data_settings(given, config):
 
 
 def _corpus(config, project):
-  if config.data.path:  # whole, so that the run finds it from any folder
+  if config.data.path:  # absolute, so that the run finds it from any folder
     config.data.path = str(pathlib.Path(config.data.path).absolute())
   return project.load_corpus(config)
 
@@ -131,7 +127,7 @@ def _sequences(given, config) -> int:
 
 
 def _check_fit(given, config, corpus, devices=None):
-  """Checks that a training batch fits so many devices, or those that there are.
+  """Checks that a training batch fits `devices`, or the devices that exist.
 
   With a corpus it checks that each device's part of the data is long enough.
   """
@@ -144,7 +140,7 @@ def _check_fit(given, config, corpus, devices=None):
 
 
 def header(given: Given, project: Project) -> list[str]:
-  """Returns what runs here: versions, and the settings that flags change."""
+  """Returns lines on what runs: versions, and settings that flags change."""
   if "config" not in given.flags:
     return []
   versions = logbook.environment()

@@ -1,4 +1,4 @@
-"""The ways to call main.py: a table, and the flags that each of them takes."""
+"""The ways to call main.py: a table of them, and the flags that each takes."""
 
 import dataclasses
 import fnmatch
@@ -12,12 +12,12 @@ class Use:
 
   Attributes:
     mode: the name of a file of modes/, whose `run` is called.
-    given: what must be given besides, as it is typed.
-    does: what it does.
+    given: the flags that must be given too, as they are typed.
+    does: a sentence about what it does.
     settings: patterns of the settings that act, as words; a word with "!" names
-      those that do not.
+      settings that do not act.
     saved: whether the settings are those of a checkpoint.
-    without: flags that would do nothing here, although `run` knows them.
+    without: flags that would do nothing here, although `run` takes them.
   """
 
   mode: str
@@ -50,10 +50,10 @@ class Use:
     }
 
   def flags(self) -> dict[str, object]:
-    """Returns the default of each flag that it takes; None if there is none.
+    """Returns the default of each flag that it takes; None without a default.
 
-    Every use takes the folder and the file of settings; its other flags are the
-    keyword parameters of `run`, but for the data.
+    Every use takes the folder and the file of settings. Its other flags are the
+    keyword parameters of `run`, except the data.
     """
     known = {"workdir": None, "config": None}
     for name, parameter in self.parameters().items():
@@ -81,14 +81,14 @@ USES = (
   Use(
     "eval",
     "",
-    "Tells the bits per character of a run's checkpoint.",
+    "Evaluates a run's checkpoint in bits per character.",
     f"{_MEASURING} {_PROCESSES}",
     saved=True,
   ),
   Use(
     "sample",
     "",
-    "Writes texts on from a prompt.",
+    "Continues a prompt with texts that the model writes.",
     f"cpu_devices {_COMPUTING}",
     saved=True,
   ),
@@ -103,28 +103,28 @@ USES = (
   Use(
     "export",
     "--harden",
-    "Rounds spans and periods first, into a run in WORKDIR/hardened.",
+    "Rounds spans and periods first, and saves a run in WORKDIR/hardened.",
     _MEASURING,
     saved=True,
   ),
   Use(
     "export",
     "--harden --finetune_steps=N",
-    "Trains that one on for N steps, spans and periods as they are.",
+    "Trains that run on for N steps with its spans and periods fixed.",
     f"{_MEASURING} {_TRAINING_ON}",
     saved=True,
   ),
   Use(
     "plan",
     "--config=FILE",
-    "Counts and compiles what this training would take, and does not train.",
+    "Counts and compiles what a training run would take, and does not train.",
     "* !bench.* " + " ".join(f"!{name}" for name in _PROCESSES.split()),
     without="step",
   ),
   Use(
     "plan",
     "",
-    "The same of a run, with the masks that it has learned.",
+    "Does the same for a saved run, with the masks that it has learned.",
     "cpu_devices steps batch_size accumulation_steps model.dropout "
     f"model.remat optimizer.name {_COMPUTING}",
     saved=True,

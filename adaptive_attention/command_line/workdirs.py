@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, and that a run may be written there."""
+"""The folder of a run: its name, and whether a run may be written there."""
 
 import pathlib
 import urllib.parse
@@ -11,10 +11,10 @@ def of(given) -> pathlib.Path:
   """Returns the folder that the flags name.
 
   Args:
-    given: as `flags.parse` returns it.
+    given: the command line, as `flags.parse` returns it.
 
   Raises:
-    SettingsError: nothing can be there.
+    SettingsError: no folder can have this name.
   """
   workdir = _named(given)
   try:
@@ -32,7 +32,7 @@ def _named(given):
   if "config" not in given.flags:
     return pathlib.Path("runs") / given.use.mode
   file, argument = config_file.file_and_argument(given.flags["config"])
-  # As part of a name an argument is quoted: it may hold a slash.
+  # In the folder's name the argument is quoted, as it may hold a slash.
   quoted = [urllib.parse.quote(text, safe="") for text in argument]
   return pathlib.Path("runs") / "_".join([pathlib.Path(file).stem, *quoted])
 
@@ -42,10 +42,10 @@ def check(workdir: pathlib.Path, source: pathlib.Path):
 
   Args:
     workdir: the run's folder, which need not exist.
-    source: the folder of main.py, into whose packages no run is written.
+    source: the folder of main.py; no run is written into its packages.
 
   Raises:
-    SettingsError: a file stands there, or a part of the source.
+    SettingsError: a file or a part of the source is there.
   """
   packages = [p for p in source.iterdir() if (p / "__init__.py").is_file()]
   packages += [p for p in source.glob(".*") if p.is_dir()]
@@ -56,7 +56,7 @@ def check(workdir: pathlib.Path, source: pathlib.Path):
       f"--workdir={workdir} is not possible, as {above[0]} is a file; give a "
       "folder"
     )
-  # Compared as places, however they are spelled.
+  # The files themselves are compared, as one may have several paths.
   inside = [s for s in packages if any(p.samefile(s) for p in above)]
   inside += [source] if place.exists() and place.samefile(source) else []
   if inside:

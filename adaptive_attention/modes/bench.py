@@ -9,10 +9,10 @@ from adaptive_attention.training.settings import model_config
 
 
 def run(config, workdir):
-  """Times every chosen case by every implementation; a table and bench.json.
+  """Times every chosen case by every implementation.
 
-  bench.json is written after each case, so that a run that is stopped keeps
-  what it has timed.
+  It prints a table and writes bench.json after each case, so that a run that is
+  stopped keeps the cases that it has timed.
 
   Args:
     config: `bench` says what to compare with, how often, and on which cases.
@@ -37,7 +37,7 @@ def run(config, workdir):
       continue
     timing.time_in_turns(timed, settings.repeats)
     content["rows"] += [runner.row() for runner in timed]
-    try:  # the table comes first; the file is kept even if nobody reads that
+    try:  # the file is written even if the table cannot be printed
       for line in timing.table(timed):
         console.say(line)
     finally:
@@ -47,7 +47,7 @@ def run(config, workdir):
 
 
 def _learned_cases(folder):
-  """The layers of a trained run, as cases with their masks."""
+  """Returns the layers of a trained run as cases with their masks."""
   with checkpoint.Checkpoints(folder) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)

@@ -18,7 +18,7 @@ from adaptive_attention.training import (
 
 
 def run(config, workdir, *, corpus, step, split="valid", protocol=None):
-  """Evaluates a checkpoint; writes eval_SPLIT.json and adds to evals.jsonl.
+  """Evaluates a checkpoint; writes eval_SPLIT.json, appends to evals.jsonl.
 
   Args:
     config: the checkpoint's settings; `eval_tokens` says how much of the
@@ -52,7 +52,7 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
   )
   part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
   macs = record["attention_macs_per_token"]
-  try:  # told first, and kept even if nobody reads it
+  try:  # the record is written even if nothing can be printed
     console.say(
       f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
       f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
@@ -66,7 +66,7 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
 
 
 def _costs(layers, config, protocol) -> dict:
-  """What attention and the KV cache take with these masks."""
+  """Returns what attention and the KV cache cost with these masks."""
   return {
     "attention_macs_per_token": accounting.attention_macs_per_token(
       layers,

@@ -1,4 +1,4 @@
-"""A checkpoint as a file for others, and as a model whose masks are whole."""
+"""Exports a checkpoint as a file for other programs, hardened if asked for."""
 
 import pathlib
 
@@ -18,21 +18,22 @@ from adaptive_attention.training import run as training
 
 
 def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
-  """Writes model.safetensors beside the checkpoints it is made of.
+  """Writes model.safetensors beside the checkpoints of the run.
 
   Args:
-    config: the checkpoint's settings, under those that flags change.
+    config: the checkpoint's settings, with those that flags change.
     workdir, step: the run's folder and the checkpoint.
     corpus: the data, to measure what hardening costs and to train on; None
-      without it.
+      without `harden`.
     harden: makes WORKDIR/hardened, a run whose first checkpoint is the
       `hardened` one, and exports that.
-    finetune_steps: trains it on for so many steps, masks as they are.
+    finetune_steps: how many steps the hardened model is trained on, with its
+      masks fixed.
 
   Raises:
-    SettingsError: a model without masks, or settings that it cannot be trained
-      on with.
-    CheckpointError: a hardened model is there already.
+    SettingsError: the model has no masks, or it cannot be trained on with these
+      settings.
+    CheckpointError: WORKDIR/hardened exists already.
   """
   workdir = pathlib.Path(workdir)
   if harden:
@@ -53,7 +54,7 @@ def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
 
 
 def _tuned(config, workdir, corpus, step, finetune_steps):
-  """The settings of the hardened run, which can be made and trained on."""
+  """Checks that the hardened run can be made; returns its settings."""
   if config.model.attention == "dense":
     raise settings.SettingsError(
       "--harden rounds spans and periods, of which a model with "
@@ -82,20 +83,20 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
 
 
 def _harden(config, workdir, corpus, step):
-  """The folder of the hardened run, with one checkpoint, measured."""
+  """Makes the hardened run, with one evaluated checkpoint; returns its path."""
   folder = workdir / "hardened"
   with resume.lock(folder):
     before = settings.model_config(config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
-    whole, after = hardened(params, before)
+    rounded, after = hardened(params, before)
     data = corpus.valid[: config.eval_tokens or None]
     figures = [
       evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
         parallel.replicate(tree), data
       ).bits_per_char
-      for tree, model_config in ((params, before), (whole, after))
+      for tree, model_config in ((params, before), (rounded, after))
     ]
     part = f" of {len(data):,} bytes" if config.eval_tokens else ""
     console.say(
@@ -106,5 +107,5 @@ def _harden(config, workdir, corpus, step):
     kept = {name: meta[name] for name in ("config", "data")}
     kept["config"]["model"]["period"] = after.period
     with checkpoint.Checkpoints(folder) as saved:
-      saved.save(step, whole, opt_state, kept, figures[1])
+      saved.save(step, rounded, opt_state, kept, figures[1])
   return folder

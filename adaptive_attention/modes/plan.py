@@ -1,4 +1,4 @@
-"""Plans: what a run will take, counted and compiled, not allocated."""
+"""Plans a run: counts and compiles what it will take, and allocates nothing."""
 
 import jax
 
@@ -21,8 +21,8 @@ def run(config, workdir, *, step=None):
 
   Args:
     config: all settings, checked.
-    workdir: the run's folder, or the one that a training would write.
-    step: the checkpoint whose masks are counted; the initial ones if None.
+    workdir: the run's folder, or the folder that training would write to.
+    step: the checkpoint whose masks are counted; None for the initial masks.
   """
   if step is None:
     console.say(f"{'workdir':<10} {workdir}")
@@ -34,7 +34,7 @@ def run(config, workdir, *, step=None):
     return steps.init_state(model, rule, parts.seed)
 
   if step is None:
-    # Of the initial state the compiler makes only what the masks are made of.
+    # The compiler makes only the part of the initial state that masks need.
     layers = jax.jit(lambda: mask_params(init().params, parts.model))()
   else:
     with checkpoint.Checkpoints(workdir) as saved:
@@ -64,7 +64,7 @@ def run(config, workdir, *, step=None):
 
 
 def _say_counts(parts, parameters: int):
-  """Says what follows from the settings alone."""
+  """Prints what follows from the settings alone."""
   T = parts.model.context_tokens
   tokens = parts.batch_size * T
   flops = accounting.train_flops_per_token(parts.model)
@@ -73,7 +73,7 @@ def _say_counts(parts, parameters: int):
   )
   console.say(f"parameters {parameters:,} ({parts.model.attention})")
   console.say(
-    f"FLOPs      {flops:,.0f} a token, {flops * tokens:,.0f} a step of "
+    f"FLOPs      {flops:,.0f} per token, {flops * tokens:,.0f} per step of "
     f"{parts.batch_size} x {T} tokens, with all causal pairs; "
     f"{flops * tokens * parts.steps:.3g} in {parts.steps:,} steps"
   )

@@ -1,4 +1,4 @@
-"""Writes texts on from a prompt."""
+"""Continues a prompt with texts that a model writes."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from adaptive_attention.training import checkpoint, console, logbook
 
 
 class GenerationError(Error):
-  """A prompt that cannot be used."""
+  """A prompt cannot be used."""
 
 
 def run(
@@ -32,19 +32,19 @@ def run(
   num=1,
   seed=0,
 ):
-  """Prints texts that a checkpoint writes, the first as it comes; sample.txt.
+  """Prints texts as a checkpoint writes them, and saves them in sample.txt.
 
   Args:
     config: the checkpoint's settings.
     workdir, step: the run's folder and the checkpoint.
-    prompt, prompt_file: as of `read_prompt`.
+    prompt, prompt_file: as in `read_prompt`.
     tokens, num: how many bytes to write, and how many texts side by side.
-    temperature, top_k, top_p: as of `generation.generate`.
-    seed: text b of the same seed is the same for any number of them.
+    temperature, top_k, top_p: as in `generation.generate`.
+    seed: text b of a seed is the same for any number of texts.
 
   Raises:
-    SettingsError: flags that are out of bounds, or not one prompt.
-    GenerationError: a prompt that cannot be used.
+    SettingsError: a flag is out of bounds, or there is not one prompt.
+    GenerationError: the prompt cannot be used.
   """
   prompt = read_prompt(prompt, prompt_file)
   drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -59,7 +59,7 @@ def run(
   seconds = time.perf_counter() - began
   texts = [console.text_of(np.concatenate([prompt, row])) for row in made_BT]
   layers = mask_params(params, model_config)
-  _tell_and_keep(
+  _print_and_write(
     texts,
     rest,
     f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included",
@@ -70,7 +70,7 @@ def run(
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
-  """Returns (T,) the bytes to go on from, as uint8.
+  """Returns the bytes of the prompt, (T,) uint8.
 
   Args:
     prompt: a text as it was typed, UTF-8 or not; None if it is in a file.
@@ -78,7 +78,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
 
   Raises:
     SettingsError: both were given, or neither.
-    GenerationError: a file that cannot be read, or an empty prompt.
+    GenerationError: the file cannot be read, or the prompt is empty.
   """
   if (prompt is None) == (prompt_file is None):
     raise SettingsError(
@@ -100,10 +100,10 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
 
 
 def _check_drawing(drawing):
-  """Refuses what cannot be drawn with, as a wrong flag.
+  """Checks the flags that drawing takes.
 
   Raises:
-    SettingsError: naming the flag and its bounds.
+    SettingsError: naming the flag that is wrong and its bounds.
   """
   try:
     generation.check_sampling(**drawing)
@@ -112,17 +112,17 @@ def _check_drawing(drawing):
 
 
 def _generate(params, config, prompt_BT, tokens, seed, drawing):
-  """Writes texts, and the first of them on the console as it comes.
+  """Writes texts, and prints the first of them as it comes.
 
   Returns:
-    (B, tokens) bytes, and the end of the first text, which is still to be said.
+    (B, tokens) bytes, and the end of the first text, which is not yet printed.
   """
   if generation.slides(config) and (
     prompt_BT.shape[1] + tokens > config.context_tokens + 1
   ):
     console.say(
-      f"positions were learned for {config.context_tokens} tokens: the context "
-      "slides, its later half being read anew where it is full"
+      f"positions were learned for {config.context_tokens} tokens: each time "
+      "the context is full, its later half is read again"
     )
   first = console.Text()
   console.write_out(console.text_of(prompt_BT[0]))
@@ -139,13 +139,13 @@ def _generate(params, config, prompt_BT, tokens, seed, drawing):
   return made_BT, first(made_BT[0, :0], last=True)
 
 
-def _tell_and_keep(texts, rest, *notes, path, step):
-  """Says the rest of the first text and all else; writes sample.txt."""
+def _print_and_write(texts, rest, *notes, path, step):
+  """Prints the rest of the first text and all others; writes sample.txt."""
   count = len(texts)
   others = [
     f"\n--- {i} of {count}\n{text}" for i, text in enumerate(texts, start=1)
   ]
-  try:  # told first, and kept even if nobody reads it
+  try:  # the file is written even if nothing can be printed
     for line in (rest, *others[1:], *notes):
       console.say(line)
   finally:

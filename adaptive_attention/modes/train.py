@@ -9,7 +9,7 @@ def run(config, workdir, *, corpus, step=None):
 
   Args:
     config: all settings, checked.
-    workdir, corpus, step: as `training.run.train` has them, which says what
-      ends a run.
+    workdir, corpus, step: as in `training.run.train`, which lists the errors
+      that end a run.
   """
   training.train(settings.training_config(config), workdir, corpus, step=step)

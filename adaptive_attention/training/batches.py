@@ -1,4 +1,4 @@
-"""Which bytes are read when: pure functions, so that nothing is to be saved."""
+"""Which bytes are read when: pure functions, so that nothing needs saving."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from adaptive_attention.training import parallel
 
 
 class Batch(NamedTuple):
-  """What the devices take at a step, each leaf with their axis N in front.
+  """The input of a step; each leaf has the devices' axis N in front.
 
   Attributes:
     tokens: (A, B, T + 1) uint8; A accumulation steps of B sequences each.
     stop: int32, whether a signal came in.
-    restart: bool, whether the streams start anew with this segment.
+    restart: bool, whether the streams start again with this segment.
   """
 
   tokens: jax.Array
@@ -24,14 +24,14 @@ class Batch(NamedTuple):
 
 
 def per_device(batch_size: int) -> int:
-  """How many sequences a device reads side by side in training."""
+  """Returns how many sequences a device reads side by side in training."""
   return batch_size // parallel.device_count()
 
 
 def shapes(
   batch_size: int, accumulation_steps: int, context_tokens: int
 ) -> Batch:
-  """The shapes of what this process' devices take at a step."""
+  """Returns the shapes of a step's input on the devices of this process."""
   N, A = parallel.local_device_count(), accumulation_steps
   B = per_device(batch_size) // A
   return Batch(
@@ -47,12 +47,12 @@ class Batches:
 
   Attributes:
     data: the train split. Each device has a shard of it to itself.
-    seed: what the draws follow from.
-    batch_size: sequences a step, over all devices and accumulation steps.
-    accumulation_steps: into how many parts those of a device are cut.
+    seed: the number that all draws follow from.
+    batch_size: sequences per step, over all devices and accumulation steps.
+    accumulation_steps: into how many parts the sequences of a device are cut.
     context_tokens: T, the length of a sequence.
     streams: whether each sequence goes on where it ended at the step before, as
-      a memory needs it, rather than being a random window.
+      a memory needs it; otherwise each is drawn at random.
   """
 
   data: np.ndarray
@@ -64,19 +64,19 @@ class Batches:
 
   @property
   def per_device(self) -> int:
-    """How many sequences a device reads side by side."""
+    """Returns how many sequences a device reads side by side."""
     return per_device(self.batch_size)
 
   @property
   def shapes(self) -> Batch:
-    """The shapes of what this process' devices take at a step."""
+    """Returns the shapes of a step's input on the devices of this process."""
     return shapes(self.batch_size, self.accumulation_steps, self.context_tokens)
 
   def at(self, step: int, stop: bool = False) -> Batch:
-    """What this process' devices take at `step`, the first one being 0.
+    """Returns the input of `step` for this process; the first step is 0.
 
     Args:
-      stop: whether this process is asked to end, for all to know.
+      stop: whether this process is asked to end; all processes learn it.
     """
     B, T = self.per_device, self.context_tokens
     N, count = parallel.local_device_count(), parallel.device_count()
@@ -104,16 +104,17 @@ class Batches:
 
 
 def shard(data, index: int, count: int):
-  """The index-th of `count` contiguous parts, all of one length."""
+  """Returns the index-th of `count` contiguous parts, all of one length."""
   length = len(data) // count
   return data[index * length : (index + 1) * length]
 
 
 def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """(B, T + 1) uint8: random windows, a pure function of its arguments.
+  """Returns (B, T + 1) uint8: random parts of a shard.
 
   Inputs are the first T bytes of a row, targets the last T. `data` is the
   shard's own; the draw differs between shards even where their bytes do not.
+  It depends on the arguments alone.
   """
   generator = np.random.default_rng((seed, step, shard_index))
   starts_B = generator.integers(
@@ -123,17 +124,18 @@ def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
 
 
 def segments(length: int, batch_size: int, context_tokens: int) -> int:
-  """How many segments of T tokens each of B streams through a shard has."""
+  """Returns how many segments of T tokens each of B streams has in a shard."""
   return (length - 1) // (batch_size * context_tokens)
 
 
 def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """(B, T + 1) uint8: the next segment of each of B streams through a shard.
+  """Returns (B, T + 1) uint8: the next segment of each of B streams.
 
-  The streams lie end to end; each goes on at a step where it ended at the one
-  before, until all reach their ends together. Then they start anew, from a
-  first byte that is drawn for each pass out of those that would be left over.
-  A pure function of its arguments, with those of `train_batch`.
+  The streams lie end to end in the shard; each goes on at a step where it ended
+  at the one before, until all reach their ends together. Then they start again,
+  from a first byte that is drawn for each pass out of those that would be left
+  over. The arguments are those of `train_batch`; the result depends on them
+  alone.
   """
   T, B = context_tokens, batch_size
   count = segments(len(data), B, T)
@@ -147,7 +149,7 @@ def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How a split is cut up for evaluation: batches of rows of T + 1 bytes.
+  """A split cut up for evaluation: batches of rows of T + 1 bytes.
 
   Row r of batch g holds the bytes from starts[g, r] on and predicts the byte
   after each of its first T; of these predictions those from scored_from to
@@ -160,7 +162,7 @@ class Reading:
   context_tokens: int
 
   def part(self, batches=slice(None), rows=slice(None)):
-    """Some of the batches, some of the rows of each."""
+    """Returns the reading of some batches, and of some rows of each."""
     arrays = self.starts, self.scored_from, self.scored_to
     return Reading(*(x[batches, rows] for x in arrays), self.context_tokens)
 
@@ -168,7 +170,7 @@ class Reading:
     return len(self.starts)
 
   def tokens(self, data, batch: int):
-    """(R, T + 1) uint8, zeros beyond the split."""
+    """Returns (R, T + 1) uint8, zeros beyond the split."""
     starts_R = self.starts[batch]
     tokens = np.zeros((len(starts_R), self.context_tokens + 1), np.uint8)
     for row, start in enumerate(starts_R):
@@ -177,7 +179,7 @@ class Reading:
     return tokens
 
   def scored(self, batch: int):
-    """(row, slice of its predictions, slice of all the split's) that count."""
+    """Yields (row, slice of its predictions, slice of the split's) to count."""
     for row, (start, first, last) in enumerate(
       zip(
         self.starts[batch],
@@ -193,11 +195,11 @@ class Reading:
 def windows(
   length: int, context_tokens: int, stride_tokens: int, rows: int
 ) -> Reading:
-  """Windows that start every `stride_tokens` of a split of `length` bytes.
+  """Cuts a split of `length` bytes into windows, one every `stride_tokens`.
 
   With stride = context they are disjoint. With a shorter stride each window
-  but the first counts only its last `stride_tokens` predictions, which have
-  seen at least context - stride earlier bytes.
+  but the first counts only its last `stride_tokens` predictions, each of which
+  has at least context - stride earlier bytes before it.
   """
   predictions = length - 1
   beyond_first = max(0, predictions - context_tokens)
@@ -216,18 +218,18 @@ def windows(
 def streams(
   length: int, context_tokens: int, warm_tokens: int, rows: int
 ) -> Reading:
-  """A split of `length` bytes read once, in so many streams side by side.
+  """Cuts a split of `length` bytes into `rows` streams, read side by side.
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
-  `warm_tokens`, in whole segments, before what they count, so that what a byte
-  has before it does not depend on their number. A split that is no longer than
-  that is counted by the first stream alone.
+  `warm_tokens`, rounded up to segments, before the bytes that they count. So
+  the bytes before a prediction do not depend on the number of streams. The
+  first stream counts a split alone that is no longer than that.
   """
   T = context_tokens
   count = -(-(length - 1) // T)
   warm = min(-(-warm_tokens // T), count)
-  # The first stream has nothing before it: while the others warm up it counts,
-  # so that all have read as much at any time.
+  # The first stream has nothing before it. It counts while the others warm up,
+  # so that all have read the same number of bytes at any time.
   each = warm + -(-(count - warm) // rows)
   segment_G1 = np.arange(each)[:, None]
   row_R = np.arange(rows)

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or refused; the only file that names orbax.
+"""Checkpoints that are intact or refused; the only file that names orbax.
 
 WORKDIR/checkpoints/STEP/ holds these items:
 
   params      the model's own tree
   opt_state   a flat dictionary from path to array, which can be read without
               any class of optax
-  memory      the same of the streams' memory, where the model has one
+  memory      such a dictionary of the streams' memory, if the model has one
   meta        JSON: the step, a table of all leaves and a sha256 of each item,
               as flipped bits and swapped arrays restore without an error
 
@@ -35,7 +35,7 @@ from adaptive_attention.training.plain_path import plain_path
 
 
 class CheckpointError(Error):
-  """A checkpoint is missing, damaged or of another model."""
+  """A checkpoint is missing, is damaged or belongs to another model."""
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
     self._context = contextlib.ExitStack()
 
   def __enter__(self) -> "Checkpoints":
-    with self._plain_workdir():  # now, rather than at the first save
+    with self._plain_workdir():  # an error comes now, not at the first save
       pass
     self._late_reads = self._context.enter_context(library_noise.quiet())
     return self
@@ -64,14 +64,14 @@ class Checkpoints:
     self._context.close()
 
   def steps(self) -> list[int]:
-    """The steps that have a folder, ascending."""
+    """Returns the steps that have a folder, ascending."""
     if not self._folder.is_dir():
       return []
     names = (path.name for path in self._folder.iterdir() if path.is_dir())
     return sorted(int(name) for name in names if name.isdecimal())
 
   def resolve(self, which: str) -> int:
-    """The step that "latest", "best" (by validation) or a number names.
+    """Returns the step that "latest", "best" (by validation) or a number names.
 
     Raises:
       CheckpointError: there is no such checkpoint.
@@ -117,7 +117,7 @@ class Checkpoints:
 
     Args:
       step: its number, which must be new.
-      params, opt_state: trees of arrays, each whole on this host.
+      params, opt_state: trees of arrays, each complete on this host.
       meta: what else to keep; JSON.
       bits_per_char: of the validation split, if it was evaluated.
       memory: the memory of the streams of all devices, a tree of arrays.
@@ -150,7 +150,7 @@ class Checkpoints:
       self._remove_older()
 
   def _write(self, step, items, meta):
-    """Has orbax write the folder of a step, which appears whole or not."""
+    """Has orbax write the folder of a step, completely or not at all."""
     options = ocp.CompositeOptions(multiprocessing_options=_alone())
     handler = ocp.CompositeCheckpointHandler(composite_options=options)
     with (
@@ -175,13 +175,13 @@ class Checkpoints:
       with contextlib.suppress(DamageError):
         figures[step] = self._meta(step)["bits_per_char"]
     for step in figures.keys() - {_best_of(figures), *steps[-self._keep :]}:
-      # Under this name a partly removed folder is not taken for a whole one.
+      # A folder of this name is not taken for a checkpoint when half removed.
       path = self._folder / str(step)
       path.rename(path.with_name(f"{step}.removed"))
     self._remove_leftovers()
 
   def _remove_leftovers(self):
-    """Removes what a killed process left half written or half removed."""
+    """Removes folders that a killed process left half written or removed."""
     for path in self._folder.glob("*.*"):
       if _LEFTOVER.fullmatch(path.name):
         shutil.rmtree(path)
@@ -194,7 +194,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self, step):
-    """Turns what the system refuses, to libraries too, into one sentence."""
+    """Turns a system's error, also inside a library, into one sentence."""
     try:
       yield
     except (OSError, ValueError) as error:
@@ -202,15 +202,15 @@ class Checkpoints:
       reason = getattr(error, "strerror", None) or _system_error(str(error))
       if reason is None:
         raise
-      whole = [s for s in self.steps() if s != step and self._is_whole(s)]
-      kept = f"{_listed(whole)} is kept" if whole else "there is no older one"
+      intact = [s for s in self.steps() if s != step and self._is_intact(s)]
+      kept = f"{_listed(intact)} is kept" if intact else "there is no older one"
       raise CheckpointError(
         f"the checkpoint of step {step} cannot be written to {self._folder} "
         f"({reason}); make room there and give the same command again ({kept})"
       ) from error
 
   def read_meta(self, step: int) -> dict:
-    """What `save` was given as meta, with the leaf table and the digests.
+    """Returns the meta that `save` was given, with leaf table and digests.
 
     Raises:
       CheckpointError: it cannot be read, or belongs to another step.
@@ -218,20 +218,20 @@ class Checkpoints:
     return self._guarded(step, lambda: self._meta(step))
 
   def restore_params(self, step: int):
-    """(params, meta), verified; the optimizer's state is not read."""
+    """Returns (params, meta), verified, without reading opt_state."""
     return self._guarded(step, lambda: self._read(step, ("params",)))
 
   def restore_items(self, step: int):
-    """(params, opt_state, meta), verified, as saved: opt_state is flat."""
+    """Returns (params, opt_state, meta), verified; opt_state is flat."""
     return self._guarded(
       step, lambda: self._read(step, ("params", "opt_state"))
     )
 
   def restore(self, step: int, params_like, opt_state_like):
-    """(params, opt_state, meta), verified, as trees like the given ones.
+    """Returns (params, opt_state, meta), verified, as trees like those given.
 
     Raises:
-      CheckpointError: damage, naming the older checkpoints that are whole, or
+      CheckpointError: damage, naming the older checkpoints that are intact, or
         leaves that are not those of the given trees.
     """
     params, opt_state, meta = self.restore_items(step)
@@ -242,11 +242,11 @@ class Checkpoints:
     )
 
   def restore_memory(self, step: int, memory_like, renamed=str):
-    """The memory, verified; None if there is none or its streams differ.
+    """Returns the memory, verified; None if it is absent or its streams differ.
 
     Args:
       memory_like: a tree of the same arrays, or of their shapes.
-      renamed: renamed(path) is today's path of an array of the checkpoint.
+      renamed: maps the path of an array of the checkpoint to today's path.
     """
     if "memory" not in self.read_meta(step)["leaves"]:
       return None
@@ -257,7 +257,7 @@ class Checkpoints:
     return leaf_table.filled(memory_like, found)
 
   def set_aside_after(self, step: int) -> list[int]:
-    """Moves later checkpoints to WORKDIR/set_aside, and overwrites none there.
+    """Moves later checkpoints to WORKDIR/set_aside without overwriting any.
 
     Otherwise a run that goes on from `step` could not save those steps again.
     """
@@ -277,19 +277,19 @@ class Checkpoints:
     try:
       return read()
     except DamageError as damage:
-      whole = [s for s in self.steps() if s < step and self._is_whole(s)]
+      intact = [s for s in self.steps() if s < step and self._is_intact(s)]
       way_out = (
-        f"older ones that are whole: {_listed(whole)}; choose one with "
-        f"--step={whole[-1]}"
-        if whole
-        else "no older one is whole; give another --workdir"
+        f"older ones that are intact: {_listed(intact)}; choose one with "
+        f"--step={intact[-1]}"
+        if intact
+        else "no older one is intact; give another --workdir"
       )
       raise CheckpointError(
         f"the checkpoint of step {step} in {self._workdir} is damaged "
         f"({damage}); {way_out}"
       ) from damage
 
-  def _is_whole(self, step):
+  def _is_intact(self, step):
     try:
       self._verify(step)
     except DamageError:
@@ -297,7 +297,7 @@ class Checkpoints:
     return True
 
   def _verify(self, step):
-    """Reads all items, one at a time, as they may fill the memory."""
+    """Checks all items, one at a time, as they may fill the memory."""
     for name in self._meta(step)["leaves"]:
       self._read(step, [name])
 
@@ -305,7 +305,7 @@ class Checkpoints:
     return checkpoint_meta.read(self._folder / str(step), step)
 
   def _read(self, step, names):
-    """(*trees, meta), each tree verified against the table and its digest."""
+    """Returns (*trees, meta); each tree fits the table and its digest."""
     meta = self._meta(step)
     trees = []
     for name in names:
@@ -327,7 +327,7 @@ class Checkpoints:
     return (*trees, meta)
 
   def _restored(self, step, name):
-    """An item, as orbax reads it."""
+    """Returns an item as orbax reads it."""
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
     with (
       self._plain_workdir() as workdir,
@@ -342,7 +342,7 @@ class Checkpoints:
     """Yields a path of the workdir that the libraries take as it is written.
 
     Raises:
-      CheckpointError: there is none, as no link can be made.
+      CheckpointError: there is no such path, as no link can be made.
     """
     with contextlib.ExitStack() as stack:
       try:
@@ -351,7 +351,7 @@ class Checkpoints:
         raise CheckpointError(
           f"checkpoints cannot be kept in {self._workdir}, as its path has "
           "characters that need a link, which cannot be made "
-          f"({first_line(error)}); give a --workdir of letters, digits, points "
+          f"({first_line(error)}); give a --workdir of letters, digits, dots "
           "and dashes"
         ) from error
       yield workdir
@@ -361,7 +361,7 @@ _LEFTOVER = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
 
 
 def _alone():
-  """Options for orbax: this process waits for no other one."""
+  """Returns options for orbax: this process waits for no other one."""
   me = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
@@ -369,13 +369,13 @@ def _alone():
 
 
 def _best_of(figures):
-  """The step with the least figure, the newest of several; None without any."""
+  """Returns the step with the least figure, the newest of equals, or None."""
   evaluated = [step for step in figures if figures[step] is not None]
   return min(evaluated, key=lambda step: (figures[step], -step), default=None)
 
 
 def _system_error(text):
-  """The message of a system's error number that tensorstore quotes, or None."""
+  """Returns the system's message for the number in tensorstore's, or None."""
   found = re.search(r"os_error_code='(\d+)'", text)
   return found and os.strerror(int(found[1]))
 
@@ -385,7 +385,11 @@ def _listed(steps):
 
 
 def _like(template, leaves, step):
-  """The tree of the template's structure with the leaves of these paths."""
+  """Returns a tree of the template's structure with the leaves of these paths.
+
+  Raises:
+    CheckpointError: naming the first leaf that differs.
+  """
   try:
     return leaf_table.filled(template, leaves)
   except leaf_table.LeafError as error:

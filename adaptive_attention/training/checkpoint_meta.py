@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: JSON, sealed with a sha256 of its own."""
+"""The meta of a checkpoint: JSON, sealed with a sha256 of its own."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def read(folder: pathlib.Path, step: int) -> dict:
 
 
 def write(folder: pathlib.Path, meta: Mapping):
-  """Replaces the meta of the checkpoint in `folder`, sealed anew.
+  """Seals `meta` and replaces the meta of the checkpoint in `folder` by it.
 
   Raises:
     OSError: it cannot be written; the old meta stays.
@@ -51,5 +51,5 @@ def write(folder: pathlib.Path, meta: Mapping):
 
 
 def _path(folder):
-  """The file that orbax makes of an item of JSON."""
+  """Returns the file that orbax makes of an item of JSON."""
   return folder / "meta" / "metadata"

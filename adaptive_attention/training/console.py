@@ -1,4 +1,4 @@
-"""The console: texts of any characters, and streams that nobody reads."""
+"""The console: text of any characters, and streams that may be closed."""
 
 import codecs
 import contextlib
@@ -14,16 +14,16 @@ from adaptive_attention.attention.layout import BLOCK
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.generation import BYTES
 
-_handlers = []  # the innermost one is the last
+_handlers = []  # the last is the innermost
 
 
 def write(text: str, stream):
   """Writes at once; what the stream cannot encode is escaped, as \\xNN.
 
   Raises:
-    OSError: the stream takes no more, as a closed pipe or a file on a full
-      disk. From then on it leads nowhere, so that Python has nothing left to
-      fail with at its end.
+    OSError: the stream cannot be written to, as a closed pipe or a file on a
+      full disk. What is written from then on is dropped, so that Python does
+      not fail when it flushes the stream at its end.
   """
   if stream is None:  # closed before the program began
     return
@@ -41,7 +41,7 @@ def write(text: str, stream):
 
 @contextlib.contextmanager
 def failures(handle):
-  """Has `handle(error)` called where `write` would raise, while it lasts."""
+  """Calls `handle(error)` where `write` would raise, until the context ends."""
   _handlers.append(handle)
   try:
     yield
@@ -57,19 +57,19 @@ def _lead_nowhere(stream):
 
 
 def say(text: str):
-  """One line on the console, good in a file too; of the primary process."""
+  """Prints a line, if this is the primary process."""
   if jax.process_index() == 0:
     write(text + "\n", sys.stdout)
 
 
 def write_out(text: str):
-  """Some of a line, at once; of the primary process."""
+  """Prints a part of a line at once, if this is the primary process."""
   if jax.process_index() == 0:
     write(text, sys.stdout)
 
 
 def bytes_text(count: float) -> str:
-  """A size as a person reads it: 1536 -> "1.5 KiB"."""
+  """Returns a size for people to read: 1536 -> "1.5 KiB"."""
   for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
     if count < 1024 or unit == "TiB":
       return f"{count:.4g} {unit}"
@@ -77,7 +77,7 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-  """A time as a person reads it: 4000 -> "1h06m"."""
+  """Returns a time for people to read: 4000 -> "1h06m"."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:
@@ -86,12 +86,12 @@ def duration_text(seconds: float) -> str:
 
 
 def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
-  """A line about a step.
+  """Returns the line about a step.
 
   Args:
-    step, last: which one it is, and the run's last.
+    step, last: its number, and that of the run's last step.
     numbers: its metrics, and `bits_per_char`.
-    seconds, tokens_per_second: of a step; None where none was timed yet.
+    seconds, tokens_per_second: of one step; None if no step was timed yet.
   """
   timed = ""
   if seconds is not None:
@@ -109,18 +109,18 @@ def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
 
 
 def macs_text(macs: dict, config: ModelConfig) -> str:
-  """Returns a line of what `attention_macs_per_token` counts."""
+  """Returns a line about the counts of `attention_macs_per_token`."""
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
   text = f"multiply-adds per token: {counts}"
   if macs["computed"] <= macs["dense"]:
     return text
   match config.implementation:
     case "reference":
-      reason = "the reference computes the pairs with later keys too"
+      reason = "the reference computes pairs with later keys too"
     case _:
       reason = (
         f"pairs are computed in whole blocks of {BLOCK} x {BLOCK}, "
-        "of which a longer context wastes less"
+        "which matters less in a longer context"
       )
   return f"{text} (computed is more than dense, as {reason})"
 
@@ -142,7 +142,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Text:
-  """Bytes as text that a terminal can show, as they come.
+  """Turns bytes into text that a terminal can show, part by part.
 
   Bytes that are not UTF-8 and control characters, but for newline and tab, are
   written as \\xNN.
@@ -155,17 +155,17 @@ class Text:
   def __call__(self, tokens, last=False) -> str:
     for token in tokens[(tokens < 0) | (tokens >= BYTES)][:1]:
       raise ValueError(
-        f"the token {token} is no byte; expected 0 to {BYTES - 1}, which "
-        f"generate(draw_below={BYTES}) draws alone"
+        f"the token {token} is not a byte; expected 0 to {BYTES - 1}; "
+        f"generate(draw_below={BYTES}) draws bytes alone"
       )
     text = self._decoder.decode(bytes(tokens.astype(np.uint8)), last)
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def text_of(tokens) -> str:
-  """All of some tokens as text that a terminal can show.
+  """Returns tokens as text that a terminal can show.
 
   Raises:
-    ValueError: a token that is no byte.
+    ValueError: a token is not a byte.
   """
   return Text()(np.asarray(tokens), last=True)

@@ -1,4 +1,4 @@
-"""Bits per character of a split, every byte of it predicted exactly once."""
+"""Bits per character of a split, each byte of which is predicted once."""
 
 import dataclasses
 import lzma
@@ -23,7 +23,7 @@ from adaptive_attention.training import (
 
 
 class EvaluationError(Error):
-  """A split that cannot be evaluated."""
+  """A split cannot be evaluated."""
 
 
 _CHUNK_BYTES = 1024  # of the standard error: neighbours are not independent
@@ -32,13 +32,13 @@ _NOT_PREDICTED = -1.0  # no loss is negative
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The figures of a split: totals over counts.
+  """The result on a split: totals over counts.
 
   Attributes:
     bits_per_char: total nats / bytes / ln 2.
     stderr: its standard error, from the spread over chunks of 1024 bytes.
-    bytes: how many were predicted.
-    tokens_per_second: of predictions.
+    bytes: how many bytes were predicted.
+    tokens_per_second: how many were predicted per second.
   """
 
   bits_per_char: float
@@ -53,16 +53,16 @@ class Result:
 
 
 def default_protocol(config: ModelConfig) -> str:
-  """ "memory" for models that have one, else "window"."""
+  """Returns "memory" for a model that has one, else "window"."""
   return "memory" if config.memory_tokens else "window"
 
 
 def check_protocol(protocol: str, config: ModelConfig):
-  """Checks that it is "window", "memory" or "stride:N" and serves the model.
+  """Checks that a protocol is known and fits the model.
 
   Raises:
-    SettingsError: another one, a stride that is not in 1..context, or a model
-      without a memory.
+    SettingsError: it is not "window", "memory" or "stride:N", the stride is not
+      in 1..context, or the model has no memory.
   """
   match re.fullmatch(r"window|memory|stride:(\d+)", protocol):
     case None:
@@ -83,7 +83,7 @@ def check_protocol(protocol: str, config: ModelConfig):
 
 
 def memory_of(protocol: str, config: ModelConfig) -> int:
-  """How many tokens before its own row a prediction may look at."""
+  """Returns how many tokens before its own row a prediction may attend to."""
   return config.memory_tokens if protocol == "memory" else 0
 
 
@@ -93,7 +93,8 @@ class Evaluator:
   Args:
     model: the model to evaluate.
     batch_size: windows or streams at a time on the devices of this process,
-      rounded up to a multiple of them; the result does not depend on it.
+      rounded up to a multiple of their number; the result does not depend on
+      it.
   """
 
   def __init__(self, model: Transformer, batch_size: int):
@@ -101,35 +102,36 @@ class Evaluator:
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(model)
-    self._compiled = set()  # for which rows, with or without a memory
+    self._compiled = set()  # (with a memory, rows) that are compiled
 
   def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all bytes of `data`.
 
-    What has to be compiled is compiled before the clock starts.
+    All compiling is done before the clock starts.
 
     Args:
-      protocol: as `check_protocol` has it; None for the model's own. "window":
-        disjoint windows. "stride:N": windows that start every N bytes, of whose
-        predictions the last N count. "memory": the split is read as by one
-        stream with its memory, cut into several. Each but the first is warmed
-        with the bytes before it that its predictions depend on, which cost as
-        much as those that count: through L layers up to L memories, or less far
-        where the spans reach less. There are fewer streams than `batch_size`
-        where they would cost more than twice as much as one.
+      protocol: one that `check_protocol` accepts; None for the model's own.
+        "window": disjoint windows. "stride:N": windows that start every N
+        bytes, of whose predictions the last N count. "memory": the split is
+        read like one stream with its memory, cut into several. Each but the
+        first is warmed with the bytes before it that its predictions depend on:
+        through L layers up to L memories, or less far where the reaches are
+        short. These bytes cost as much as those that count. There are fewer
+        streams than `batch_size` if they would cost more than twice as much as
+        one stream.
 
     Raises:
       SettingsError: as `check_protocol`.
-      EvaluationError: a split without a byte that is predicted, or losses that
-        are not finite.
+      EvaluationError: no byte of the split is predicted, or losses are not
+        finite.
     """
     if protocol is None:
       protocol = default_protocol(self._config)
     check_protocol(protocol, self._config)
     if len(data) < 2:
       raise EvaluationError(
-        f"a split of {len(data)} byte(s) has none that is predicted, as the "
-        "first is not; give a longer text"
+        f"a split of {len(data)} byte(s) is too short; expected at least 2, as "
+        "the first byte is not predicted; give a longer text"
       )
     reading = self._reading(params, len(data), protocol)
     shape = (protocol == "memory", reading.starts.shape[1])
@@ -154,7 +156,7 @@ class Evaluator:
     )
 
   def _reading(self, params, length, protocol) -> batches.Reading:
-    """This process' share."""
+    """Returns the share of this process."""
     T, R = self._config.context_tokens, self._batch_size
     if protocol == "memory":
       streams = self._streams(params, length)
@@ -166,7 +168,7 @@ class Evaluator:
     return windows.part(slice(mine.start, mine.stop))
 
   def _streams(self, params, length) -> batches.Reading:
-    """As many streams as can be had for twice the cost of one."""
+    """Returns as many streams as cost at most twice as much as one."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
     warm_tokens = tokens_before(
@@ -183,7 +185,7 @@ class Evaluator:
       per_device //= 2
 
   def _predict(self, params, data, reading, protocol):
-    """(len(data) - 1,) nats in float32, of those bytes that this reads."""
+    """Returns (len(data) - 1,) nats in float32, for the bytes of a reading."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = Stateless(self._config.n_layer)
@@ -201,9 +203,9 @@ class Evaluator:
 
 
 def _standard_error(nats: np.ndarray) -> float:
-  """That of the mean, in nats, as if chunks were independent of each other."""
+  """Returns the standard error of the mean, in nats, from sums of chunks."""
   if len(nats) == 1:
-    return 0.0  # nothing can be said; 0 keeps the record valid JSON
+    return 0.0  # it is unknown; 0 keeps the record valid JSON
   chunk = min(_CHUNK_BYTES, -(-len(nats) // 2))
   starts = np.arange(0, len(nats), chunk)
   counts = np.diff(np.append(starts, len(nats)))
@@ -213,13 +215,13 @@ def _standard_error(nats: np.ndarray) -> float:
 
 
 def order0_entropy(data) -> float:
-  """Bits per character of a coder that knows the frequency of each byte."""
+  """Returns the bits per character of a coder that knows each byte's share."""
   counts = np.bincount(np.asarray(data), minlength=256)
   shares = counts[counts > 0] / len(data)
   return float(-np.sum(shares * np.log2(shares)))
 
 
 def lzma_bits_per_char(data) -> float:
-  """Bits per character of the same bytes, compressed alone by lzma."""
+  """Returns the bits per character of the same bytes, compressed by lzma."""
   compressed = lzma.compress(np.asarray(data).tobytes())
   return 8 * len(compressed) / len(data)

@@ -1,4 +1,4 @@
-"""The arrays of a tree by their paths: a table of them, and their digest.
+"""The arrays of a tree by their paths, a table of them, and their digest.
 
 A path names one leaf, as `block_0.attention.qkv.kernel`.
 """
@@ -11,11 +11,11 @@ import numpy as np
 
 
 class LeafError(ValueError):
-  """A leaf that is not the one of the tree it was meant for."""
+  """A leaf does not fit the tree that it is meant for."""
 
 
 def by_path(tree) -> dict:
-  """Path -> leaf, in the order in which the tree flattens."""
+  """Returns path -> leaf, in the order in which the tree flattens."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): leaf
@@ -24,12 +24,12 @@ def by_path(tree) -> dict:
 
 
 def flat(tree) -> dict[str, np.ndarray]:
-  """Path -> array, in the order in which the tree flattens."""
+  """Returns path -> array, in the order in which the tree flattens."""
   return {path: np.asarray(leaf) for path, leaf in by_path(tree).items()}
 
 
 def table(tree) -> dict[str, list]:
-  """Path -> [shape, dtype], sorted; of arrays or of their shapes."""
+  """Returns path -> [shape, dtype], sorted, of arrays or of their shapes."""
   return {
     path: [list(leaf.shape), np.dtype(leaf.dtype).name]
     for path, leaf in sorted(by_path(tree).items())
@@ -46,14 +46,14 @@ def digest(tree) -> str:
 
 
 def filled(template, leaves: dict):
-  """The tree of the template's structure with the leaves of these paths.
+  """Returns a tree of the template's structure with the leaves of these paths.
 
   Args:
     template: a tree of arrays, or of their shapes.
     leaves: path -> array.
 
   Raises:
-    LeafError: naming the first path at which shape or dtype differ.
+    LeafError: naming the first path at which shape or dtype differs.
   """
   expected, found = table(template), table(leaves)
   for path in sorted(expected.keys() | found.keys()):
@@ -68,7 +68,7 @@ def filled(template, leaves: dict):
 
 
 def _entry_text(entry):
-  """An entry of the table, as a person reads it."""
+  """Returns an entry of the table for people to read."""
   if entry is None:
     return "nothing"
   shape, dtype = entry

@@ -1,4 +1,4 @@
-"""What orbax logs, and what Python prints of its reads that end too late."""
+"""Silence for what orbax logs and what Python prints of its late reads."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ def quiet():
 
   One save logs some sixty lines. Errors are dropped too: they also arrive as
   exceptions, which are reported once. Contexts may be nested. The hook outlives
-  its context if a read has failed in it, as late reads end at any time.
+  its context if a read has failed in it, as late reads may end at any time.
 
   Yields:
     The `LateReads` that is installed.

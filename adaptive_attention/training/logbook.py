@@ -1,4 +1,4 @@
-"""The files that a run writes: metrics.jsonl, its copies, and single files."""
+"""The files that a run writes: metrics.jsonl, its copies, and others."""
 
 import contextlib
 import datetime
@@ -26,7 +26,7 @@ class LogbookError(Error):
 
 @contextlib.contextmanager
 def writing(path):
-  """A context that writes a file or folder; a failure becomes one sentence.
+  """Wraps the writing of a file or folder; a failure becomes one sentence.
 
   Raises:
     LogbookError: naming the path and the system's reason.
@@ -41,7 +41,7 @@ def writing(path):
 
 
 def write_bytes(path, content: bytes):
-  """Replaces a file as a whole: a reader finds the old or the new content.
+  """Replaces a file at once: a reader finds the old or the new content.
 
   Raises:
     LogbookError: it cannot be written; the old content stays.
@@ -51,12 +51,12 @@ def write_bytes(path, content: bytes):
 
 
 def write_text(path, text: str):
-  """Replaces a file as a whole by text in UTF-8, as `write_bytes` does."""
+  """Replaces a file by text in UTF-8, as `write_bytes` does."""
   write_bytes(path, text.encode())
 
 
 def write_json(path, content):
-  """Replaces a file as a whole by JSON, as `write_bytes` does."""
+  """Replaces a file by JSON, as `write_bytes` does."""
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -88,7 +88,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def environment() -> dict:
-  """Versions, devices and commit, on which results depend too."""
+  """Returns versions, devices and commit, on which results depend too."""
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   return {
     "adaptive_attention": adaptive_attention.__version__,
@@ -106,7 +106,7 @@ def environment() -> dict:
 
 
 def _commit() -> str:
-  """The commit of the source, with a "+" if files differ from it."""
+  """Returns the commit of the source, with a "+" if files differ from it."""
 
   def git(*args):
     return subprocess.run(
@@ -135,12 +135,12 @@ class Logbook:
   Args:
     workdir: the run's folder.
     config: every setting, a plain dictionary, for config.json.
-    resumed_step: the step that the run goes on from; 0 for a new one.
+    resumed_step: the step that the run goes on from; 0 for a new run.
     made_again: the splits whose line of that step is dropped too.
     copies: where the metrics go besides, of "tensorboard" and "wandb".
 
   Attributes:
-    seconds: the wall time that the run had taken at the last line kept.
+    seconds: the wall time of the run up to the last line that is kept.
   """
 
   def __init__(
@@ -232,15 +232,15 @@ def _drop_after(path, step, made_again) -> list[dict]:
     with writing(aside), aside.open("ab") as file:
       file.writelines(unreadable)
     console.say(
-      f"{path} has {len(unreadable)} lines that cannot be read; they are moved "
-      f"to {aside}"
+      f"{path} has {len(unreadable)} lines that cannot be read; they were "
+      f"moved to {aside}"
     )
   write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
   return kept
 
 
 def _start_tensorboard(workdir, resumed_step):
-  """A writer into the run's one folder, without the steps made again."""
+  """Returns a writer into the run's folder that drops steps made again."""
   import tensorboardX
 
   return tensorboardX.SummaryWriter(
@@ -280,9 +280,10 @@ def _start_wandb(workdir, config):
 
 
 def _wandb_id(workdir) -> str:
-  """The run's id at wandb: random, kept in the workdir, moved along with it.
+  """Returns the run's id at wandb: random, and kept in the workdir.
 
-  A copy of a workdir is another run as long as the original exists.
+  A workdir that was moved keeps its id. A copy of a workdir is another run as
+  long as the original exists.
   """
   path = workdir / "wandb.json"
   kept = _read_object(path)
@@ -298,7 +299,7 @@ def _wandb_id(workdir) -> str:
 
 
 def _read_object(path) -> dict:
-  """What `write_json` wrote; {} if that cannot be read."""
+  """Returns what `write_json` wrote; {} if that cannot be read."""
   try:
     return dict(json.loads(path.read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError):

@@ -15,14 +15,14 @@ from adaptive_attention.training.training_config import Every
 
 
 class TrainingError(Error):
-  """A run that cannot go on."""
+  """A run cannot go on."""
 
 
 class Clock:
-  """The time that training steps take, and nothing between them.
+  """Measures the time that training steps take, without the time between them.
 
-  It runs only while steps are under way: it is stopped once the last one of
-  them is done.
+  It runs only while steps are under way: it is stopped once the last of them is
+  done.
   """
 
   def __init__(self):
@@ -32,12 +32,12 @@ class Clock:
     self._began = time.perf_counter()
 
   def stop(self, steps: int):
-    """Stops after so many steps."""
+    """Stops, after `steps` steps since the start."""
     self._seconds += time.perf_counter() - self._began
     self._steps += steps
 
   def take(self) -> float | None:
-    """Seconds per step since this was called last; None without a step."""
+    """Returns seconds per step since the last call; None without a step."""
     seconds = self._seconds / self._steps if self._steps else None
     self._seconds, self._steps = 0.0, 0
     return seconds
@@ -69,8 +69,8 @@ def train(
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The host reads one step behind, but for the first step, which is not timed,
-  and those that something follows, which begins when the step is saved.
+  The host reads the numbers of a step while the next one runs. It waits for the
+  first step, which is not timed, and for steps that are recorded or saved.
   `start.state` and `memory`, on all devices, are donated to `train_step`.
 
   Raises:
@@ -113,7 +113,7 @@ def train(
 def _stops(ends, metrics=None) -> bool:
   """Tells whether all processes know that the run is to end.
 
-  Several learn it together, from the numbers of a step.
+  Several processes learn it together, from the numbers of a step.
   """
   if parallel.process_count() == 1:
     return ends.reason is not None

@@ -1,4 +1,4 @@
-"""What follows a step: a line of the record, a checkpoint, a figure, a text."""
+"""What follows a step: a record, a checkpoint, an evaluation, a sample."""
 
 import contextlib
 import math
@@ -32,16 +32,16 @@ def record(
   book: logbook.Logbook,
   ends: signals.Signals,
 ):
-  """Says and writes down the numbers of a step.
+  """Prints and records the numbers of a step.
 
   Args:
     metrics: those of `steps.make_train_step`, on the host.
-    seconds: what a step takes; None where none was timed yet.
+    seconds: the time per step; None if no step was timed yet.
     step_tokens: how many tokens a step has, over all devices.
     last: the run's last step.
-    began: when this process took up the run, by time.perf_counter.
-    book: where it is written.
-    ends: what is asked for the end where it cannot be written.
+    began: when this process began with the run, by time.perf_counter.
+    book: the record.
+    ends: asked to end the run if the record cannot be written.
   """
   layers = metrics["masks"]
   bits_per_char = metrics["cross_entropy"] / math.log(2)
@@ -71,11 +71,11 @@ def record(
 
 
 def save(state, memory, step: int, *, saved, meta: dict):
-  """Saves a step: every process gives what it remembers, the primary writes.
+  """Saves a step; the primary process writes the memory of all processes.
 
   Args:
     saved: the run's checkpoints.
-    meta: what else is kept with each.
+    meta: what else is kept with each checkpoint.
   """
   memory = parallel.gather(memory)
   if parallel.is_primary():
@@ -93,17 +93,17 @@ def evaluate(
   book: logbook.Logbook,
   ends: signals.Signals,
 ):
-  """Says and writes down the figure of a step that is saved.
+  """Evaluates a step that is saved; prints and records the result.
 
-  Its checkpoint then has the figure too.
+  The checkpoint of the step gets the result too.
 
   Args:
-    predict: what evaluates.
+    predict: the evaluator.
     data: the bytes to predict.
-    last: the run's last step, where other coders' figures are said too.
+    last: the run's last step, at which the results of other coders are printed.
     saved: the run's checkpoints.
-    book: where it is written.
-    ends: what may ask for the end before it is done.
+    book: the record.
+    ends: the signals, which may end the evaluation.
   """
   with _given_up(ends, step):
     result = predict(state.params, data)
@@ -143,12 +143,12 @@ def sample(
   seed: int,
   ends: signals.Signals,
 ):
-  """Says what the model writes now; no figure, and no setting, follows.
+  """Prints a text that the model writes; it changes nothing else.
 
   Args:
     data: a text that begins with the prompt.
-    seed: what is drawn follows from it and the step.
-    ends: what may ask for the end before it is done.
+    seed: the number that the draws follow from, with the step.
+    ends: the signals, which may end the writing.
   """
   if not parallel.is_primary():
     return
@@ -161,7 +161,7 @@ def sample(
       _SAMPLE_BYTES,
       jax.random.fold_in(jax.random.key(seed), step),
       temperature=0.8,
-      # Of one shape throughout, where spans go on changing.
+      # Its shape stays the same while the spans change.
       cache="dense",
       draw_below=generation.BYTES,
     )[0]
@@ -171,9 +171,9 @@ def sample(
 
 @contextlib.contextmanager
 def _given_up(ends, step):
-  """Around what can be done again: a signal ends it, and the run.
+  """Lets a signal end the work inside and the run; the work can be done again.
 
-  Not so under several processes, where each waits for all others.
+  Under several processes no work ends early, as each waits for all others.
 
   Raises:
     Stopped: a signal came in.
@@ -189,8 +189,8 @@ def _given_up(ends, step):
 
 
 def _write(book, ends, step, split, **values):
-  """Writes a line of the record; where it fails the run ends as at a signal."""
+  """Writes a line of the record; if that fails the run ends as at a signal."""
   try:
     book.write(step, split, **values)
   except logbook.LogbookError as error:
-    ends.stop(f"a record that takes no more ({error})", 1)
+    ends.stop(f"a failed write of the record ({error})", 1)

@@ -16,11 +16,11 @@ from adaptive_attention.parameters import (
 
 
 class Optimizer(NamedTuple):
-  """An optax transformation that also tells its rate.
+  """An optax transformation with its learning rate.
 
   Attributes:
     init, update: those of optax.
-    learning_rate: step -> the rate that the update of this step is made at.
+    learning_rate: step -> the learning rate of the update of this step.
   """
 
   init: Callable
@@ -29,14 +29,17 @@ class Optimizer(NamedTuple):
 
 
 def make(config: OptimizerConfig, total_steps: int) -> Optimizer:
-  """The optimizer of a run of so many steps."""
+  """Makes the optimizer of a run of `total_steps` steps."""
   rate = learning_rate(config, total_steps)
   rule = transformation(config, rate)
   return Optimizer(rule.init, rule.update, rate)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-  """Step -> rate: linear from 0 to the peak, then a cosine to the minimum."""
+  """Returns step -> rate: linear from 0 to the peak, then a cosine to the end.
+
+  The peak is `learning_rate`, the end `min_learning_rate`.
+  """
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
@@ -47,9 +50,9 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def _clip_each(most):
-  """Scales each gradient whose norm is more than `most` down to it.
+  """Scales each gradient whose norm is more than `most` down to that norm.
 
-  Each of one layer: of layers that are stacked every one has its own norm.
+  Of layers that are stacked each has a norm of its own.
   """
 
   def clip(gradient):
@@ -72,7 +75,7 @@ def _clip_each(most):
 def transformation(
   config: OptimizerConfig, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-  """clip -> Adam or Adagrad -> decay of matrices -> -rate.
+  """Makes the chain: clip -> Adam or Adagrad -> decay of matrices -> -rate.
 
   The updates of spans and waves are then multiplied by mask_lr_multiplier.
   Adagrad divides by the root of the sum of all squares so far (Duchi et al.

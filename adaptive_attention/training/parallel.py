@@ -1,8 +1,8 @@
-"""Data parallelism over all devices: the only file that says pmap.
+"""Data parallelism over all devices: the only file that calls pmap.
 
 The train state has no device axis. It is placed on every local device once and
-passed with `in_axes=None`, `out_axes=None`; batches, and what the devices
-remember of their streams, carry a leading device axis N of this process' own.
+passed with `in_axes=None`, `out_axes=None`. Batches and segment memories have a
+leading axis N, the devices of this process.
 """
 
 import os
@@ -27,19 +27,19 @@ def start(
   process_count: int = 0,
   process_index: int = -1,
 ):
-  """Makes the devices; to be called before anything else asks for one.
+  """Makes the devices; call it before anything else asks for a device.
 
   Args:
-    sequences: what is dealt out evenly to the devices of a CPU.
-    cpu_devices: how many of these to make; 0 for one per core, but only as many
-      as the sequences can be dealt to.
+    sequences: how many sequences are dealt out evenly to the devices of a CPU.
+    cpu_devices: how many devices to make of a CPU; 0 for one per core, but only
+      as many as the sequences can be dealt to.
     distributed: whether several processes work together.
-    coordinator_address, process_count, process_index: HOST:PORT of the first of
-      them, how many there are, and which one this is; "", 0 and -1 on clusters
-      where jax finds them out.
+    coordinator_address, process_count, process_index: HOST:PORT of the first
+      process, how many there are, and which one this is; "", 0 and -1 on
+      clusters where jax finds them out.
 
   Raises:
-    SettingsError: several processes that cannot find each other.
+    SettingsError: the processes cannot find each other.
   """
   cores = _usable_cores()
   jax.config.update(
@@ -63,7 +63,7 @@ def start(
 
 
 def _usable_cores() -> int:
-  """Counts those this process may run on; all where that cannot be asked."""
+  """Counts the cores that this process may use; all if that is unknown."""
   if hasattr(os, "sched_getaffinity"):  # on Linux alone
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -87,24 +87,24 @@ def is_primary() -> bool:
 
 
 def local_shards() -> list[int]:
-  """Returns which of the `device_count()` shards these devices have."""
+  """Returns which of the `device_count()` shards this process' devices have."""
   first = jax.process_index() * jax.local_device_count()
   return list(range(first, first + jax.local_device_count()))
 
 
 def replicate(tree):
-  """The tree, placed whole on every local device."""
+  """Returns the tree, placed completely on every local device."""
   mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def deal(tree_N):
-  """The tree, each local device with its own part of the leading axis."""
+  """Returns the tree, each part of the leading axis on its local device."""
   return jax.device_put(tree_N, _dealt())
 
 
 def on_each_device(make):
-  """What `make` makes, on every local device, as a tree with their axis N."""
+  """Returns the tree that `make` makes, on every local device, with axis N."""
   N = jax.local_device_count()
   return jax.jit(
     lambda: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), make()),
@@ -118,11 +118,11 @@ def _dealt():
 
 
 def train_step(step):
-  """step(state, memory_N, batch_N) -> (state, memory_N, metrics), over devices.
+  """Maps step(state, memory_N, batch_N) -> (state, memory_N, metrics).
 
-  Inside it `mean`, `total` and `device_index` may be used; the state and the
-  metrics that it returns must be the same on every device. State and memory
-  are donated.
+  It runs on all devices. The step may use `mean`, `total` and `device_index`.
+  The state and the metrics that it returns must be the same on every device.
+  State and memory are donated.
   """
   return jax.pmap(
     step,
@@ -134,18 +134,18 @@ def train_step(step):
 
 
 def compile_step(step, *args):
-  """Compiles a `train_step` ahead: (what to call, its bytes per device).
+  """Compiles a `train_step` ahead; returns (what to call, bytes per device).
 
-  Under several processes pmap turns what is local into what is global at each
-  call, which a compiled function no longer can; there it compiles at its first
-  call, and the bytes are None.
+  Under several processes pmap turns local arrays into global ones at each call,
+  which a compiled function cannot do. There the step is returned as it is: it
+  compiles at its first call, and the bytes are None.
   """
   if jax.process_count() > 1:
     return step, None
   options = {}
   if jax.default_backend() == "cpu":
-    # Without the barriers of rematerialization, which this pass takes out, the
-    # scheduler computes all blocks again at once.
+    # Without the barriers of rematerialization, which this pass removes, the
+    # scheduler computes all layers again at once.
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
   compiled = step.lower(*args).compile(compiler_options=options)
   stats = compiled.memory_analysis()
@@ -159,9 +159,9 @@ def compile_step(step, *args):
 
 
 def eval_step(step):
-  """step(params, memory_N, batch_N) -> (memory_N, out_N), the memory donated.
+  """Maps step(params, memory_N, batch_N) -> (memory_N, out_N).
 
-  On this process' devices alone.
+  It runs on the devices of this process alone. The memory is donated.
   """
   return jax.pmap(
     step,
@@ -184,7 +184,7 @@ def device_index():
 
 
 def gather(local):
-  """The arrays of all processes, one after the other, on the host; a tree."""
+  """Returns the tree with the arrays of all processes joined, on the host."""
   local = jax.tree.map(np.asarray, local)
   if jax.process_count() == 1:
     return local
@@ -192,7 +192,7 @@ def gather(local):
 
 
 def process_share(count: int) -> range:
-  """Which of `count` things this process does, so that `gather` orders them."""
+  """Returns which of `count` things this process does, in `gather`'s order."""
   each = -(-count // jax.process_count())
   first = jax.process_index() * each
   return range(first, first + each)

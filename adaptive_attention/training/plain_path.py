@@ -10,7 +10,7 @@ import tempfile
 def plain_path(folder: pathlib.Path):
   """Yields a path to `folder` that every library takes as it is written.
 
-  The libraries below orbax use a whole path as a pattern to look for files, so
+  The libraries below orbax use the path as a pattern to search for files, so
   that [1], * and ? match other names. They read a backslash as a separator and
   gs: as a service, and they cannot name bytes that are not UTF-8. A folder with
   such a path is reached through a link in the folder for temporary files. The

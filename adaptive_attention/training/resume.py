@@ -24,7 +24,7 @@ from adaptive_attention.training.training_config import TrainingConfig
 
 
 class DataError(Error):
-  """A checkpoint that was trained on other data."""
+  """A checkpoint was trained on other data."""
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def lock(workdir):
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     pathlib.Path(workdir, "lock").touch()
   path = pathlib.Path(workdir).resolve() / "lock"
-  if path in _LOCKED:  # to open it again, and to close that, would free it
+  if path in _LOCKED:  # opening and closing it again would free it
     raise _is_written(workdir, os.getpid())
   with path.open("a+") as file:
     try:
@@ -63,17 +63,22 @@ def lock(workdir):
       _LOCKED.remove(path)
 
 
-_LOCKED = set()  # by this process
+_LOCKED = set()  # the files that this process has locked
 
 
 def _hold(descriptor):
-  """Locks a file against other processes; an OSError if one of them has it."""
+  """Locks a file against other processes.
+
+  Raises:
+    OSError: another process has locked it.
+  """
   if hasattr(os, "lockf"):
     os.lockf(descriptor, os.F_TLOCK, 0)
   else:  # on Windows
     import msvcrt
 
-    # What is locked cannot be read there: a byte far behind the process' id.
+    # Locked bytes cannot be read there, so a byte far behind the process' id is
+    # locked.
     os.lseek(descriptor, 1 << 30, os.SEEK_SET)
     msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
@@ -86,13 +91,12 @@ def _is_written(workdir, process):
 
 
 class Start(NamedTuple):
-  """What a run starts or goes on from.
+  """The state that a run starts or goes on from.
 
   Attributes:
     state: the train state.
     saved_step: the step of the checkpoint that it was restored from, or None.
-    owed: whether the step is still to be evaluated, as the run ended before
-      that.
+    owed: whether the step has yet to be evaluated, as the run ended too early.
   """
 
   state: steps.TrainState
@@ -111,7 +115,7 @@ def start(
   corpus,
   which: str | None,
 ) -> Start:
-  """Restores the state to go on from, or makes that of a new run; on the host.
+  """Restores the state to go on from, or returns a new run's, on the host.
 
   Args:
     saved: the run's checkpoints.
@@ -121,9 +125,9 @@ def start(
     which: the checkpoint, instead of the newest; later ones are set aside.
 
   Raises:
-    CheckpointError: no such checkpoint, or one that is damaged.
-    DataError: one that was trained on other data.
-    SettingsError: one that the settings do not fit.
+    CheckpointError: the checkpoint does not exist or is damaged.
+    DataError: it was trained on other data.
+    SettingsError: the settings do not fit it.
   """
   if not saved.steps():
     if which is not None:
@@ -135,7 +139,7 @@ def start(
       state = state.replace(params=weights.load(config.init_from, config.model))
     return Start(state, None, False)
   step = saved.resolve("latest" if which is None else which)
-  # Its settings first: what does not fit is then told by its name.
+  # The settings are checked first, so that one that does not fit is named.
   meta = saved.read_meta(step)
   check_same_data(corpus, meta, step)
   _say_changes(settings.check_resumed(meta["config"], config.record, step))
@@ -160,17 +164,17 @@ def _say_changes(changed):
 def start_memory(
   saved: Checkpoints, config: ModelConfig, streams: int, step: int
 ):
-  """What this process' devices remember of their streams at `step`.
+  """Returns the memory of this process' devices at `step`.
 
   Args:
     saved: the run's checkpoints.
     config: the model's settings.
-    streams: how many each device has.
+    streams: how many streams each device has.
     step: that of the checkpoint; 0 for a new run.
 
   Returns:
-    The memory of the checkpoint, or one that has read nothing where it has none
-    of such streams, which is said.
+    The memory of the checkpoint. If it is of other streams, a line says so, and
+    the memory has read nothing.
   """
   fresh = steps.start_memory(config, streams)
   if not jax.tree.leaves(fresh) or not step:
@@ -207,7 +211,7 @@ def check_same_data(corpus, meta, step):
 
 
 def say_other_data(corpus, meta):
-  """Says where `corpus` is not what the checkpoint was trained on."""
+  """Prints a line if the checkpoint was not trained on `corpus`."""
   trained = meta["data"]
   if corpus.sha256 != trained["sha256"]:
     console.say(

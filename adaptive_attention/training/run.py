@@ -1,6 +1,6 @@
 """A training run, from its start or its newest checkpoint to the last step.
 
-Two modes make one: train, and export where it trains a hardened model on.
+Two modes make one: train, and export if it trains a hardened model on.
 """
 
 import functools
@@ -39,10 +39,10 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
       set aside.
 
   Raises:
-    TrainingError: a loss or gradient that is not finite.
-    DataError: a workdir that belongs to other data.
-    Stopped: a signal, or a console or record that cannot be written to, after
-      the state was saved.
+    TrainingError: a loss or gradient is not finite.
+    DataError: the workdir belongs to other data.
+    Stopped: a signal came, or console or record cannot be written to; the state
+      was saved.
   """
   began = time.perf_counter()
   workdir = pathlib.Path(workdir)
@@ -142,13 +142,13 @@ def _batches(config, corpus) -> batches.Batches:
 
 
 def _compile(train_step, state, memory, shapes):
-  """Compiles a step and says what it takes."""
+  """Compiles a step and prints how long that took and its memory."""
   start = time.perf_counter()
   step, sizes = parallel.compile_step(train_step, state, memory, shapes)
   if sizes:
     console.say(
-      f"compiled   in {time.perf_counter() - start:.1f} s; bytes per device "
-      f"{console.bytes_text(sizes['total'])}, of it temporary "
+      f"compiled   in {time.perf_counter() - start:.1f} s; memory per device "
+      f"{console.bytes_text(sizes['total'])}, of which temporary "
       f"{console.bytes_text(sizes['temporary'])}"
     )
   return step

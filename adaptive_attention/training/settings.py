@@ -1,8 +1,8 @@
-"""Settings: what they may be, and the objects that they are taken apart into.
+"""Settings: their bounds, and the objects that they are taken apart into.
 
-All is checked before any device is touched; each error is one sentence that
-names the field. Types and unknown names are held by the locked ConfigDict
-itself, which no other file of this floor sees.
+All settings are checked before any device is used; each error is one sentence
+that names the field. The locked ConfigDict itself refuses wrong types and
+unknown names; no other file of this floor uses it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from adaptive_attention.config import (
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.training.training_config import Every, TrainingConfig
 
-# Of each number the least it may be; all must be finite.
+# The least that each number may be; all must be finite.
 _LEAST = {
   "seed": 0,
   "steps": 1,
@@ -39,16 +39,16 @@ _LEAST = {
   "process_index": -1,
   "bench.repeats": 1,
 }
-# Of some the most: what jax.random.key tells apart, and what int32 counts.
+# The most that some may be: jax.random.key takes 32 bits, steps are int32.
 _MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
 _CHOICES = {
   "bench.compare": ("", "torch"),
   "data.corpus": ("enwik8", "python_source"),
 }
 
-# What several processes need to know of each other.
+# The settings by which several processes find each other.
 _PROCESSES = ("coordinator_address", "process_count", "process_index")
-# Of the machine that a command runs on, not of the run.
+# The settings of the machine that a command runs on, not of the run.
 MACHINE = ("cpu_devices", "distributed", *_PROCESSES)
 
 
@@ -60,12 +60,12 @@ def _require(condition, name, value, expected):
 
 
 def check(config, names: Collection[str] | None = None):
-  """Everything that can be said of the settings alone.
+  """Checks what can be checked without the data and the devices.
 
   Args:
-    config: all of them.
-    names: those to look at, if not all: what flags change of a checkpoint's
-      settings, which were right for the version that made it.
+    config: all settings.
+    names: the settings to check, None for all. Of a checkpoint's settings only
+      those that flags change are checked; the others suited its version.
 
   Raises:
     SettingsError: naming the field, its value and what was expected.
@@ -83,12 +83,12 @@ def check(config, names: Collection[str] | None = None):
   model_config(config.model)
 
 
-# Of each setting its name, whether its value will do, and what was expected.
+# For each setting: its name, whether its value is right, what was expected.
 _Conditions = Iterator[tuple[str, bool, str]]
 
 
 def _bounds(flat) -> _Conditions:
-  """Those of each setting alone; the model and the optimizer hold their own."""
+  """Yields the bounds of each setting; model and optimizer check their own."""
   for name, value in flat.items():
     if isinstance(value, float):
       yield name, math.isfinite(value), "a finite number"
@@ -101,7 +101,7 @@ def _bounds(flat) -> _Conditions:
 
 
 def _processes(config) -> _Conditions:
-  """What several processes are told of each other."""
+  """Yields the conditions on the settings of several processes."""
   for name, none in zip(_PROCESSES, ("", 0, -1)):
     yield (
       name,
@@ -122,7 +122,7 @@ def _processes(config) -> _Conditions:
 
 
 def _data_needs(config) -> _Conditions:
-  """What follows from the data being bytes."""
+  """Yields the conditions that follow from the data being bytes."""
   yield (
     "eval_tokens",
     config.eval_tokens != 1,
@@ -136,20 +136,20 @@ def _data_needs(config) -> _Conditions:
 
 
 def model_config(model: Mapping) -> ModelConfig:
-  """`config.model_config`, refused as a setting is."""
+  """Calls `config.model_config`; its errors become a SettingsError."""
   with _as_settings():
     return configs.model_config(model)
 
 
 def optimizer_config(optimizer: Mapping) -> OptimizerConfig:
-  """The optimizer's settings, refused as a setting is."""
+  """Makes the optimizer's settings; an error becomes a SettingsError."""
   with _as_settings():
     return OptimizerConfig(**optimizer)
 
 
 @contextlib.contextmanager
 def _as_settings():
-  """Names a field of an object as the setting that it was made from.
+  """Turns an error about a field into one about the setting that it comes from.
 
   Raises:
     SettingsError: in place of TypeError and ValueError.
@@ -164,7 +164,7 @@ def training_config(config: ConfigDict) -> TrainingConfig:
   """Takes the settings of a training run apart.
 
   Raises:
-    SettingsError: of the model or the optimizer.
+    SettingsError: a setting of the model or the optimizer is wrong.
   """
   return TrainingConfig(
     model=model_config(config.model),
@@ -190,12 +190,12 @@ def training_config(config: ConfigDict) -> TrainingConfig:
 
 
 def machine(config: ConfigDict) -> dict:
-  """The settings of the machine, as `parallel.start` takes them."""
+  """Returns the settings of the machine, as `parallel.start` takes them."""
   return {name: config[name] for name in MACHINE}
 
 
 def warmup_note(config) -> str | None:
-  """What a warmup does to a run that it outlasts; None if it does not."""
+  """Returns a note on a warmup that lasts for the entire run, or None."""
   steps, warmup = config.steps, config.optimizer.warmup_steps
   if warmup < steps:
     return None
@@ -206,7 +206,7 @@ def warmup_note(config) -> str | None:
 
 
 def check_devices(config, devices: int):
-  """That the batch can be dealt out evenly to the devices.
+  """Checks that the batch can be dealt out evenly to the devices.
 
   Raises:
     SettingsError: naming the batch, the devices and the accumulation steps.
@@ -222,7 +222,7 @@ def check_devices(config, devices: int):
 
 
 def check_data(config, corpus, devices: int):
-  """That every shard holds a window, or a segment of each of its streams.
+  """Checks that every shard holds a sequence, or a segment of all its streams.
 
   Raises:
     SettingsError: naming the context, the bytes and the split.
@@ -255,14 +255,14 @@ def check_data(config, corpus, devices: int):
 def check_resumed(
   saved: Mapping, given: Mapping, step: int
 ) -> dict[str, tuple]:
-  """That a run may go on with the settings given; what they change.
+  """Checks that a run may go on with the given settings.
 
   Args:
     saved: all settings of the checkpoint of `step`.
-    given: all settings that it goes on with.
+    given: all settings that the run goes on with.
 
   Returns:
-    As `changes`.
+    The settings that differ, as `changes` returns them.
 
   Raises:
     SettingsError: naming the setting that does not fit.
@@ -274,7 +274,7 @@ def check_resumed(
   changed = {
     name: (old, new)
     for name, (old, new) in changes(saved, given).items()
-    if old is not None  # of a version before there was this setting
+    if old is not None  # the version of the checkpoint lacks this setting
   }
   for name, (old, new) in changed.items():
     if name == "init_from" and new:
@@ -282,7 +282,7 @@ def check_resumed(
         f"config.init_from={new!r} means nothing to a run that goes on from "
         f"step {step}; leave it out, or give another --workdir"
       )
-    # The optimizer's state is that of its kind.
+    # Each optimizer has a state of its own kind.
     if fixes_the_model(name) or name == "optimizer.name":
       raise SettingsError(
         f"config.{name}={new!r} does not fit the checkpoint of step {step}, "
@@ -293,14 +293,16 @@ def check_resumed(
 
 
 def restore(config: ConfigDict, saved: Mapping) -> dict:
-  """Sets every setting in `config` to a checkpoint's, whatever it was.
+  """Sets every setting in `config` to that of a checkpoint.
 
-  What the checkpoint lacks, as its version did not have it, stays; what this
-  version does not know is returned, unless it is the model's.
+  A setting that the checkpoint lacks, as its version did not have it, stays.
 
   Args:
     config: the defaults, with their references.
     saved: the settings of a checkpoint, read from JSON.
+
+  Returns:
+    The settings that this version does not know.
 
   Raises:
     SettingsError: a value of another type, or an unknown setting of the model.
@@ -322,7 +324,7 @@ def restore(config: ConfigDict, saved: Mapping) -> dict:
 
 
 def changes(old, new) -> dict[str, tuple]:
-  """Name -> (old value, new value) of the settings that differ."""
+  """Returns name -> (old value, new value) of the settings that differ."""
   old, new = _flatten(old), _flatten(new)
   return {
     name: (old.get(name), value)

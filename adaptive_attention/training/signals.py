@@ -1,8 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP: the program ends at once, or saves first.
 
 Python calls its handlers in the main thread, which XLA may hold for minutes
-while it compiles. So a thread watches too: the number of each signal comes to
-it through a pipe, at once.
+while it compiles. So another thread watches too: the number of each signal
+reaches it at once, through a pipe.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ _NUMBERS = tuple(
   if hasattr(signal, name)
 )
 _TOGETHER_SECONDS = 0.1  # `timeout` and closing terminals send one twice
-_PATIENCE_SECONDS = 0.5  # before it is told that a step is awaited
+_PATIENCE_SECONDS = 0.5  # before a line says that a step is finished first
 
 
 _SIGPIPE = getattr(signal, "SIGPIPE", 13)
 
 
 class Stopped(Error):
-  """A run that was asked to end, after its step was finished and saved.
+  """A run was asked to end; its step is finished and saved.
 
   Attributes:
-    exit_code: 128 + the number of a signal, as a shell has it, or 1.
+    exit_code: 128 + the number of a signal, as in a shell, or 1.
   """
 
   def __init__(self, message, exit_code):
@@ -40,18 +40,18 @@ class Stopped(Error):
 
 
 class Interrupted(BaseException):
-  """A signal that came where nothing is left to be saved."""
+  """A signal came when nothing was left to be saved."""
 
 
 class Signals:
-  """Decides what is done at a signal while the context lasts.
+  """Decides what a signal does while the context lasts.
 
   Without `saving` the program ends at once, with one sentence. With it the
   first signal is noted and a second one ends the program.
 
   Attributes:
     reason: what asks for the end, as "SIGTERM"; None until then.
-    exit_code: 128 + the number of the signal, as a shell has it.
+    exit_code: 128 + the number of the signal, as in a shell, or 1.
   """
 
   def __init__(self, *, saving: bool):
@@ -65,7 +65,7 @@ class Signals:
     self._handlers = {
       number: signal.signal(number, self._note)
       for number in _NUMBERS
-      # nohup has it ignored, and it stays so.
+      # Under nohup SIGHUP is ignored, and stays so.
       if (number, signal.getsignal(number)) != (_hangup(), signal.SIG_IGN)
     }
     self._wakeup_fd = signal.set_wakeup_fd(self._writing)
@@ -82,21 +82,21 @@ class Signals:
     os.close(self._reading)
 
   def stop(self, reason: str, exit_code: int):
-    """Asks for the end as a signal does; the first to ask is kept."""
+    """Asks for the end as a signal does; only the first reason is kept."""
     if self.reason is None:
       self.reason, self.exit_code = reason, exit_code
 
   def stop_unheard(self, error: OSError):
-    """Asks for the end as whoever closes the console does."""
+    """Asks for the end as the console can no longer be written to."""
     if isinstance(error, BrokenPipeError):
       self.stop("a closed pipe", 128 + _SIGPIPE)
     else:
-      self.stop(f"a console that takes no more ({error.strerror})", 1)
+      self.stop(f"a failed write to the console ({error.strerror})", 1)
 
   def stopped(self, step: int) -> Stopped:
-    """The error of a run that ends after `step`, which is saved.
+    """Returns the error of a run that ends after `step`, which is saved.
 
-    Where no signal came to this process, one came to another.
+    If no signal came to this process, one came to another process.
     """
     return Stopped(
       f"stopped by {self.reason or 'SIGTERM'} after step {step}, which is "
@@ -106,7 +106,7 @@ class Signals:
 
   @contextlib.contextmanager
   def interrupting(self):
-    """A signal, or one that came before, raises Interrupted inside."""
+    """Has a signal, also one that came before, raise Interrupted inside."""
     self._interrupting = True
     try:
       self._interrupt()
@@ -134,7 +134,7 @@ class Signals:
     if second == 0:
       _say(
         f"{signal.Signals(number).name}: finishing the step and saving it; a "
-        "second one ends the program at once"
+        "second signal ends the program at once"
       )
       second = self._next()
     if second:
@@ -145,7 +145,7 @@ class Signals:
       )
 
   def _next(self, timeout=None):
-    """The next signal's number; 0 if none comes in time, None at the end."""
+    """Returns the next signal's number; 0 after `timeout`, None at the end."""
     while True:
       ready, _, _ = select.select([self._reading], [], [], timeout)
       if not ready:
@@ -153,7 +153,7 @@ class Signals:
       read = os.read(self._reading, 1)
       if not read:
         return None
-      if read[0] in self._handlers:  # others may come here too
+      if read[0] in self._handlers:  # other signals may come here too
         return read[0]
 
 
@@ -167,7 +167,7 @@ def _end(number, text):
 
 
 def _say(text):
-  """From any thread, past whatever the main thread holds."""
+  """Writes a line to stderr, even if the main thread is held."""
   with contextlib.suppress(OSError):
     line = f"{pathlib.Path(sys.argv[0]).name}: {text}\n"
     os.write(2, line.encode(errors="backslashreplace"))

@@ -17,7 +17,7 @@ from adaptive_attention.training.optimizer import Optimizer
 
 @flax.struct.dataclass
 class TrainState:
-  """What a step of training changes, the same on every device.
+  """The state that a training step changes; it is the same on every device.
 
   Attributes:
     step: int32, how many steps have been made.
@@ -44,7 +44,7 @@ def init_state(
 
 
 def start_memory(config: ModelConfig, streams: int) -> State | Stateless:
-  """Makes the memory of this process' devices, of so many streams each."""
+  """Makes the memory of this process' devices, each with `streams` streams."""
   if not config.memory_tokens:
     return Stateless(config.n_layer)
   return parallel.on_each_device(
@@ -53,20 +53,20 @@ def start_memory(config: ModelConfig, streams: int) -> State | Stateless:
 
 
 def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
-  """step(state, memory, batch) -> (state, memory, metrics), over devices.
+  """Makes step(state, memory, batch) -> (state, memory, metrics).
 
-  The update is that of the mean over all sequences. If the loss or the gradient
-  norm is not finite, state and memory are returned as they were. `stop` is
-  summed over all devices into the metrics, so that all processes learn of a
-  signal at the same step; `masks` are those of all layers after the update, to
-  be counted by the host.
+  It runs on all devices. The update is that of the mean over all sequences. If
+  the loss or the gradient norm is not finite, state and memory are returned as
+  they were. The metric `stop` is a sum over all devices, so that all processes
+  learn of a signal at the same step. The metric `masks` holds the masks of all
+  layers after the update, for the host to count.
 
   The memory, of `start_memory`, holds the A B streams of a device, those of
   each accumulation step side by side.
 
   Args:
     optimizer: the one whose state `init_state` made.
-    seed: what dropout follows from.
+    seed: the number that dropout follows from.
   """
 
   def step(state: TrainState, memory, batch: Batch):
@@ -89,8 +89,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
       "stop": parallel.total(batch.stop),
       "masks": mask_params(updated.params, model.config),
     } | mask_metrics(updated.params, model.config)
-    # What was written stands where nothing is visible: to go back is to have
-    # read no more.
+    # What was written is not visible until it counts as read. So the memory
+    # goes back by its count of tokens.
     memory = memory.at(jnp.where(finite, memory.tokens_read, tokens_read))
     return updated, memory, metrics
 
@@ -98,7 +98,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
 
 
 def _gradient(model, params, memory, tokens_ABT, key):
-  """The mean over all sequences of a device, taken part by part.
+  """Computes the mean gradient over all sequences of a device, part by part.
 
   Returns:
     ((gradient, (nats, penalty)), the memory of all parts after it).
@@ -127,12 +127,12 @@ def _gradient(model, params, memory, tokens_ABT, key):
 
 
 def _loss(params, model, tokens_BT, memory, first_stream, key):
-  """Nats per token with the penalty: (loss, ((nats, penalty), memory)).
+  """Computes nats per token plus penalty: (loss, ((nats, penalty), memory)).
 
   Args:
     tokens_BT: (B, T + 1) uint8, inputs and the target after each.
     first_stream: the index in the memory of the first of these sequences.
-    key: what dropout follows from.
+    key: the key that dropout follows from.
   """
   tokens_BT = tokens_BT.astype(jnp.int32)
   logits_BTV, memory = model.apply(
@@ -158,7 +158,7 @@ def _where(condition, tree, otherwise):
 
 
 def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
-  """Means over all heads: span in tokens, open share of the distances."""
+  """Returns means over all heads: span in tokens, open share of distances."""
   layers = mask_params(params, config)
   T = config.max_context_tokens
   return {
@@ -170,10 +170,10 @@ def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
 
 
 def make_eval_step(model: Transformer):
-  """step(params, memory, tokens_B(T+1)) -> (memory, nats_BT), over devices.
+  """Makes step(params, memory, tokens_B(T+1)) -> (memory, nats_BT).
 
-  Nats of each byte after those before it in its row, or, with a memory, after
-  those that were read before.
+  It runs on this process' devices. The nats of a byte are those after the bytes
+  before it in its row and, with a memory, after those that were read before.
   """
 
   def step(params, memory, tokens):
@@ -187,7 +187,7 @@ def make_eval_step(model: Transformer):
 
 
 def cross_entropy(logits_BTV, targets_BT):
-  """nats_BT = -log softmax(logits)[target], of each token, in float32."""
+  """Returns nats_BT = -log softmax(logits)[target] per token, in float32."""
   return optax.softmax_cross_entropy_with_integer_labels(
     logits_BTV.astype(jnp.float32), targets_BT
   )

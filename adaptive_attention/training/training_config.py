@@ -1,4 +1,4 @@
-"""The settings of a training run, taken apart, and what follows which step."""
+"""The settings of a training run, taken apart, and its schedule."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-  """After which steps of a run something follows.
+  """The schedule of a run: after which steps something follows.
 
   Attributes:
     last: the run's last step, which is recorded, saved and evaluated.
-    record, save, evaluate, sample: the period of each, in steps; a sample may
-      have 0, for never.
+    record, save, evaluate, sample: the period of each, in steps; `sample` may
+      be 0, for never.
   """
 
   last: int
@@ -36,9 +36,9 @@ class Every:
     return step == self.last or step % self.evaluate == 0
 
   def due(self, step: int) -> Due:
-    """What follows `step`.
+    """Returns what follows `step`.
 
-    What may take long follows a save: nothing is lost if it does not end.
+    A save precedes what may take long, so that nothing is lost if that fails.
     """
     evaluates = self.evaluates(step)
     samples = bool(self.sample) and step % self.sample == 0
@@ -56,10 +56,10 @@ class TrainingConfig:
 
   Attributes:
     model, optimizer: the settings of these.
-    steps: how many there are.
+    steps: the number of steps.
     every: after which of them something follows.
     seed: the number that parameters, batches and dropout follow from.
-    batch_size: sequences of a step, over all devices and parts.
+    batch_size: sequences per step, over all devices and parts.
     accumulation_steps: into how many parts each device's sequences are cut.
     eval_tokens: how many bytes of the validation split are predicted; None for
       all of them.

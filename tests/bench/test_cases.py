@@ -1,4 +1,4 @@
-"""The cases that are timed are what their names say."""
+"""The cases that are timed match their names."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def test_a_case_has_the_mask_it_was_made_of(mask):
   case = cases.case_of_mask("x", 64, mask, H=2, K=8)
   assert [x.shape for x in cases.inputs(case)] == [(1, 64, 2, 8)] * 4
   jax.tree.map(np.testing.assert_array_equal, case.mask, mask)
-  # Ramp, harmonics and integer are no leaves.
+  # Ramp, harmonics and integer are not leaves.
   assert jax.tree.structure(case.mask) == jax.tree.structure(mask)
 
 

@@ -1,4 +1,4 @@
-"""Runners take turns, and a row is compared with the same work of another."""
+"""Runners take turns, and rows of the same work are compared."""
 
 import pytest
 

@@ -29,7 +29,7 @@ from tests.conftest import TINY
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = settings._flatten(base.get_config())
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
-# Of each flag a value that is none of its defaults.
+# A value of each flag that differs from its defaults.
 VALUES = {
   "workdir": "elsewhere",
   "config": BASE.split("=")[1],
@@ -61,7 +61,7 @@ def parse(*argv):
 
 
 def called(use, *more):
-  """The least that makes a command line this use, without what is in `more`."""
+  """Returns the shortest command line of a use, with the flags in `more`."""
   names = [flag.split("=")[0] for flag in more]
   least = [f"--mode={use.mode}", *use.given.split()]
   least = [
@@ -84,9 +84,9 @@ def test_each_flag_is_taken_or_refused(use):
       assert parse(*argv).flags[name] == value
       continue
     if use.mode == "plan" and name == "config":
-      continue  # is another use
-    told = "means nothing to|add --harden"
-    with pytest.raises(SettingsError, match=told) as error:
+      continue  # that is another use
+    said = "means nothing to|add --harden"
+    with pytest.raises(SettingsError, match=said) as error:
       parse(*argv)
     assert f"--{name}={value}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -109,7 +109,7 @@ def test_the_parameters_of_a_mode_are_its_flags(mode):
       flag = flags.FLAGS[parameter.name]
       default = parameter.default
       if default not in (None, parameter.empty):
-        # What a mode does without its flag, the flag could say.
+        # The flag accepts the mode's default.
         argv = ["main.py", f"--{parameter.name}={default}"]
         values = flags._defined()
         values(argv)
@@ -117,7 +117,7 @@ def test_the_parameters_of_a_mode_are_its_flags(mode):
         assert type(default) is flag.kind or default in flag.kind
 
 
-def test_a_flag_that_no_mode_takes_is_none():
+def test_each_flag_is_taken_by_a_mode():
   known = {name for use in USES for name in use.flags()}
   assert known | {"mode"} == flags.FLAGS.keys()
   assert VALUES.keys() == known
@@ -131,8 +131,7 @@ def test_each_setting_is_taken_or_refused(use):
     if use.acts(name):
       assert name in parse(*argv).overrides
       continue
-    told = "means nothing to|has no place in"
-    with pytest.raises(SettingsError, match=told) as error:
+    with pytest.raises(SettingsError, match="means nothing to") as error:
       parse(*argv)
     assert f"--config.{name}={value}" in str(error.value)
 
@@ -143,12 +142,12 @@ def test_no_setting_is_without_a_use():
   for use in USES:
     for word in use.settings.split():
       pattern = dataclasses.replace(use, settings=word.lstrip("!"))
-      assert any(map(pattern.acts, SETTINGS)), f"{word} is no setting"
+      assert any(map(pattern.acts, SETTINGS)), f"{word} is not a setting"
 
 
 @pytest.fixture
 def stubs(monkeypatch, tiny):
-  """What the run of a mode is called with, in place of the run."""
+  """Replaces each mode's run; returns the arguments that it is called with."""
   calls = []
 
   def saved(given, workdir, _):
@@ -175,9 +174,9 @@ def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text):
   tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
   for name in use.flags():
     if name == "config" and not use.given.startswith("--config"):
-      continue  # names the folder alone, below
+      continue  # it only names the folder, see below
     if name == "finetune_steps" and use.given == "--harden":
-      continue  # is the next use
+      continue  # that is the next use
     stubs.clear()
     argv = called(use, f"--{name}={VALUES[name]}")
     if use.given == "--config=FILE":
@@ -201,7 +200,7 @@ def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text):
 
 
 def test_a_mode_has_the_same_defaults_without_its_flags(stubs):
-  """What is not given is not handed on."""
+  """A flag that is not given is not passed on."""
   sampled = ["--mode=sample", "--workdir=somewhere", "--prompt=x"]
   assert program.main(["main.py", *sampled]) == 0
   assert stubs[-1][1] == {"prompt": "x", "step": 12}
@@ -250,16 +249,16 @@ class Noting:
 
 
 def not_run(use):
-  """Timing, whose settings tests/test_benchmark.py reads, and the plan of a
-  training, which takes its command and tells its settings in the header."""
+  """Tells whether a use is not run here: timing, which is run by the tests of
+  that mode, and the plan of a training, which has the settings of train."""
   return use.mode == "bench" or use.name == "--mode=plan --config=FILE"
 
 
 @pytest.fixture(scope="module")
 def acting(text, tmp_path_factory):
-  """By the name of each use the settings that it reads, of a tiny run.
+  """Returns the settings that each use reads, by its name, in a tiny run.
 
-  Left out are those that `not_run` tells.
+  The uses for which `not_run` is true are left out.
   """
   workdir = tmp_path_factory.mktemp("acting") / "w"
   flags = [f"--config.{name}={value}" for name, value in TINY.items()]
@@ -309,14 +308,14 @@ def acting(text, tmp_path_factory):
   "use", [use for use in USES if not not_run(use)], ids=lambda use: use.name
 )
 def test_each_setting_that_is_taken_is_read(use, acting):
-  """All of the model's are read at once, as its config is made of them."""
+  """All settings of the model are read at once, to make its config."""
   taken = {name for name in SETTINGS if use.acts(name)}
-  # Which of the data's are read follows from data.path.
+  # data.path decides which other settings of the data are read.
   expected = taken - {"data.corpus", "data.cache_dir"}
   assert not expected - acting[use.name]
 
 
-def test_help_tells_each_mode_with_its_flags():
+def test_help_lists_each_mode_with_its_flags():
   page = help_page.text(base.get_config())
   for use in USES:
     part = page[page.index(f"{use.name}\n") :].split("\n\n")[0]

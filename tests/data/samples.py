@@ -1,4 +1,4 @@
-"""A content of no structure, and what tests make of it."""
+"""Random content, and files that the tests make of it."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""The splits are the content, in order."""
+"""The splits are the parts of the content, in order."""
 
 import numpy as np
 import pytest

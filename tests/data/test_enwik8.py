@@ -102,7 +102,7 @@ def load(folder, wanted, tries=3):
 
 
 def refused(folder, wanted, match, tries=3):
-  """The load fails in one sentence and leaves nothing half made."""
+  """Checks that loading fails in one sentence and leaves no partial file."""
   with pytest.raises(CorpusError, match=match) as error:
     load(folder, wanted, tries)
   assert "\n" not in str(error.value)
@@ -266,7 +266,7 @@ def test_two_runs_at_once_fetch_and_unpack_once(tmp_path, monkeypatch):
 
 
 def test_the_lock_of_windows_is_waited_for(tmp_path, monkeypatch):
-  """By a double of msvcrt, which gives up after ten seconds."""
+  """A double of msvcrt gives up, as the real one does after ten seconds."""
   answers = [OSError(errno.EDEADLK, "deadlock"), None]
   msvcrt = types.ModuleType("msvcrt")
   msvcrt.LK_LOCK = 1
@@ -318,6 +318,6 @@ def test_a_good_raw_file_needs_no_lock_and_no_zip(tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == {"tiny", "tiny.zip"}
 
 
-def test_the_real_source_is_whole():
+def test_the_real_source_is_complete():
   assert enwik8.ENWIK8.bytes == 100_000_000
   assert enwik8.ENWIK8.url.startswith("https://")

@@ -1,4 +1,4 @@
-"""The sources of Python: the same on each machine, without its own files."""
+"""The sources of Python are the same on each machine, without its own files."""
 
 import sysconfig
 
@@ -13,7 +13,7 @@ def test_python_source_is_the_same_twice_and_bounded():
   assert first.sha256 == second.sha256
   total = len(first.train) + len(first.valid) + len(first.test)
   assert 1_000_000 < total <= python_source.CAP_BYTES
-  # Python, and not the tables of characters.
+  # The text is Python, and not tables of characters.
   assert first.train.tobytes().count(b"def ") > 5_000
 
 

@@ -1,4 +1,4 @@
-"""Files of text: each kind that can be read, and what is refused."""
+"""Files of text of each kind can be read; other files are refused."""
 
 import bz2
 import contextlib
@@ -45,7 +45,7 @@ def test_text_files_of_each_kind(tmp_path, name, content):
 
 
 def damaged(changes):
-  """A stored zip with other bytes at offsets into its list of members."""
+  """Returns a zip with other bytes at offsets into its list of members."""
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w") as archive:
     archive.writestr("tiny", CONTENT)
@@ -108,7 +108,7 @@ def tarred(form):
 
 
 def oldest_tar():
-  """Without the magic number that later forms have."""
+  """Returns a tar without the magic number that later forms have."""
   head = bytearray(tarred(tarfile.USTAR_FORMAT)[:512])
   head[257:] = bytes(512 - 257)
   head[148:156] = b" " * 8

@@ -1,4 +1,4 @@
-"""The benchmark times what it says, and compares what computes the same."""
+"""The benchmark times what its rows say, and compares equal computations."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
     assert (" x of reference " in line) == ("blocked" in line), line
 
 
-def test_no_ratio_is_told_where_nothing_else_ran(
+def test_no_ratio_is_printed_where_nothing_else_ran(
   tiny, shapes, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.setattr(runners, "MOST_PAIRS_BYTES", 1)
@@ -92,7 +92,9 @@ def test_a_bench_that_is_stopped_keeps_what_it_timed(
   assert [row["case"] for row in rows] == ["spans"] * 4
 
 
-def test_rows_are_told_before_they_are_written(tiny, shapes, tmp_path, capsys):
+def test_rows_are_printed_before_they_are_written(
+  tiny, shapes, tmp_path, capsys
+):
   (tmp_path / "bench.json").mkdir()
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
@@ -101,10 +103,10 @@ def test_rows_are_told_before_they_are_written(tiny, shapes, tmp_path, capsys):
   assert "blocked both" in capsys.readouterr().out
 
 
-def test_steps_are_timed_in_the_midst_of_their_streams(
+def test_steps_are_timed_in_the_middle_of_their_streams(
   tiny, tmp_path, monkeypatch
 ):
-  """With the spans that are told, cut to what there is to see."""
+  """The spans are those of the case, cut to the tokens that there are."""
   runs = {
     "short": {"n_layer": 1, "memory_tokens": 64, "position": "rotary"},
     "none": {"n_layer": 1, "attention": "span"},
@@ -112,11 +114,11 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
   spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 100.0)
   shape = cases.Step("small", 2, 32, spans, runs)
   only(monkeypatch, steps=(shape,))
-  seen = []
+  compiled = []
   compile_step = parallel.compile_step
 
   def watched(step, state, memory, batch):
-    seen.append(jax.device_get((state.params, memory)))
+    compiled.append(jax.device_get((state.params, memory)))
     return compile_step(step, state, memory, batch)
 
   monkeypatch.setattr(parallel, "compile_step", watched)
@@ -124,25 +126,25 @@ def test_steps_are_timed_in_the_midst_of_their_streams(
   bench.run(tiny, tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [row["run"] for row in rows] == ["short step", "none step"]
-  for (params, _), limit in zip(seen, (64, 32)):
+  for (params, _), limit in zip(compiled, (64, 32)):
     config = ModelConfig(attention="span", max_span=limit)
     np.testing.assert_allclose(
       mask_params(params, config)[0].span, np.minimum(spans, limit), atol=1e-3
     )
-  (_, memory), (_, none) = seen
+  (_, memory), (_, none) = compiled
   assert (memory.tokens_read == 96).all()
   assert none == Stateless(1)
 
 
-def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
-  """What is read and kept is what is counted for the spans that are told."""
-  comb = {"attention": "span_wave", "period": "integer", "harmonics": 0}
+def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
+  """The keys that are read and kept are those counted for the case's spans."""
+  wave = {"attention": "span_wave", "period": "integer", "harmonics": 0}
   spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 200.0)
   runs = {
     "spans": ({"n_layer": 1}, "spans", 500),
-    "comb": ({"n_layer": 1} | comb, "spans", 500),
+    "wave": ({"n_layer": 1} | wave, "spans", 500),
     "dense": ({"n_layer": 1}, "dense", 500),
-    "anew": ({"n_layer": 1}, None, 500),
+    "context": ({"n_layer": 1}, None, 500),
   }
   shape = cases.Decode("written", 2, 256, spans, runs)
   only(monkeypatch, decodes=(shape,))
@@ -151,19 +153,19 @@ def test_texts_are_written_in_the_midst_of_them(tiny, tmp_path, monkeypatch):
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   found = {row["run"].removesuffix(" token"): row for row in rows}
   assert found.keys() == runs.keys()
-  seen = sum(spans) + 8 * 32
-  for name in ("spans", "comb", "dense"):
+  reached = sum(spans) + 8 * 32
+  for name in ("spans", "wave", "dense"):
     # Some spans are a rounding above a whole number of tokens.
-    assert 0 <= found[name]["reach_bytes"] / (2 * 64 * 4) - seen <= 8
+    assert 0 <= found[name]["reach_bytes"] / (2 * 64 * 4) - reached <= 8
   assert found["dense"]["cache_bytes"] == 8 * 256 * 2 * 64 * 4
-  assert seen <= found["spans"]["keys_read"] <= 1.1 * seen
+  assert reached <= found["spans"]["keys_read"] <= 1.1 * reached
   # Of the longest head's 232 keys one in four is read.
-  read = found["spans"]["keys_read"] - found["comb"]["keys_read"]
-  assert abs(read - 232 * 3 / 4) < 0.1 * seen
+  read = found["spans"]["keys_read"] - found["wave"]["keys_read"]
+  assert abs(read - 232 * 3 / 4) < 0.1 * reached
 
 
-def test_the_masks_of_a_run_are_taken_whole(tiny, tmp_path):
-  """Spans, waves, heads and widths, layer by layer."""
+def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
+  """Spans, waves, heads and widths of each layer are those of the run."""
   state = init_state(tiny)
   with checkpoint.Checkpoints(tmp_path) as saved:
     meta = {"config": tiny.to_dict(), "data": {"name": "x", "sha256": "0"}}

@@ -92,7 +92,7 @@ def before_call(monkeypatch, owner, name, number, act):
 def test_killed_in_validation(
   run, whole, tmp_path, monkeypatch, owner, name, number
 ):
-  """The step is there, and what is owed of its evaluation is made up."""
+  """The step is saved, and its evaluation is done when the run goes on."""
   with monkeypatch.context() as changed:
     before_call(changed, owner, name, number, die)
     with pytest.raises(Killed):
@@ -117,7 +117,7 @@ def test_killed_in_validation(
 def test_a_signal_whatever_is_being_done(
   run, tmp_path, monkeypatch, owner, name, number, step
 ):
-  """What may take long is given up, once its step is saved."""
+  """Work that may take long is given up once its step is saved."""
 
   def signalled():
     os.kill(os.getpid(), number)
@@ -135,7 +135,7 @@ def test_a_signal_whatever_is_being_done(
 
 
 class ClosedAfter(io.StringIO):
-  """A console whose reader goes away after a line."""
+  """A console whose reader leaves after a line."""
 
   def __init__(self, last):
     super().__init__()
@@ -232,8 +232,8 @@ def test_only_training_is_timed(run, tmp_path, monkeypatch):
     assert 1000 < after - before < 10_000
 
 
-def test_no_rate_is_told_before_a_step_was_timed(run, tmp_path, capsys):
-  """The first one sets up what the others find ready."""
+def test_no_rate_is_printed_before_a_step_was_timed(run, tmp_path, capsys):
+  """The first step is not timed, as it sets up what later steps use."""
   run(tmp_path, log_every_steps=1, tensorboard=True)  # which has no None
   said = [x for x in capsys.readouterr().out.splitlines() if "  loss " in x]
   for name in ("tok/s", "eta", " ms "):
@@ -248,7 +248,7 @@ def test_no_rate_is_told_before_a_step_was_timed(run, tmp_path, capsys):
 
 
 def test_a_closed_pipe_costs_no_evaluation(whole):
-  """Whose figure is written, though nobody has read it."""
+  """The result is written, though nobody has read it."""
   reading, writing = os.pipe()
   os.close(reading)
   process = subprocess.run(
@@ -266,7 +266,7 @@ def test_a_closed_pipe_costs_no_evaluation(whole):
 
 
 def test_a_console_of_ascii(whole, tmp_path):
-  """What it cannot show is escaped; what is written to files is UTF-8."""
+  """Characters that it cannot show are escaped; files are UTF-8."""
   prompt = tmp_path / "prompt"
   prompt.write_bytes("caf\xe9".encode())
   environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -282,12 +282,12 @@ def test_a_console_of_ascii(whole, tmp_path):
   assert "caf\xe9" in (whole / "sample.txt").read_text(encoding="utf-8")
 
 
-def test_results_are_told_before_a_write_that_fails(main, whole, tmp_path):
+def test_results_are_printed_before_a_write_that_fails(main, whole, tmp_path):
   """A folder in the file's place refuses everyone, root too."""
   import shutil
 
   workdir = shutil.copytree(whole, tmp_path / "w")
-  for mode, name, told in (
+  for mode, name, said in (
     ("eval", "eval_valid.json", "bits per character"),
     ("sample", "sample.txt", "keys read per token"),
     ("export", "model.safetensors", ""),
@@ -297,14 +297,16 @@ def test_results_are_told_before_a_write_that_fails(main, whole, tmp_path):
     flags = ["--prompt=a", "--tokens=2"] if mode == "sample" else []
     code, out, err = main(f"--mode={mode}", f"--workdir={workdir}", *flags)
     assert code == 1
-    assert told in out
+    assert said in out
     assert err.startswith(f"main.py: {workdir / name} cannot be written (")
     assert err.count("\n") == 1
     assert not list(workdir.glob("*.part"))
 
 
 @pytest.mark.parametrize("name", ["lock", "config.json", "metrics.jsonl"])
-def test_a_run_that_cannot_be_written_is_told(main, tiny_flags, tmp_path, name):
+def test_a_run_that_cannot_be_written_is_reported(
+  main, tiny_flags, tmp_path, name
+):
   """A folder in the place of a file stands for it; a workdir that is a file is
   a wrong flag, for tests/test_main.py."""
   path = tmp_path / "w" / name

@@ -1,4 +1,4 @@
-"""What leaves as a file comes back; what is made whole is measured."""
+"""An exported file can be loaded; a hardened model is evaluated."""
 
 import json
 import re
@@ -173,7 +173,7 @@ def test_the_verb(main, trained, tmp_path):
   np.testing.assert_allclose(found["bits_per_char"], hard_bpc, atol=1e-4)
   assert found["cache_reads"]["open"] <= found["cache_reads"]["reach"]
 
-  # What cannot be done is told before any work.
+  # A request that cannot be met is refused before any work.
   for flags in (["--harden"], ["--harden", "--finetune_steps=3"]):
     code, out, err = main("--mode=export", f"--workdir={workdir}", *flags)
     assert code == 1
@@ -192,7 +192,7 @@ def test_the_verb(main, trained, tmp_path):
   assert code == 1
   assert "not on other.txt" in err
   assert not hard.exists()
-  # Settings act when it is trained on, and say of how much is measured.
+  # Settings act when it is trained on; they also limit the evaluation.
   code, out, err = main(
     "--mode=export",
     f"--workdir={workdir}",
@@ -207,14 +207,14 @@ def test_the_verb(main, trained, tmp_path):
   assert "optimizer.learning_rate=0.003 (was 0.001)" in out
   assert "over 299 bytes" in out
 
-  for flags, told in (
+  for flags, said in (
     (["--finetune_steps=3"], "add --harden"),
     (["--harden"], "was not written"),
     (["--harden=1", "--prompt=a"], "means nothing to --mode=export"),
   ):
     code, _, err = main("--mode=export", f"--workdir={workdir}", *flags)
     assert code in (1, 2)
-    assert told in err
+    assert said in err
     assert err.count("\n") == 1
 
 

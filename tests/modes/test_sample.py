@@ -1,4 +1,4 @@
-"""Texts that main.py writes on from a prompt."""
+"""Texts with which main.py continues a prompt."""
 
 from adaptive_attention.modes import sample
 
@@ -35,7 +35,7 @@ def test_the_mode(main, tiny_flags, tmp_path):
   assert out.startswith(text)
   assert out.count("--- ") == 2
   assert (tmp_path / "sample.txt").read_text().count("--- ") == 3
-  for flags, told in (
+  for flags, said in (
     ([], "needs one of --prompt"),
     (["--prompt=a", "--prompt_file=b"], "needs one of --prompt"),
     (["--prompt="], "--prompt is empty"),
@@ -46,5 +46,5 @@ def test_the_mode(main, tiny_flags, tmp_path):
   ):
     code, _, err = sample(*flags)
     assert code in (1, 2)
-    assert told in err
+    assert said in err
     assert err.count("\n") == 1

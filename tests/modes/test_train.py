@@ -71,7 +71,7 @@ def start(flags, workdir):
 
 
 def wait_for_step(workdir, step, process):
-  """Until metrics.jsonl has a line of this step or a later one."""
+  """Waits until metrics.jsonl has a line of this step or a later one."""
   path = workdir / "metrics.jsonl"
   while process.poll() is None:
     if path.exists():
@@ -168,7 +168,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   stopped, _ = final(workdir)
   if stopped < 12:  # it may have been through already
     assert process.returncode == code, err
-    # A slow machine says first what is awaited.
+    # On a slow machine a line says first that a step is being finished.
     said = [x for x in err.splitlines() if "finishing the step" not in x]
     assert len(said) == 1, err
     assert f"stopped by {signal.Signals(number).name} after step" in said[0]
@@ -401,8 +401,8 @@ def test_streams_and_their_memory_go_on_to_the_bit(
   assert metrics(workdir) == metrics(memory_run)
 
 
-def test_streams_start_anew_at_their_ends(memory_run):
-  """Of nine segments a stream: three of twelve steps are a second pass."""
+def test_streams_start_again_at_their_ends(memory_run):
+  """A stream has nine segments: three of twelve steps are a second pass."""
   with Checkpoints(memory_run) as saved:
     leaves = saved.read_meta(12)["leaves"]["memory"]
     memory = saved.restore_memory(
@@ -415,7 +415,7 @@ def test_streams_start_anew_at_their_ends(memory_run):
 @pytest.mark.parametrize(
   "change", [{"cpu_devices": 1}, {"batch_size": 8, "accumulation_steps": 4}]
 )
-def test_other_streams_start_anew_and_say_so(
+def test_other_streams_start_again_and_say_so(
   main, memory_run, memory_flags, tmp_path, change
 ):
   import shutil

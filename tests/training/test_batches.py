@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from adaptive_attention.training import batches
 
-DATA = np.arange(1000, dtype=np.int64)  # each "byte" tells its own place
+DATA = np.arange(1000, dtype=np.int64)  # each "byte" is its own index
 
 
 def draw(**changes):
@@ -27,7 +27,7 @@ def test_a_batch_is_a_pure_function_of_seed_step_and_shard():
     assert not np.array_equal(draw(), draw(**change)), change
 
 
-def test_rows_are_windows_that_reach_both_ends():
+def test_rows_are_parts_that_reach_both_ends():
   rows = np.concatenate([draw(step=i) for i in range(300)])
   np.testing.assert_array_equal(
     rows - rows[:, :1], np.tile(np.arange(11), (len(rows), 1))
@@ -36,7 +36,7 @@ def test_rows_are_windows_that_reach_both_ends():
   assert rows.max() == 999
 
 
-def test_the_shortest_data_give_their_one_window():
+def test_the_shortest_data_give_their_one_part():
   rows = batches.train_batch(
     DATA[:11], seed=0, step=0, shard_index=0, batch_size=2, context_tokens=10
   )
@@ -60,7 +60,7 @@ def segment(step, data=DATA, batch_size=3, shard_index=1, seed=0):
   )
 
 
-def test_streams_go_on_where_they_ended_and_then_start_anew():
+def test_streams_go_on_where_they_ended_and_then_start_again():
   count = batches.segments(len(DATA), 3, 10)
   assert count == 33
   first = np.stack([segment(i) for i in range(count)])
@@ -92,7 +92,7 @@ def test_the_shortest_streams_have_one_segment():
 
 
 def predicted_once(reading, length):
-  """How often each byte of the split is predicted and counted."""
+  """Checks that each byte of the split but the first counts once."""
   predicted = np.zeros(length, int)
   nats = np.zeros(length - 1, int)
   for batch in range(len(reading)):
@@ -121,7 +121,7 @@ def test_every_byte_but_the_first_is_predicted_once(
     counted = list(windows.scored(batch))
     assert counted  # no batch is for nothing
     for row, found, _ in counted:
-      # What the first of them has seen, the byte itself not counted.
+      # The number of bytes before the first prediction that counts.
       assert windows.starts[batch, row] == 0 or (
         found.start + 1 >= context - stride
       )
@@ -141,8 +141,8 @@ def test_streams_read_on_and_count_what_is_warm(length, context, warm, rows):
     counted = list(streams.scored(batch))
     assert counted  # no batch is for nothing
     for row, found, _ in counted:
-      seen = streams.starts[batch, row] + found.start - streams.starts[0, row]
-      assert seen >= warm or streams.starts[0, row] == 0
+      before = streams.starts[batch, row] + found.start - streams.starts[0, row]
+      assert before >= warm or streams.starts[0, row] == 0
 
 
 def test_a_split_shorter_than_the_warming_is_read_once():

@@ -1,4 +1,4 @@
-"""Checkpoints come back to the bit, or not at all and with a way out."""
+"""Checkpoints are restored to the bit, or refused with advice on what to do."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert saved.resolve("best") == 2
     assert saved.resolve("latest") == 5
     assert saved.resolve("4") == 4
-  # Another process knows of the best one too.
+  # Another process knows the best one too.
   save(tmp_path, [6, 7], [1.5, 0.5], keep=2)
   with Checkpoints(tmp_path) as saved:
     assert saved.steps() == [6, 7]
@@ -128,12 +128,12 @@ def test_reading_an_empty_workdir_makes_nothing(tmp_path):
 
 
 def data_files(folder):
-  """Where the bytes of the parameters lie."""
+  """Returns the files that hold the bytes of the parameters."""
   return [p for p in (folder / "params").rglob("d/*") if p.is_file()]
 
 
 def flip(folder):
-  """One bit in the middle of what holds the arrays."""
+  """Flips one bit in the middle of each file of the arrays."""
   for path in data_files(folder):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -155,7 +155,7 @@ def forget_item(folder):
 
 
 def other_item(folder):
-  """The optimizer's state of another step, otherwise whole."""
+  """Puts the parameters of another step in place of these."""
   shutil.rmtree(folder / "params")
   shutil.copytree(folder.parent / "1" / "params", folder / "params")
 
@@ -165,7 +165,7 @@ def spoil_meta(folder):
 
 
 def change_meta(folder):
-  """Another number, as a flipped bit makes one of it; still JSON."""
+  """Changes a number, as a flipped bit can; the file stays JSON."""
   path = folder / "meta" / "metadata"
   text = path.read_text()
   changed = re.sub(
@@ -188,7 +188,7 @@ def copy_older(folder):
 
 
 @pytest.mark.parametrize(
-  ("damage", "told"),
+  ("damage", "said"),
   [
     (flip, "params"),
     (truncate, "params"),
@@ -201,19 +201,19 @@ def copy_older(folder):
     (copy_older, "it belongs to step 1"),
   ],
 )
-def test_damage_is_told_with_the_older_ones_that_are_whole(
-  tmp_path, damage, told
+def test_damage_is_said_with_the_older_ones_that_are_intact(
+  tmp_path, damage, said
 ):
   save(tmp_path, [1, 2, 3])
   damage(tmp_path / "checkpoints" / "3")
   empty(tmp_path / "checkpoints" / "2")
-  message = refused(tmp_path, 3, told, "whole: 1;", "--step=1")
-  assert "2" not in message.split("whole:")[1]
+  message = refused(tmp_path, 3, said, "intact: 1;", "--step=1")
+  assert "2" not in message.split("intact:")[1]
   assert read(tmp_path, 1)[2]["step"] == 1
 
 
 def test_late_reads_of_a_damaged_one_are_ignored(tmp_path, monkeypatch):
-  """They end after the context, when their event loop is closed."""
+  """Such reads end after the context, when their event loop is closed."""
   seen = []
   monkeypatch.setattr(sys, "unraisablehook", seen.append)
   save(tmp_path, [3])
@@ -228,11 +228,11 @@ def test_late_reads_of_a_damaged_one_are_ignored(tmp_path, monkeypatch):
 def test_damage_of_the_only_one(tmp_path):
   save(tmp_path, [3])
   flip(tmp_path / "checkpoints" / "3")
-  refused(tmp_path, 3, "no older one is whole", "--workdir")
+  refused(tmp_path, 3, "no older one is intact", "--workdir")
 
 
 @pytest.mark.parametrize(
-  ("params", "state", "told"),
+  ("params", "state", "said"),
   [
     ({**PARAMS, "span_logit": np.zeros(5, np.float32)}, STATE, "float32[5]"),
     ({**PARAMS, "more": np.zeros(5, np.float32)}, STATE, "nothing at more"),
@@ -240,11 +240,11 @@ def test_damage_of_the_only_one(tmp_path):
     (PARAMS, optax.sgd(0.1, momentum=0.9).init(PARAMS), "trace"),
   ],
 )
-def test_another_model_or_optimizer_is_named(tmp_path, params, state, told):
+def test_another_model_or_optimizer_is_named(tmp_path, params, state, said):
   save(tmp_path, [3])
   with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError) as error:
     saved.restore(3, params, state)
-  assert told in str(error.value)
+  assert said in str(error.value)
   assert "damaged" not in str(error.value)
 
 
@@ -300,13 +300,13 @@ def test_what_cannot_be_read_back_drives_no_older_one_out(
     damage(tmp_path / "checkpoints" / str(step))
 
   monkeypatch.setattr(Checkpoints, "_write", write_badly)
-  with pytest.raises(CheckpointError, match=r"whole: 1, 2; .*--step=2"):
+  with pytest.raises(CheckpointError, match=r"intact: 1, 2; .*--step=2"):
     save(tmp_path, [3], [0.5], keep=1)
   for step in (1, 2):
     read(tmp_path, step)
 
 
-def test_one_that_cannot_be_told_is_left_alone(tmp_path):
+def test_one_whose_meta_cannot_be_read_is_left_alone(tmp_path):
   save(tmp_path, [1, 2])
   spoil_meta(tmp_path / "checkpoints" / "1")
   save(tmp_path, [3, 4], keep=1)

@@ -1,4 +1,4 @@
-"""Any text goes out, and a stream that takes no more is told once."""
+"""Any text is written, and a stream that fails is reported once."""
 
 import io
 import os
@@ -40,19 +40,19 @@ def closed_pipe():
     yield stream
 
 
-def test_a_closed_pipe_is_told_once(closed_pipe):
+def test_a_closed_pipe_is_reported_once(closed_pipe):
   with pytest.raises(BrokenPipeError) as error:
     console.write("a", closed_pipe)
   assert error.value.filename == closed_pipe.name
   console.write("b", closed_pipe)
 
 
-def test_whoever_asks_is_told_instead(closed_pipe):
-  told = []
-  with console.failures(told.append):
+def test_a_handler_gets_the_error_instead(closed_pipe):
+  handled = []
+  with console.failures(handled.append):
     console.write("a", closed_pipe)
     console.write("b", closed_pipe)
-  assert [type(error) for error in told] == [BrokenPipeError]
+  assert [type(error) for error in handled] == [BrokenPipeError]
 
 
 def test_the_end_of_python_has_nothing_to_flush():

@@ -22,7 +22,7 @@ DATA = np.random.default_rng(0).integers(97, 123, 401, np.uint8)
 
 
 def drawn(config):
-  """Parameters with nothing at zero."""
+  """Draws parameters of which none is zero."""
   tokens = np.zeros((1, 12), int)
   tree = Transformer(config).init(jax.random.key(0), tokens)["params"]
   keys = iter(jax.random.split(jax.random.key(1), 100))
@@ -37,7 +37,7 @@ def params():
 
 
 def nats_byte_by_byte(params, stride):
-  """Each byte's loss, one window and one prediction at a time, in float64."""
+  """Computes each byte's loss, one prediction at a time, in float64."""
   T = CONFIG.context_tokens
   forward = jax.jit(lambda x: Transformer(CONFIG).apply({"params": params}, x))
   nats = []
@@ -138,8 +138,8 @@ def remembering():
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 16, 80])
-def test_by_memory_each_byte_sees_all_before_it(remembering, batch_size):
-  """As one sequence of the whole split: the memory holds what spans reach."""
+def test_by_memory_each_byte_attends_to_all_before_it(remembering, batch_size):
+  """The memory holds all that is in reach: the split is as one sequence."""
   logits = Transformer(REMEMBERING).apply(
     {"params": remembering}, DATA[None, :-1]
   )
@@ -179,7 +179,7 @@ DEEP = {
   ids=str,
 )
 def test_by_memory_it_is_what_one_stream_says(changes):
-  """However many there are, though layers look back through each other."""
+  """The number of streams changes nothing, though layers add their reaches."""
   config = dataclasses.replace(CONFIG, **(DEEP | changes))
   params = drawn(config)
   apply = jax.jit(Transformer(config).apply)
@@ -220,7 +220,7 @@ def test_entropy_and_lzma():
 
 
 def test_the_mode(main, tiny_flags, text, tmp_path):
-  """All of it by the command line: one run, evaluated in many ways."""
+  """One run is evaluated in many ways by the command line."""
   code, _, err = main(*tiny_flags, f"--workdir={tmp_path}")
   assert code == 0, err
 
@@ -271,12 +271,12 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
   assert other["data"]["sha256"] != first["data"]["sha256"]
   lines = (tmp_path / "evals.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == records
-  for flags, told in (
+  for flags, said in (
     (["--step=5"], "one of"),
     (["--config.model.n_layer=3"], "takes the model from the checkpoint"),
     (["--protocol=stride:99"], "to the context of 24"),
   ):
     code, _, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
     assert code in (1, 2)
-    assert told in err
+    assert said in err
     assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The libraries are silent in a context, and all is as before after it."""
+"""The libraries are silent in a context; after it all is as before."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ LATE = RuntimeError("Event loop is closed")
 
 @pytest.fixture
 def seen(monkeypatch):
-  """The exceptions that reach the hook that was there before."""
+  """Returns the exceptions that reach the hook that was there before."""
   exceptions = []
   monkeypatch.setattr(
     sys, "unraisablehook", lambda caught: exceptions.append(caught.exc_value)

@@ -1,4 +1,4 @@
-"""The record: whole lines, dropped where a run goes back."""
+"""The record has complete lines, which are dropped where a run goes back."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def test_tensorboard_sees_a_resumed_run_as_one(tiny, tmp_path):
 
 @pytest.fixture
 def wandb_calls(monkeypatch):
-  """What a double of wandb was started with, call by call."""
+  """Returns the arguments that a double of wandb was started with, per call."""
   calls = []
   wandb = types.ModuleType("wandb")
 

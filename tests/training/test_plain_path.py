@@ -31,7 +31,7 @@ from tests.training.test_checkpoint import read, save
   ],
 )
 def test_folders_of_any_name(tmp_path, name):
-  """Also of patterns, next to a folder that they would match."""
+  """A name may be a pattern, next to a folder that it would match."""
   save(tmp_path / "plain", [1], [1.0])
   (tmp_path / "plain").rename(tmp_path / name)
   shutil.copytree(tmp_path / name, tmp_path / "ab")

@@ -55,7 +55,7 @@ def test_one_writer_in_this_process_too(tmp_path):
 
 
 def test_the_lock_of_windows(tmp_path, monkeypatch):
-  """By a double of msvcrt, which locks a byte where the file stands."""
+  """A double of msvcrt locks a byte at the position of the file."""
   held = []
 
   def locking(descriptor, mode, count):

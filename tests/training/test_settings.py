@@ -33,7 +33,7 @@ def saved(**changes):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_each_setting_is_restored_whatever_the_defaults_are(name, monkeypatch):
-  """As it was saved, from defaults that say otherwise, and the reverse."""
+  """A setting and the default of today differ, both ways round."""
   monkeypatch.setattr(settings, "model_config", lambda model: None)
   value = another(DEFAULTS[name])
   for kept, today in ((value, DEFAULTS[name]), (DEFAULTS[name], value)):
@@ -44,7 +44,7 @@ def test_each_setting_is_restored_whatever_the_defaults_are(name, monkeypatch):
 
 
 def test_the_largest_span_is_the_checkpoints_and_not_the_context():
-  """Its value is that of today's default, so that nothing "differs"."""
+  """The saved value equals today's default, so that nothing "differs"."""
   kept = saved(model__context_tokens=64, model__max_span=512)
   config = base.get_config()
   settings.restore(config, kept)
@@ -109,13 +109,13 @@ def test_bounds(name, wrong, right):
   config[name] = wrong
   with pytest.raises(settings.SettingsError, match=f"config.{name}="):
     settings.check(config)
-  # Of a checkpoint only what flags change is looked at.
+  # Of a checkpoint's settings only those that flags change are checked.
   settings.check(config, {"batch_size"})
   with pytest.raises(settings.SettingsError, match=f"config.{name}="):
     settings.check(config, {name})
 
 
-def test_a_warmup_that_outlasts_the_run_is_told():
+def test_a_warmup_that_outlasts_the_run_is_noted():
   config = base.get_config()
   config.steps = config.optimizer.warmup_steps + 1
   assert settings.warmup_note(config) is None

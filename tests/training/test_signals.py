@@ -10,7 +10,7 @@ import pytest
 
 from adaptive_attention.training.signals import Interrupted, Signals
 
-# What holds the main thread as a compiler does: no handler of Python runs.
+# This holds the main thread as a compiler does: no handler of Python runs.
 HELD = """
 import hashlib, sys
 from adaptive_attention.training.signals import Signals
@@ -57,7 +57,7 @@ def test_at_once_with_one_sentence(held, name):
 def test_while_saving_it_is_told_what_is_awaited_and_a_second_one_ends(held):
   process = held(saving=True)
   process.send_signal(signal.SIGINT)
-  assert "a second one ends the program" in process.stderr.readline()
+  assert "a second signal ends the program" in process.stderr.readline()
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=20)
   assert process.returncode == 130
@@ -66,7 +66,7 @@ def test_while_saving_it_is_told_what_is_awaited_and_a_second_one_ends(held):
 
 
 def test_one_that_is_sent_twice_at_once_is_one(held):
-  """As `timeout` does, and terminals that are closed."""
+  """`timeout` and closing terminals send a signal twice."""
   process = held(saving=True, rounds=3_000_000)
   process.send_signal(signal.SIGTERM)
   process.send_signal(signal.SIGHUP)
@@ -112,7 +112,7 @@ def test_what_can_be_done_again_is_interrupted():
     with pytest.raises(Interrupted), ends.interrupting():
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(20)
-    # One that came before is not forgotten.
+    # A signal that came before is not forgotten.
     with pytest.raises(Interrupted), ends.interrupting():
       raise AssertionError
   assert time.monotonic() - start < 10

@@ -25,7 +25,7 @@ DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
 
 
 def parts(config):
-  """(model, optimizer, seed) that the settings tell of."""
+  """Makes (model, optimizer, seed) from the settings."""
   taken = settings.training_config(config)
   rule = optimizer.make(taken.optimizer, taken.steps)
   return Transformer(taken.model), rule, taken.seed
@@ -48,7 +48,7 @@ def batch_shapes(config):
 
 
 def windows(config, step, draw=batches.train_batch):
-  """(B, T + 1) of the whole batch, whoever takes it."""
+  """Returns (B, T + 1), the batch of all devices and accumulation steps."""
   return draw(
     DATA,
     seed=0,
@@ -114,7 +114,7 @@ def test_all_replicas_stay_equal_with_dropout_on(tiny):
 
 
 def test_devices_draw_their_dropout_apart(tiny):
-  """Two devices that drew alike would not tell which has which rows."""
+  """If two devices drew alike, it would not matter which has which rows."""
   tiny.model.context_tokens = 12
   rows = windows(tiny, 0).reshape(2, 1, 2, -1)
   losses = {}
@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_is_not_remembered(tiny):
 
 
 def test_the_memory_stays_in_its_place(tiny):
-  """Nothing of its size is copied or returned anew."""
+  """No array of its size is copied or returned as a new one."""
   config = remembering(tiny)
   config.model.attention = "span"
   config.model.implementation = "blocked"
@@ -290,7 +290,7 @@ def test_two_devices_do_what_one_does(tiny, tmp_path):
 
 
 def test_golden_steps(tiny):
-  """The numbers of this very program: a change of any of them is a change."""
+  """The numbers are those that this program computed when they were stored."""
   golden = json.loads((ROOT / "tests" / "golden" / "steps.json").read_text())
   for attention, expected in golden.items():
     tiny.model.attention = attention
