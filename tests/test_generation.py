@@ -401,7 +401,7 @@ def test_tokens_that_are_none_are_named():
   with pytest.raises(ValueError, match="token 256 is none"):
     kept.step(params, np.array([1, 256, 2]))
   for tokens in ([97, 256 + 98], [97, -1]):
-    with pytest.raises(ValueError, match="is no byte; expected 0 to 255"):
+    with pytest.raises(ValueError, match="is not a byte; expected 0 to 255"):
       console.text_of(tokens)
   for option in ({"steps": -1}, {"steps": 1, "draw_below": 0}):
     with pytest.raises(ValueError, match="is not possible; expected"):

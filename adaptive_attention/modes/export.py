@@ -69,7 +69,7 @@ def run(config, workdir, corpus, *, step, harden, finetune_steps):
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
       training.train(
-        settings.training_config(tuned), workdir, corpus, step=str(step)
+        settings.training_config(tuned), workdir, corpus, which=str(step)
       )
       step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:

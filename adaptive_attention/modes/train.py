@@ -12,4 +12,4 @@ def run(config, workdir, corpus, *, step=None):
     workdir, corpus, step: as `training.run.train` has them, which says what
       ends a run.
   """
-  training.train(settings.training_config(config), workdir, corpus, step=step)
+  training.train(settings.training_config(config), workdir, corpus, which=step)

@@ -24,14 +24,14 @@ class Batch(NamedTuple):
 
 
 def per_device(batch_size: int) -> int:
-  """How many sequences a device reads side by side in training."""
+  """Returns how many sequences a device reads side by side in training."""
   return batch_size // parallel.device_count()
 
 
 def shapes(
   batch_size: int, accumulation_steps: int, context_tokens: int
 ) -> Batch:
-  """The shapes of what this process' devices take at a step."""
+  """Returns the shapes of what this process' devices take at a step."""
   N, A = parallel.local_device_count(), accumulation_steps
   B = per_device(batch_size) // A
   return Batch(
@@ -73,7 +73,7 @@ class Batches:
     return shapes(self.batch_size, self.accumulation_steps, self.context_tokens)
 
   def at(self, step: int, stop: bool = False) -> Batch:
-    """What this process' devices take at `step`, the first one being 0.
+    """Returns what this process' devices take at `step`, the first being 0.
 
     Args:
       stop: whether this process is asked to end, for all to know.
@@ -104,16 +104,17 @@ class Batches:
 
 
 def shard(data, index: int, count: int):
-  """The index-th of `count` contiguous parts, all of one length."""
+  """Returns the index-th of `count` contiguous parts, all of one length."""
   length = len(data) // count
   return data[index * length : (index + 1) * length]
 
 
 def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """(B, T + 1) uint8: random windows, a pure function of its arguments.
+  """Returns (B, T + 1) uint8, random windows.
 
   Inputs are the first T bytes of a row, targets the last T. `data` is the
   shard's own; the draw differs between shards even where their bytes do not.
+  What is returned is a pure function of the arguments.
   """
   generator = np.random.default_rng((seed, step, shard_index))
   starts_B = generator.integers(
@@ -123,12 +124,12 @@ def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
 
 
 def segments(length: int, batch_size: int, context_tokens: int) -> int:
-  """How many segments of T tokens each of B streams through a shard has."""
+  """Counts the segments of T tokens of each of B streams through a shard."""
   return (length - 1) // (batch_size * context_tokens)
 
 
 def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """(B, T + 1) uint8: the next segment of each of B streams through a shard.
+  """Returns (B, T + 1) uint8, the next segment of each of B streams.
 
   The streams lie end to end; each goes on at a step where it ended at the one
   before, until all reach their ends together. Then they start anew, from a
@@ -160,7 +161,7 @@ class Reading:
   context_tokens: int
 
   def part(self, batches=slice(None), rows=slice(None)):
-    """Some of the batches, some of the rows of each."""
+    """Returns some of the batches, and some of the rows of each."""
     arrays = self.starts, self.scored_from, self.scored_to
     return Reading(*(x[batches, rows] for x in arrays), self.context_tokens)
 
@@ -168,7 +169,7 @@ class Reading:
     return len(self.starts)
 
   def tokens(self, data, batch: int):
-    """(R, T + 1) uint8, zeros beyond the split."""
+    """Returns (R, T + 1) uint8, zeros beyond the split."""
     starts_R = self.starts[batch]
     tokens = np.zeros((len(starts_R), self.context_tokens + 1), np.uint8)
     for row, start in enumerate(starts_R):
@@ -177,7 +178,7 @@ class Reading:
     return tokens
 
   def scored(self, batch: int):
-    """(row, slice of its predictions, slice of all the split's) that count."""
+    """Yields (row, slice of its predictions, slice of all the split's)."""
     for row, (start, first, last) in enumerate(
       zip(
         self.starts[batch],
@@ -193,7 +194,7 @@ class Reading:
 def windows(
   length: int, context_tokens: int, stride_tokens: int, rows: int
 ) -> Reading:
-  """Windows that start every `stride_tokens` of a split of `length` bytes.
+  """Returns windows that start every `stride_tokens` of `length` bytes.
 
   With stride = context they are disjoint. With a shorter stride each window
   but the first counts only its last `stride_tokens` predictions, which have
@@ -216,7 +217,7 @@ def windows(
 def streams(
   length: int, context_tokens: int, warm_tokens: int, rows: int
 ) -> Reading:
-  """A split of `length` bytes read once, in so many streams side by side.
+  """Reads a split of `length` bytes once, in so many streams side by side.
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
   `warm_tokens`, in whole segments, before what they count, so that what a byte

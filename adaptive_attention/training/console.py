@@ -57,19 +57,19 @@ def _lead_nowhere(stream):
 
 
 def say(text: str):
-  """One line on the console, good in a file too; of the primary process."""
+  """Writes a line, good on a console and in a file; in the primary process."""
   if jax.process_index() == 0:
     write(text + "\n", sys.stdout)
 
 
 def write_out(text: str):
-  """Some of a line, at once; of the primary process."""
+  """Writes some of a line, at once; in the primary process."""
   if jax.process_index() == 0:
     write(text, sys.stdout)
 
 
 def bytes_text(count: float) -> str:
-  """A size as a person reads it: 1536 -> "1.5 KiB"."""
+  """Returns a size as a person reads it: 1536 -> "1.5 KiB"."""
   for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
     if count < 1024 or unit == "TiB":
       return f"{count:.4g} {unit}"
@@ -77,7 +77,7 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-  """A time as a person reads it: 4000 -> "1h06m"."""
+  """Returns a time as a person reads it: 4000 -> "1h06m"."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:
@@ -86,7 +86,7 @@ def duration_text(seconds: float) -> str:
 
 
 def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
-  """A line about a step.
+  """Returns a line about a step.
 
   Args:
     step, last: which one it is, and the run's last.
@@ -109,9 +109,9 @@ def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
 
 
 def macs_text(macs: dict, config: ModelConfig) -> str:
-  """What `attention_macs_per_token` gives, for a person to read."""
+  """Returns what `attention_macs_per_token` gives, for a person to read."""
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
-  text = f"multiply-adds a token: {counts}"
+  text = f"multiply-adds per token: {counts}"
   if macs["computed"] <= macs["dense"]:
     return text
   match config.implementation:
@@ -126,7 +126,7 @@ def macs_text(macs: dict, config: ModelConfig) -> str:
 
 
 def cache_text(layers, config: ModelConfig) -> str:
-  """Both for a person to read."""
+  """Returns the KV cache's sizes and reads, for a person to read."""
   sizes = ", ".join(
     f"{name} {bytes_text(n)}"
     for name, n in accounting.cache_bytes(layers, config).items()
@@ -142,7 +142,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Text:
-  """Bytes as text that a terminal can show, as they come.
+  """Makes bytes text that a terminal can show, as they come.
 
   Bytes that are not UTF-8 and control characters, but for newline and tab, are
   written as \\xNN.
@@ -155,7 +155,7 @@ class Text:
   def __call__(self, tokens, last=False) -> str:
     for token in tokens[(tokens < 0) | (tokens >= BYTES)][:1]:
       raise ValueError(
-        f"the token {token} is no byte; expected 0 to {BYTES - 1}, which "
+        f"the token {token} is not a byte; expected 0 to {BYTES - 1}, which "
         f"generate(draw_below={BYTES}) draws alone"
       )
     text = self._decoder.decode(bytes(tokens.astype(np.uint8)), last)
@@ -163,9 +163,9 @@ class Text:
 
 
 def text_of(tokens) -> str:
-  """All of some tokens as text that a terminal can show.
+  """Returns all of some tokens as text that a terminal can show.
 
   Raises:
-    ValueError: a token that is no byte.
+    ValueError: a token that is not a byte.
   """
   return Text()(np.asarray(tokens), last=True)

@@ -51,7 +51,7 @@ class Result:
 
 
 def default_protocol(config: ModelConfig) -> str:
-  """ "memory" for models that have one, else "window"."""
+  """Returns "memory" for models that have one, else "window"."""
   return "memory" if config.memory_tokens else "window"
 
 
@@ -81,7 +81,7 @@ def check_protocol(protocol: str, config: ModelConfig):
 
 
 def memory_of(protocol: str, config: ModelConfig) -> int:
-  """How many tokens before its own row a prediction may look at."""
+  """Returns how many tokens before its own row a prediction may attend to."""
   return config.memory_tokens if protocol == "memory" else 0
 
 
@@ -152,7 +152,7 @@ class Evaluator:
     )
 
   def _reading(self, params, length, protocol) -> batches.Reading:
-    """This process' share."""
+    """Returns this process' share."""
     T, R = self._config.context_tokens, self._batch_size
     if protocol == "memory":
       streams = self._streams(params, length)
@@ -164,7 +164,7 @@ class Evaluator:
     return windows.part(slice(mine.start, mine.stop))
 
   def _streams(self, params, length) -> batches.Reading:
-    """As many streams as can be had for twice the cost of one."""
+    """Returns as many streams as can be had for twice the cost of one."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
     warm_tokens = memories.tokens_before(
@@ -181,7 +181,7 @@ class Evaluator:
       per_device //= 2
 
   def _predict(self, params, data, reading, protocol):
-    """(len(data) - 1,) nats in float32, of those bytes that this reads."""
+    """Returns (len(data) - 1,) nats in float32, of the bytes that are read."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = None
@@ -199,7 +199,7 @@ class Evaluator:
 
 
 def _standard_error(nats: np.ndarray) -> float:
-  """That of the mean, in nats, as if chunks were independent of each other."""
+  """Returns that of the mean, in nats, as if chunks were independent."""
   if len(nats) == 1:
     return 0.0  # nothing can be said; 0 keeps the record valid JSON
   chunk = min(_CHUNK_BYTES, -(-len(nats) // 2))
@@ -211,13 +211,14 @@ def _standard_error(nats: np.ndarray) -> float:
 
 
 def order0_entropy(data) -> float:
-  """Bits per character of a coder that knows the frequency of each byte."""
+  """Returns the bits per character of a coder that knows how frequent each byte
+  is."""
   counts = np.bincount(np.asarray(data), minlength=256)
   shares = counts[counts > 0] / len(data)
   return float(-np.sum(shares * np.log2(shares)))
 
 
 def lzma_bits_per_char(data) -> float:
-  """Bits per character of the same bytes, compressed alone by lzma."""
+  """Returns the bits per character of the bytes, compressed alone by lzma."""
   compressed = lzma.compress(np.asarray(data).tobytes())
   return 8 * len(compressed) / len(data)

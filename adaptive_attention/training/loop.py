@@ -3,6 +3,8 @@
 import collections
 import math
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from adaptive_attention.errors import Error
 from adaptive_attention.training import parallel
@@ -41,6 +43,21 @@ class Clock:
     return seconds
 
 
+class Follow(NamedTuple):
+  """What is called after steps, as `Every` has them.
+
+  Attributes:
+    record: called with (step, its metrics, seconds per step or None).
+    save: called with (state, memory, step).
+    evaluate, sample: called with (state, step).
+  """
+
+  record: Callable
+  save: Callable
+  evaluate: Callable
+  sample: Callable
+
+
 def train(
   train_step,
   start: Start,
@@ -48,65 +65,68 @@ def train(
   batches: Batches,
   every: Every,
   ends: Signals,
-  *,
-  record,
-  save,
-  evaluate,
-  sample,
+  follow: Follow,
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The host reads one step behind, but for the first step, which is not timed,
-  and those that something follows: it begins when all steps are done. What may
-  take long begins when they are saved.
+  The first step is not timed, as it sets up what the others find ready. What
+  may take long begins when its step is saved.
 
   Args:
-    train_step: of `steps.make_train_step`, which the state and the memory are
-      donated to.
+    train_step: of `steps.make_train_step`; state and memory are donated to it.
     start: with the state on all devices.
     memory: what these devices remember of their streams, or None.
     every: which steps are followed by what.
     ends: what asks for the end.
-    record: called with (step, its metrics, seconds per step or None).
-    save: called with (state, memory, step).
-    evaluate, sample: called with (state, step).
+    follow: what is called then.
 
   Raises:
     TrainingError: a loss or gradient that is not finite.
     Stopped: the end was asked for, and the step is saved.
   """
-  state, done, saved_step = start.state, start.step, start.saved_step
-  first, clock, stop = start.step + 1, Clock(), False
-  waiting = collections.deque()
+  clock, done = Clock(), start.step
   clock.start()
-  for step in range(first, every.last + 1):
-    batch = batches.at(step - 1, stop=ends.reason is not None)
-    state, memory, metrics = train_step(state, memory, batch)
-    waiting.append((step, metrics))
-    due = every.due(step)
-    waits = due.record or due.save or step == first
-    while len(waiting) > 1 or (waiting and (waits or stop)):
-      metrics = _read(*waiting.popleft(), saved_step)
-      stop = stop or _stops(ends, metrics)
-    if waiting:
-      continue
+  made = _steps(train_step, start, memory, batches, every, ends)
+  for step, state, memory, metrics, stop in made:
     clock.stop(step - done)
     done = step
-    if step == first:
+    if step == start.step + 1:
       clock.take()
+    due = every.due(step)
     if due.record:
-      record(step, metrics, clock.take())
+      follow.record(step, metrics, clock.take())
       stop = stop or _stops(ends)
     if due.save or stop:
-      save(state, memory, step)
-      saved_step = step
+      follow.save(state, memory, step)
     if stop or (due.save and _stops(ends)):
       raise ends.stopped(step)
     if due.evaluate:
-      evaluate(state, step)
+      follow.evaluate(state, step)
     if due.sample:
-      sample(state, step)
+      follow.sample(state, step)
     clock.start()
+
+
+def _steps(train_step, start, memory, batches, every, ends):
+  """Makes the steps, and yields those at which the host has caught up.
+
+  The host reads one step behind, but for the first step and those that
+  something follows: it goes on when all steps are done.
+
+  Yields:
+    (step, state, memory, its metrics, whether the run is to end).
+  """
+  state, waiting, stop = start.state, collections.deque(), False
+  for step in range(start.step + 1, every.last + 1):
+    batch = batches.at(step - 1, stop=ends.reason is not None)
+    state, memory, metrics = train_step(state, memory, batch)
+    waiting.append((step, metrics))
+    waits = any(every.due(step)) or step == start.step + 1
+    while len(waiting) > 1 or (waiting and (waits or stop)):
+      metrics = _read(*waiting.popleft(), start, every)
+      stop = stop or _stops(ends, metrics)
+    if not waiting:
+      yield step, state, memory, metrics, stop
 
 
 def _stops(ends, metrics=None) -> bool:
@@ -119,19 +139,24 @@ def _stops(ends, metrics=None) -> bool:
   return metrics is not None and metrics["stop"] > 0
 
 
-def _read(step, metrics, saved_step) -> dict:
+def _read(step, metrics, start, every) -> dict:
   """Waits for a step's numbers and checks that they are finite."""
   layers = metrics.pop("masks")
   metrics = {name: float(value) for name, value in metrics.items()}
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
-      kept = (
-        f"the checkpoint of step {saved_step} is kept"
-        if saved_step is not None
-        else "no checkpoint had been saved yet"
-      )
       raise TrainingError(
-        f"{name}={metrics[name]} at step {step}, which was not made ({kept}); "
-        "lower optimizer.learning_rate or raise optimizer.warmup_steps"
+        f"{name}={metrics[name]} at step {step}, which was not made "
+        f"({_kept(step, start, every)}); lower optimizer.learning_rate "
+        "or raise optimizer.warmup_steps"
       )
   return metrics | {"masks": layers}
+
+
+def _kept(step, start, every) -> str:
+  """Tells which checkpoint there is before `step`."""
+  saved = (s for s in range(step - 1, start.step, -1) if every.due(s).save)
+  newest = next(saved, start.saved_step)
+  if newest is None:
+    return "no checkpoint had been saved yet"
+  return f"the checkpoint of step {newest} is kept"

@@ -70,14 +70,17 @@ def _usable_cores() -> int:
 
 
 def device_count() -> int:
+  """Counts the devices of all processes."""
   return jax.device_count()
 
 
 def local_device_count() -> int:
+  """Counts the devices of this process."""
   return jax.local_device_count()
 
 
 def process_count() -> int:
+  """Counts the processes that work together."""
   return jax.process_count()
 
 
@@ -93,18 +96,18 @@ def local_shards() -> list[int]:
 
 
 def replicate(tree):
-  """The tree, placed whole on every local device."""
+  """Places the whole tree on every local device."""
   mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def deal(tree_N):
-  """The tree, each local device with its own part of the leading axis."""
+  """Gives each local device its own part of the leading axis of the tree."""
   return jax.device_put(tree_N, _dealt())
 
 
 def on_each_device(make):
-  """What `make` makes, on every local device, as a tree with their axis N."""
+  """Makes a tree on every local device, with their axis N in front."""
   N = jax.local_device_count()
   return jax.jit(
     lambda: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), make()),
@@ -134,7 +137,7 @@ def train_step(step):
 
 
 def compile_step(step, *args):
-  """Compiles a `train_step` ahead: (what to call, its bytes per device).
+  """Compiles a `train_step` ahead; returns (what to call, bytes per device).
 
   Under several processes pmap turns what is local into what is global at each
   call, which a compiled function no longer can; there it compiles at its first
@@ -172,19 +175,22 @@ def eval_step(step):
 
 
 def mean(tree):
+  """Averages over all devices; inside a step."""
   return jax.lax.pmean(tree, _AXIS)
 
 
 def total(tree):
+  """Sums over all devices; inside a step."""
   return jax.lax.psum(tree, _AXIS)
 
 
 def device_index():
+  """Returns which of all devices this one is; inside a step."""
   return jax.lax.axis_index(_AXIS)
 
 
 def gather(local):
-  """The arrays of all processes, one after the other, on the host; a tree."""
+  """Brings the arrays of all processes to the host, one after the other."""
   local = jax.tree.map(np.asarray, local)
   if jax.process_count() == 1:
     return local
@@ -192,7 +198,7 @@ def gather(local):
 
 
 def process_share(count: int) -> range:
-  """Which of `count` things this process does, so that `gather` orders them."""
+  """Returns which of `count` things this process does, in `gather`'s order."""
   each = -(-count // jax.process_count())
   first = jax.process_index() * each
   return range(first, first + each)

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   console,
   logbook,
@@ -19,6 +20,7 @@ from adaptive_attention.training import (
   steps,
 )
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+from adaptive_attention.training.optimizer import Optimizer
 from adaptive_attention.training.training_config import TrainingConfig
 
 
@@ -105,7 +107,8 @@ class Start(NamedTuple):
 
 def start(
   saved: Checkpoints,
-  state: steps.TrainState,
+  model: Transformer,
+  optimizer: Optimizer,
   config: TrainingConfig,
   corpus,
   which: str | None,
@@ -114,7 +117,7 @@ def start(
 
   Args:
     saved: the run's checkpoints.
-    state: the state of a new run, on the host.
+    model, optimizer: what the state is of.
     config: the settings to go on with.
     corpus: the data to go on with.
     which: the checkpoint, instead of the newest; later ones are set aside.
@@ -124,6 +127,7 @@ def start(
     DataError: one that was trained on other data.
     SettingsError: one that the settings do not fit.
   """
+  state = jax.device_get(steps.init_state(model, optimizer, config.seed))
   if not saved.steps():
     if which is not None:
       raise CheckpointError(
@@ -159,7 +163,7 @@ def _say_changes(changed):
 def start_memory(
   saved: Checkpoints, config: ModelConfig, streams: int, step: int
 ):
-  """What this process' devices remember of their streams at `step`.
+  """Restores what this process' devices remember of their streams at `step`.
 
   Args:
     saved: the run's checkpoints.

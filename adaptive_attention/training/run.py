@@ -28,14 +28,14 @@ from adaptive_attention.training import (
 from adaptive_attention.training.training_config import TrainingConfig
 
 
-def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
+def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   """Trains into `workdir`; called again, it goes on from the newest step.
 
   Args:
     config: the settings of the run, checked.
     workdir: its folder, made if absent.
     corpus: `train`, `valid` and `test` splits, `name` and `sha256`.
-    step: the checkpoint to go on from, instead of the newest; later ones are
+    which: the checkpoint to go on from, instead of the newest; later ones are
       set aside.
 
   Raises:
@@ -54,47 +54,34 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
   ):
     model = Transformer(config.model)
     rule = optimizer.make(config.optimizer, config.steps)
-    start = resume.start(
-      saved,
-      jax.device_get(steps.init_state(model, rule, config.seed)),
-      *(config, corpus, step),
-    )
+    start = resume.start(saved, model, rule, config, corpus, which)
     _say_start(config, workdir, corpus, start)
-    if start.step >= config.steps and not start.owed:
-      console.say(
-        f"already trained for {start.step} of {config.steps} steps; give "
-        "--config.steps more to go on"
-      )
-    else:
-      made_again = ("valid",) if start.owed else ()
+    made_again = ("valid",) if start.owed else ()
+    if start.step < config.steps or start.owed:
       with logbook.Logbook(
         workdir, config.record, start.step, made_again
       ) as book:
-        follow = _what_follows(config, model, corpus, saved, book, ends, began)
+        follow = _follow(config, model, corpus, saved, book, ends, began)
         start = start._replace(state=parallel.replicate(start.state))
         if start.owed:
-          follow["evaluate"](start.state, start.step)
+          follow.evaluate(start.state, start.step)
         if start.step < config.steps:
           source = _batches(config, corpus)
           memory = resume.start_memory(
             saved, config.model, source.per_device, start.step
           )
-          train_step = _compile(
-            steps.make_train_step(model, rule, config.seed),
-            *(start.state, memory, source.shapes),
-          )
-          loop.train(
-            train_step, start, memory, source, config.every, ends, **follow
-          )
+          step = steps.make_train_step(model, rule, config.seed)
+          step = _compile(step, start.state, memory, source.shapes)
+          loop.train(step, start, memory, source, config.every, ends, follow)
     if ends.reason is not None:
       raise ends.stopped(max(start.step, config.steps))
 
 
-def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
-  """What `loop.train` calls after steps, by name."""
+def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
+  """Binds what follows a step to what it works with in this run."""
   data = {"name": corpus.name, "sha256": corpus.sha256}
-  return {
-    "record": functools.partial(
+  return loop.Follow(
+    record=functools.partial(
       milestones.record,
       config=config.model,
       step_tokens=config.batch_size * config.model.context_tokens,
@@ -103,10 +90,10 @@ def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
       book=book,
       ends=ends,
     ),
-    "save": functools.partial(
+    save=functools.partial(
       milestones.save, saved=saved, meta={"config": config.record, "data": data}
     ),
-    "evaluate": functools.partial(
+    evaluate=functools.partial(
       milestones.evaluate,
       predict=evaluator.Evaluator(model, config.eval_batch_size),
       data=corpus.valid[: config.eval_tokens],
@@ -115,14 +102,14 @@ def _what_follows(config, model, corpus, saved, book, ends, began) -> dict:
       book=book,
       ends=ends,
     ),
-    "sample": functools.partial(
+    sample=functools.partial(
       milestones.sample,
       config=config.model,
       data=corpus.valid,
       seed=config.seed,
       ends=ends,
     ),
-  }
+  )
 
 
 def _batches(config, corpus) -> batches.Batches:
@@ -150,6 +137,7 @@ def _compile(train_step, state, memory, shapes):
 
 
 def _say_start(config, workdir, corpus, start):
+  """Says what the run is made of, and where it stands."""
   T = config.model.context_tokens
   flops = accounting.train_flops_per_token(config.model)
   tokens = config.batch_size * T
@@ -170,3 +158,8 @@ def _say_start(config, workdir, corpus, start):
   }
   for name, text in lines.items():
     console.say(f"{name:<10} {text}")
+  if start.step >= config.steps and not start.owed:
+    console.say(
+      f"already trained for {start.step} of {config.steps} steps; give "
+      "--config.steps more to go on"
+    )

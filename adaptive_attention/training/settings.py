@@ -60,7 +60,7 @@ def _require(condition, name, value, expected):
 
 
 def check(config, names: Collection[str] | None = None):
-  """Everything that can be said of the settings alone.
+  """Checks everything that can be said of the settings alone.
 
   Args:
     config: all of them.
@@ -88,7 +88,7 @@ _Conditions = Iterator[tuple[str, bool, str]]
 
 
 def _bounds(flat) -> _Conditions:
-  """Those of each setting alone; the model and the optimizer hold their own."""
+  """Yields those of each setting alone; model and optimizer hold their own."""
   for name, value in flat.items():
     if isinstance(value, float):
       yield name, math.isfinite(value), "a finite number"
@@ -101,7 +101,7 @@ def _bounds(flat) -> _Conditions:
 
 
 def _processes(config) -> _Conditions:
-  """What several processes are told of each other."""
+  """Yields those of what several processes are told of each other."""
   for name, none in zip(_PROCESSES, ("", 0, -1)):
     yield (
       name,
@@ -122,7 +122,7 @@ def _processes(config) -> _Conditions:
 
 
 def _data_needs(config) -> _Conditions:
-  """What follows from the data being bytes."""
+  """Yields those that follow from the data being bytes."""
   yield (
     "eval_tokens",
     config.eval_tokens != 1,
@@ -136,13 +136,13 @@ def _data_needs(config) -> _Conditions:
 
 
 def model_config(model: Mapping) -> ModelConfig:
-  """`config.model_config`, refused as a setting is."""
+  """Makes the model's settings an object, refused as a setting is."""
   with _as_settings():
     return configs.model_config(model)
 
 
 def optimizer_config(optimizer: Mapping) -> OptimizerConfig:
-  """The optimizer's settings, refused as a setting is."""
+  """Makes the optimizer's settings an object, refused as a setting is."""
   with _as_settings():
     return OptimizerConfig(**optimizer)
 
@@ -189,12 +189,12 @@ def training_config(config: ConfigDict) -> TrainingConfig:
 
 
 def machine(config: ConfigDict) -> dict:
-  """The settings of the machine, as `parallel.start` takes them."""
+  """Returns the settings of the machine, as `parallel.start` takes them."""
   return {name: config[name] for name in MACHINE}
 
 
 def warmup_note(config) -> str | None:
-  """What a warmup does to a run that it outlasts; None if it does not."""
+  """Tells what a warmup does to a run that it outlasts; None if it does not."""
   steps, warmup = config.steps, config.optimizer.warmup_steps
   if warmup < steps:
     return None
@@ -205,7 +205,7 @@ def warmup_note(config) -> str | None:
 
 
 def check_devices(config, devices: int):
-  """That the batch can be dealt out evenly to the devices.
+  """Checks that the batch can be dealt out evenly to the devices.
 
   Raises:
     SettingsError: naming the batch, the devices and the accumulation steps.
@@ -221,7 +221,7 @@ def check_devices(config, devices: int):
 
 
 def check_data(config, corpus, devices: int):
-  """That every shard holds a window, or a segment of each of its streams.
+  """Checks that every shard holds a window, or a segment of each stream.
 
   Raises:
     SettingsError: naming the context, the bytes and the split.
@@ -254,14 +254,14 @@ def check_data(config, corpus, devices: int):
 def check_resumed(
   saved: Mapping, given: Mapping, step: int
 ) -> dict[str, tuple]:
-  """That a run may go on with the settings given; what they change.
+  """Checks that a run may go on with the settings given.
 
   Args:
     saved: all settings of the checkpoint of `step`.
     given: all settings that it goes on with.
 
   Returns:
-    As `changes`.
+    What they change, as `changes`.
 
   Raises:
     SettingsError: naming the setting that does not fit.
@@ -318,7 +318,7 @@ def restore(config: ConfigDict, saved: Mapping) -> dict:
 
 
 def changes(old, new) -> dict[str, tuple]:
-  """Name -> (old value, new value) of the settings that differ."""
+  """Returns name -> (old value, new value) of the settings that differ."""
   old, new = _flatten(old), _flatten(new)
   return {
     name: (old.get(name), value)

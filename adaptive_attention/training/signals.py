@@ -94,7 +94,7 @@ class Signals:
       self.stop(f"a console that takes no more ({error.strerror})", 1)
 
   def stopped(self, step: int) -> Stopped:
-    """The error of a run that ends after `step`, which is saved.
+    """Returns the error of a run that ends after `step`, which is saved.
 
     Where no signal came to this process, one came to another.
     """
@@ -106,7 +106,7 @@ class Signals:
 
   @contextlib.contextmanager
   def interrupting(self):
-    """A signal, or one that came before, raises Interrupted inside."""
+    """Has a signal, or one that came before, raise Interrupted inside."""
     self._interrupting = True
     try:
       self._interrupt()
@@ -145,7 +145,8 @@ class Signals:
       )
 
   def _next(self, timeout=None):
-    """The next signal's number; 0 if none comes in time, None at the end."""
+    """Returns the next signal's number; 0 if none comes in time, None at the
+    end."""
     while True:
       ready, _, _ = select.select([self._reading], [], [], timeout)
       if not ready:
@@ -167,7 +168,7 @@ def _end(number, text):
 
 
 def _say(text):
-  """From any thread, past whatever the main thread holds."""
+  """Says it from any thread, past whatever the main thread holds."""
   with contextlib.suppress(OSError):
     line = f"{pathlib.Path(sys.argv[0]).name}: {text}\n"
     os.write(2, line.encode(errors="backslashreplace"))

@@ -47,7 +47,8 @@ def init_state(
 
 
 def start_memory(config: ModelConfig, streams: int):
-  """The memory of this process' devices, of so many streams each, or None."""
+  """Makes the memory of this process' devices, of so many streams each; None
+  for a model without one."""
   if not config.memory_tokens:
     return None
   return parallel.on_each_device(
@@ -96,7 +97,7 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
 
 
 def _gradient(model, params, memory, tokens_ABT, key):
-  """The mean over all sequences of a device, taken part by part.
+  """Averages over all sequences of a device, part by part.
 
   Returns:
     ((gradient, (nats, penalty)), the memory of all parts after it).
@@ -125,7 +126,7 @@ def _gradient(model, params, memory, tokens_ABT, key):
 
 
 def _loss(params, model, tokens_BT, memory, first_stream, key):
-  """Nats per token with the penalty: (loss, ((nats, penalty), memory)).
+  """Returns nats per token with the penalty: (loss, ((nats, penalty), memory)).
 
   Args:
     tokens_BT: (B, T + 1) uint8, inputs and the target after each.
@@ -158,21 +159,21 @@ def _where(condition, tree, otherwise):
 
 
 def _begun(memory, restart):
-  """The memory, having read nothing where its streams start anew."""
+  """Returns the memory, having read nothing where its streams start anew."""
   if memory is None:
     return None
   return memory.replace(tokens_read=jnp.where(restart, 0, memory.tokens_read))
 
 
 def _as_far_as(memory, other):
-  """The memory, having read as much as the other has."""
+  """Returns the memory, having read as much as the other has."""
   if memory is None:
     return None
   return memory.replace(tokens_read=other.tokens_read)
 
 
 def _kept(finite, memory, begun):
-  """The memory after a step that was made, or as it was before one that failed.
+  """Returns the memory after a step that was made, or before one that failed.
 
   What was written stands where nothing is looked at: to go back is to have read
   no more.
@@ -185,7 +186,7 @@ def _kept(finite, memory, begun):
 
 
 def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
-  """Means over all heads: span in tokens, open share of the distances."""
+  """Returns means over all heads: span in tokens, open share of distances."""
   layers = mask_params(params, config)
   T = config.reach_tokens
   return {

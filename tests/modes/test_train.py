@@ -432,23 +432,34 @@ def test_other_streams_start_anew_and_say_so(
   assert "restart" not in out
 
 
-def test_memory_is_evaluated_as_a_stream(main, memory_run):
+def test_memory_is_evaluated_as_a_stream(main, memory_run, text):
+  """One stream says what several do, which are warmed on a longer text."""
   figures = []
-  for flags in (
-    ["--config.cpu_devices=1", "--config.eval_batch_size=1"],
-    ["--config.cpu_devices=1", "--config.eval_batch_size=2"],
-    ["--config.cpu_devices=2", "--config.eval_batch_size=2"],
-  ):
-    code, _, err = main("--mode=eval", f"--workdir={memory_run}", *flags)
+  for devices, batch_size in ((1, 1), (1, 8), (2, 8)):
+    code, out, err = main(
+      "--mode=eval",
+      f"--workdir={memory_run}",
+      f"--config.data.path={text}",
+      f"--config.cpu_devices={devices}",
+      f"--config.eval_batch_size={batch_size}",
+    )
     assert code == 0, err
+    assert "other data: text.txt" in out
     record = json.loads((memory_run / "eval_valid.json").read_text())
     assert record["protocol"] == "memory"
-    assert record["bytes"] == 49
+    assert record["bytes"] == 999
     figures.append(record["bits_per_char"])
-  np.testing.assert_allclose(figures[1], figures[2], rtol=1e-6)
-  np.testing.assert_allclose(figures[0], figures[1], atol=2e-3)
+  np.testing.assert_allclose(figures[1:], figures[0], rtol=1e-6)
+
+
+def test_training_and_evaluation_say_the_same(main, memory_run):
+  code, _, err = main("--mode=eval", f"--workdir={memory_run}")
+  assert code == 0, err
+  record = json.loads((memory_run / "eval_valid.json").read_text())
+  assert (record["protocol"], record["bytes"]) == ("memory", 49)
   valid = [m for m in metrics(memory_run) if m["split"] == "valid"][-1]
-  np.testing.assert_allclose(valid["bits_per_char"], figures[0], atol=2e-3)
+  for name in ("bits_per_char", "stderr"):
+    np.testing.assert_allclose(valid[name], record[name], rtol=1e-6)
 
 
 def test_a_shard_shorter_than_its_streams_is_refused(
