@@ -41,7 +41,7 @@ def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
     workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
       training.train(
-        settings.training_config(tuned), workdir, corpus, step=str(step)
+        settings.training_config(tuned), workdir, corpus, which=str(step)
       )
       step = tuned.steps
   with checkpoint.Checkpoints(workdir) as saved:

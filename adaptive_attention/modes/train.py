@@ -12,4 +12,4 @@ def run(config, workdir, *, corpus, step=None):
     workdir, corpus, step: as in `training.run.train`, which lists the errors
       that end a run.
   """
-  training.train(settings.training_config(config), workdir, corpus, step=step)
+  training.train(settings.training_config(config), workdir, corpus, which=step)

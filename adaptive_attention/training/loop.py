@@ -15,41 +15,41 @@ from adaptive_attention.training.training_config import Every
 
 
 class TrainingError(Error):
-  """A run cannot go on."""
+  """A run that cannot go on."""
 
 
 class Clock:
-  """Measures the time that training steps take, without the time between them.
+  """The time that training steps take, and nothing between them.
 
-  It runs only while steps are under way: it is stopped once the last of them is
-  done.
+  It runs only while steps are under way: it is stopped once the last one of
+  them is done.
   """
 
   def __init__(self):
-    self._seconds, self._steps, self._began = 0.0, 0, time.perf_counter()
+    self._seconds, self._steps, self._began = 0.0, 0, 0.0
 
   def start(self):
     self._began = time.perf_counter()
 
   def stop(self, steps: int):
-    """Stops, after `steps` steps since the start."""
+    """Stops after so many steps."""
     self._seconds += time.perf_counter() - self._began
     self._steps += steps
 
   def take(self) -> float | None:
-    """Returns seconds per step since the last call; None without a step."""
+    """Seconds per step since this was called last; None without a step."""
     seconds = self._seconds / self._steps if self._steps else None
     self._seconds, self._steps = 0.0, 0
     return seconds
 
 
 class Follow(NamedTuple):
-  """What is called after steps.
+  """What is called after steps, as `Every` has them.
 
   Attributes:
-    record: with (step, its metrics, seconds per step or None).
-    save: with (state, memory, step).
-    evaluate, sample: with (state, step).
+    record: called with (step, its metrics, seconds per step or None).
+    save: called with (state, memory, step).
+    evaluate, sample: called with (state, step).
   """
 
   record: Callable
@@ -69,38 +69,35 @@ def train(
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The host reads the numbers of a step while the next one runs. It waits for the
-  first step, which is not timed, and for steps that are recorded or saved.
-  `start.state` and `memory`, on all devices, are donated to `train_step`.
+  The first step is not timed, as it sets up what the others find ready. What
+  may take long begins when its step is saved.
+
+  Args:
+    train_step: of `steps.make_train_step`; state and memory are donated to it.
+    start: with the state on all devices.
+    memory: what these devices remember of their streams, or None.
+    every: which steps are followed by what.
+    ends: what asks for the end.
+    follow: what is called then.
 
   Raises:
     TrainingError: a loss or gradient that is not finite.
-    Stopped: `ends` asked for the end, and the step is saved.
+    Stopped: the end was asked for, and the step is saved.
   """
-  state, done, saved_step = start.state, start.step, start.saved_step
-  first, clock, stop = start.step + 1, Clock(), False
-  waiting = collections.deque()
-  for step in range(first, every.last + 1):
-    batch = batches.at(step - 1, stop=ends.reason is not None)
-    state, memory, metrics = train_step(state, memory, batch)
-    waiting.append((step, metrics))
-    due = every.due(step)
-    waits = due.record or due.save or step == first
-    while len(waiting) > 1 or (waiting and (waits or stop)):
-      metrics = _read(*waiting.popleft(), saved_step)
-      stop = stop or _stops(ends, metrics)
-    if waiting:
-      continue
+  clock, done = Clock(), start.step
+  clock.start()
+  made = _steps(train_step, start, memory, batches, every, ends)
+  for step, state, memory, metrics, stop in made:
     clock.stop(step - done)
     done = step
-    if step == first:
+    if step == start.step + 1:
       clock.take()
+    due = every.due(step)
     if due.record:
       follow.record(step, metrics, clock.take())
       stop = stop or _stops(ends)
     if due.save or stop:
       follow.save(state, memory, step)
-      saved_step = step
     if stop or (due.save and _stops(ends)):
       raise ends.stopped(step)
     if due.evaluate:
@@ -110,29 +107,56 @@ def train(
     clock.start()
 
 
+def _steps(train_step, start, memory, batches, every, ends):
+  """Makes the steps, and yields those at which the host has caught up.
+
+  The host reads one step behind, but for the first step and those that
+  something follows: it goes on when all steps are done.
+
+  Yields:
+    (step, state, memory, its metrics, whether the run is to end).
+  """
+  state, waiting, stop = start.state, collections.deque(), False
+  for step in range(start.step + 1, every.last + 1):
+    batch = batches.at(step - 1, stop=ends.reason is not None)
+    state, memory, metrics = train_step(state, memory, batch)
+    waiting.append((step, metrics))
+    waits = any(every.due(step)) or step == start.step + 1
+    while len(waiting) > 1 or (waiting and (waits or stop)):
+      metrics = _read(*waiting.popleft(), start, every)
+      stop = stop or _stops(ends, metrics)
+    if not waiting:
+      yield step, state, memory, metrics, stop
+
+
 def _stops(ends, metrics=None) -> bool:
   """Tells whether all processes know that the run is to end.
 
-  Several processes learn it together, from the numbers of a step.
+  Several learn it together, from the numbers of a step.
   """
   if parallel.process_count() == 1:
     return ends.reason is not None
   return metrics is not None and metrics["stop"] > 0
 
 
-def _read(step, metrics, saved_step) -> dict:
+def _read(step, metrics, start, every) -> dict:
   """Waits for a step's numbers and checks that they are finite."""
   layers = metrics.pop("masks")
   metrics = {name: float(value) for name, value in metrics.items()}
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
-      kept = (
-        f"the checkpoint of step {saved_step} is kept"
-        if saved_step is not None
-        else "no checkpoint had been saved yet"
-      )
       raise TrainingError(
-        f"{name}={metrics[name]} at step {step}, which was not made ({kept}); "
-        "lower optimizer.learning_rate or raise optimizer.warmup_steps"
+        f"{name}={metrics[name]} at step {step}, which was not made "
+        f"({_kept(step, start, every)}); lower optimizer.learning_rate "
+        "or raise optimizer.warmup_steps"
       )
   return metrics | {"masks": layers}
+
+
+def _kept(step, start, every) -> str:
+  """Tells which checkpoint there is before `step`."""
+  saved = (s for s in range(step - 1, start.step, -1) if every.due(s).save)
+  newest = next(saved, start.saved_step)
+  if newest is None:
+    return "no checkpoint had been saved yet"
+  return f"the checkpoint of step {newest} is kept"

@@ -70,14 +70,17 @@ def _usable_cores() -> int:
 
 
 def device_count() -> int:
+  """Counts the devices of all processes."""
   return jax.device_count()
 
 
 def local_device_count() -> int:
+  """Counts the devices of this process."""
   return jax.local_device_count()
 
 
 def process_count() -> int:
+  """Counts the processes that work together."""
   return jax.process_count()
 
 
@@ -172,14 +175,17 @@ def eval_step(step):
 
 
 def mean(tree):
+  """Averages over all devices; inside a step."""
   return jax.lax.pmean(tree, _AXIS)
 
 
 def total(tree):
+  """Sums over all devices; inside a step."""
   return jax.lax.psum(tree, _AXIS)
 
 
 def device_index():
+  """Returns which of all devices this one is; inside a step."""
   return jax.lax.axis_index(_AXIS)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
+from adaptive_attention.model import Transformer
 from adaptive_attention.state import path_today
 from adaptive_attention.training import (
   console,
@@ -20,6 +21,7 @@ from adaptive_attention.training import (
   steps,
 )
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+from adaptive_attention.training.optimizer import Optimizer
 from adaptive_attention.training.training_config import TrainingConfig
 
 
@@ -110,7 +112,8 @@ class Start(NamedTuple):
 
 def start(
   saved: Checkpoints,
-  state: steps.TrainState,
+  model: Transformer,
+  optimizer: Optimizer,
   config: TrainingConfig,
   corpus,
   which: str | None,
@@ -119,7 +122,7 @@ def start(
 
   Args:
     saved: the run's checkpoints.
-    state: the state of a new run, on the host.
+    model, optimizer: what the state is of.
     config: the settings to go on with.
     corpus: the data to go on with.
     which: the checkpoint, instead of the newest; later ones are set aside.
@@ -129,6 +132,7 @@ def start(
     DataError: it was trained on other data.
     SettingsError: the settings do not fit it.
   """
+  state = jax.device_get(steps.init_state(model, optimizer, config.seed))
   if not saved.steps():
     if which is not None:
       raise CheckpointError(

@@ -28,14 +28,14 @@ from adaptive_attention.training import (
 from adaptive_attention.training.training_config import TrainingConfig
 
 
-def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
+def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   """Trains into `workdir`; called again, it goes on from the newest step.
 
   Args:
     config: the settings of the run, checked.
     workdir: its folder, made if absent.
     corpus: `train`, `valid` and `test` splits, `name` and `sha256`.
-    step: the checkpoint to go on from, instead of the newest; later ones are
+    which: the checkpoint to go on from, instead of the newest; later ones are
       set aside.
 
   Raises:
@@ -54,11 +54,7 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
   ):
     model = Transformer(config.model)
     rule = optimizer.make(config.optimizer, config.steps)
-    start = resume.start(
-      saved,
-      jax.device_get(steps.init_state(model, rule, config.seed)),
-      *(config, corpus, step),
-    )
+    start = resume.start(saved, model, rule, config, corpus, which)
     _say_start(config, workdir, corpus, start)
     if start.step >= config.steps and not start.owed:
       console.say(
@@ -69,7 +65,7 @@ def train(config: TrainingConfig, workdir, corpus, *, step: str | None = None):
       made_again = ("valid",) if start.owed else ()
       record = config.record, start.step, made_again, config.copies
       with logbook.Logbook(workdir, *record) as book:
-        follow = _what_follows(config, model, corpus, saved, book, ends, began)
+        follow = _follow(config, model, corpus, saved, book, ends, began)
         _go_on(config, model, rule, corpus, saved, start, ends, follow)
     if ends.reason is not None:
       raise ends.stopped(max(start.step, config.steps))
@@ -93,10 +89,8 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
   loop.train(train_step, start, memory, source, config.every, ends, follow)
 
 
-def _what_follows(
-  config, model, corpus, saved, book, ends, began
-) -> loop.Follow:
-  """Returns what `loop.train` calls after steps."""
+def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
+  """Binds what follows a step to what it works with in this run."""
   data = {"name": corpus.name, "sha256": corpus.sha256}
   return loop.Follow(
     record=functools.partial(
@@ -155,6 +149,7 @@ def _compile(train_step, state, memory, shapes):
 
 
 def _say_start(config, workdir, corpus, start):
+  """Says what the run is made of, and where it stands."""
   T = config.model.context_tokens
   flops = accounting.train_flops_per_token(config.model)
   tokens = config.batch_size * T
@@ -175,3 +170,8 @@ def _say_start(config, workdir, corpus, start):
   }
   for name, text in lines.items():
     console.say(f"{name:<10} {text}")
+  if start.step >= config.steps and not start.owed:
+    console.say(
+      f"already trained for {start.step} of {config.steps} steps; give "
+      "--config.steps more to go on"
+    )

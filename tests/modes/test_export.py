@@ -112,7 +112,7 @@ def test_training_shows_what_it_writes(trained, text):
   assert all(sample.startswith(prompt) for _, sample in samples)
 
 
-def test_the_verb(main, trained, tmp_path):
+def test_the_mode(main, trained, tmp_path):
   import shutil
 
   workdir = shutil.copytree(trained[0], tmp_path / "w")
