@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import pathlib
@@ -32,18 +31,26 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_num_cpu_devices", 2)
 
 
-_TESTS_BETWEEN = 20
-_made = itertools.count(1)
+_ROOM_BYTES = 1 << 30
+
+
+def _resident_bytes() -> int:
+  try:
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+  except OSError:  # on another system than Linux
+    return 0
+  return int(pages) * resource.getpagesize()
 
 
 @pytest.fixture(autouse=True)
 def room():
-  """Lets go, every some tests, of what tests have compiled.
+  """Lets go of what tests have compiled, where it takes much memory.
 
-  A process may map only so many pieces of memory, and each program takes some.
+  A process may map only so many pieces of memory, too, and each program takes
+  some.
   """
   yield
-  if next(_made) % _TESTS_BETWEEN == 0:
+  if _resident_bytes() > _ROOM_BYTES:
     jax.clear_caches()
     with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
       ctypes.CDLL(None).malloc_trim(0)

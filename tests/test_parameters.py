@@ -108,7 +108,13 @@ def test_layers_that_are_mapped_are_layers():
     AdaptiveSelfAttention,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-  )(num_heads=2, max_span=40, wave=WaveBounds(), use_bias=False)
+  )(
+    num_heads=2,
+    max_span=40,
+    wave=WaveBounds(),
+    use_bias=False,
+    implementation="reference",
+  )
   params = members.init(jax.random.key(0), jnp.stack([X] * 4))["params"]
   assert params["span_logit"].shape == (4, 2)
   assert len(mask_params(params, CONFIG)) == 4

@@ -50,6 +50,7 @@ def test_commands_run(main, text, tmp_path):
     "--config.model.n_layer=1",
     "--config.model.width=16",
     "--config.model.context_tokens=64",
+    "--config.model.implementation=reference",
     f"--config.data.path={text}",
   ]
   ran = 0

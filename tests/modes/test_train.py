@@ -524,4 +524,4 @@ def test_start_from_other_parameters(main, tiny_flags, tmp_path):
     f"--workdir={tmp_path / 'v'}",
   )
   assert code == 1
-  assert "is no file" in err
+  assert "does not exist" in err

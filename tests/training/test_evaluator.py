@@ -16,7 +16,13 @@ from adaptive_attention.training import evaluator, parallel
 from adaptive_attention.training.steps import cross_entropy
 
 CONFIG = ModelConfig(
-  n_layer=2, n_head=2, width=16, context_tokens=12, max_span=12, ramp=4.0
+  n_layer=2,
+  n_head=2,
+  width=16,
+  context_tokens=12,
+  max_span=12,
+  ramp=4.0,
+  implementation="reference",  # soon compiled
 )
 DATA = np.random.default_rng(0).integers(97, 123, 401, np.uint8)
 
