@@ -211,7 +211,7 @@ def generate(
   Row b is drawn with its own key, fold_in(key, b), and a token with its place
   in the text: a text that is cut anywhere goes on the same. Learned
   positions have a longest context, which slides: where it is full its later
-  half is read anew, at places that are the same for all texts.
+  half is read again, at places that are the same for all texts.
 
   Args:
     params, config, prompt_BT: concrete; T is at least 1.

@@ -46,11 +46,11 @@ class KVCache(flax.struct.PyTreeNode):
     dropout_seed: jax.Array | None = None,
     implementation: str | None = None,
   ) -> tuple[jax.Array, "KVCache"]:
-    """Appends T tokens, and attends over what the heads can see.
+    """Appends T tokens, and attends over the cache and these tokens.
 
-    One token looks into the cache, by masks as they were when it was made; more
-    of them look at each other too, by `mask`. An `implementation` is that of
-    the latter.
+    One token attends to the cache, whose masks are those with which it was
+    made. Several tokens also attend to each other, under `mask` and by the
+    `implementation`.
 
     Raises:
       ValueError: another number of sequences than the cache has.

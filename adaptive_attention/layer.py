@@ -72,7 +72,7 @@ class AdaptiveSelfAttention(nn.Module):
       output's kernel is `kernel_init` if it is not given.
     use_bias: whether the linear layers have biases.
     max_span: the longest span that a head can learn, in tokens. Without one the
-      heads have no masks and look at all earlier tokens.
+      heads have no masks and attend to all earlier tokens.
     ramp: R, the soft end of a span, in tokens.
     span_init: the share of max_span that spans begin with.
     span_coef: nats per token of the penalty, for `regularizer`.
@@ -142,7 +142,7 @@ class AdaptiveSelfAttention(nn.Module):
     """Returns (y_BTD, the state with these tokens) of the next T tokens.
 
     Args:
-      layer_state: what is kept of earlier tokens, or None.
+      layer_state: the layer's part of a state, or None.
       tokens_read: how many tokens of each sequence came before.
       position: (T,) or (B, T), where these tokens stand if it is not there.
       relative_RK: the vectors of distances, in place of the layer's own.

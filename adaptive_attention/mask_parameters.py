@@ -119,7 +119,7 @@ def mask_params(
       or the ModelConfig.
 
   Raises:
-    ValueError: there is no such layer, or one lacks a parameter.
+    ValueError: no such layer exists, or one lacks a parameter.
   """
   bounds = layer_or_config.mask_bounds
   dense = bounds.max_span is None

@@ -29,11 +29,11 @@ class Wave:
 
   Attributes:
     period: (H,) P in tokens.
-    ratio: (H,) r, a share of the period; P r lifts the wave.
+    ratio: (H,) r, a share of the period; P r raises the wave.
     harmonics: None for the exact wave, or K for its Fourier series up to the
       odd harmonic K (the published program has K = 5).
     integer: round P in the forward pass. The gradient passes straight
-      through the rounding where P scales the amplitude or lifts the wave. It
+      through the rounding where P scales the amplitude or raises the wave. It
       is cut off where P is a phase, as it grows with the distance there.
   """
 
@@ -139,10 +139,10 @@ def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
 def wave_weight(distance: ArrayLike, wave: Wave) -> jax.Array:
   """Returns (H, ...) w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
   amplitude_period_H, phase_period_H = _periods(wave)
-  lift_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
+  offset_H = amplitude_period_H * jnp.asarray(wave.ratio, jnp.float32)
   tri = _triangle(distance, amplitude_period_H, phase_period_H, wave.harmonics)
-  _, lift = _aligned(distance, lift_H)
-  return _clip(tri + 0.5 + lift)
+  _, offset = _aligned(distance, offset_H)
+  return _clip(tri + 0.5 + offset)
 
 
 def _weights(mask: Mask, distance):

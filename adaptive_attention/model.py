@@ -3,8 +3,8 @@
 The block is the published one: pre-norm, no biases unless asked for, GELU with
 erf, learned positions added before every block (or relative ones inside
 attention), the token embedding tied to the output layer. The modules hold
-parameters; what heads look at is `masks`, and what a model keeps of earlier
-tokens is `state`.
+parameters; `masks` says to what heads attend, and `state` is what a model keeps
+of earlier tokens.
 """
 
 import math

@@ -15,10 +15,10 @@ def rotate(x_BTHK: jax.Array, position: ArrayLike) -> jax.Array:
   base = 10,000, so that the product of a query and a key depends on the
   difference of their positions alone.
 
-  An angle is kept as a count of 2^-32 turns and multiplied in integers that
-  wrap around just as a turn does: differences are exact at any position below
-  2^32, where angles in float32 would be off by 0.5 at 10^7. The frequencies are
-  rounded to 2^-32 turns a token for that.
+  An angle is a count of 2^-32 turns. Its integers wrap around just as a turn
+  does, so that differences are exact at any position below 2^32, where angles
+  in float32 would be off by 0.5 at 10^7. The frequencies are rounded to 2^-32
+  turns per token for that.
 
   Args:
     x_BTHK: of an even width K; turned in float32.

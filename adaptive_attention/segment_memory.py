@@ -22,7 +22,7 @@ class SegmentKV(flax.struct.PyTreeNode):
 
   Attributes:
     k, v: (N, S, H, K) of N streams, as in a `Ring`.
-    memory_tokens: static; how many tokens before a segment can be seen.
+    memory_tokens: static; how many tokens before a segment are visible.
     first_stream: which of the N streams a call begins with; None for the first.
   """
 

@@ -80,7 +80,7 @@ class State(flax.struct.PyTreeNode):
   Attributes:
     layers: each layer's part.
     tokens_read: uint32, of each stream since its start. At 0 nothing that is
-      held is visible, so that a stream starts anew by it alone.
+      held is visible, so that a stream starts again by it alone.
     first_position: uint32 (N,), where in a text each stream begins; None where
       all begin at 0. What is rounded differs with the position.
   """

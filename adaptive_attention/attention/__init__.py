@@ -40,7 +40,7 @@ def attend(
   implementation: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Attends from the last T of S positions to what each head may look at.
+  """Attends from the last T of S positions to the open keys of each head.
 
   out = softmax_s(q.(k + p[d]) / sqrt(K) + log m(d) + log w(d)) v,
   d = S - T + t - s >= 0  (Sukhbaatar et al. 2019, eq. 1 and 3; w is the wave)
@@ -112,7 +112,7 @@ def attend_ring(
 
   Args:
     ring: keys and values of N >= B streams, in the dtype of q. It need not
-      have been written: what is before `first_key` is not looked at.
+      have been written: what is before `first_key` is hidden.
     q_BTHK, k_BTHK, v_BTHK: those of the T new tokens, T <= S.
     first_key: runtime integer; of the S positions after the new ones are
       appended, those before this index do not exist yet.

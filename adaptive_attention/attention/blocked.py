@@ -117,7 +117,7 @@ class _Softmax(NamedTuple):
     """Returns the output, and each row's log of sums."""
     seen_BQ1 = self.total_BQ1 > 0
     total_BQ1 = jnp.where(seen_BQ1, self.total_BQ1, 1.0)
-    # Where nothing was seen the backward pass must find exp(...) = 0.
+    # Where no key is open the backward pass must find exp(...) = 0.
     lse_BQ1 = jnp.where(seen_BQ1, self.highest_BQ1 + jnp.log(total_BQ1), -LOW)
     return self.sum_BQK / (total_BQ1 * (1 - dropout_rate)), lse_BQ1
 

@@ -11,7 +11,7 @@ from adaptive_attention.attention import blocked_bias
 from adaptive_attention.attention.blocked_head import Head, KeyBlock
 from adaptive_attention.attention.layout import BLOCK, put, take
 
-LOW = -1e30  # of a row that has seen nothing yet; finite, unlike hidden logits
+LOW = -1e30  # of a row without an open key so far; finite, unlike hidden logits
 
 
 class Queries(NamedTuple):

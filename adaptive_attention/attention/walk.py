@@ -157,9 +157,9 @@ def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
 def query_blocks(head: Heads, c, y_k, rho, sizes: Sizes):
   """Returns between which ends a key block walks the queries of a residue.
 
-  The same blocks as `key_blocks` gives, seen from the keys: query block i, from
-  y = i block_q on, is walked for i in [start, stop) and full in [full_start,
-  full_stop).
+  These are the blocks of `key_blocks` from the side of the keys: query block i,
+  from y = i block_q on, is walked for i in [start, stop) and full in
+  [full_start, full_stop).
   """
   P, block_q = stride_of(head, sizes), sizes.block_q
   a, b = query_class(head, c, rho, sizes)
