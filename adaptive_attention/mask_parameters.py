@@ -5,7 +5,6 @@ is log(share / (1 - share)) with share = (x - low) / (high - low).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -39,7 +38,10 @@ def to_logit(length: Any, low: float, high: float) -> np.ndarray:
   logit of one a hair inside.
   """
   share = (np.asarray(length, np.float64) - low) / (high - low)
-  share = np.clip(share, _EDGE, 1 - _EDGE)
+  return _logit(np.clip(share, _EDGE, 1 - _EDGE))
+
+
+def _logit(share: Any) -> np.ndarray:
   return np.log(share / (1 - share)).astype(np.float32)
 
 
@@ -80,7 +82,7 @@ def initializer(
   if name == "ratio_logit":
     low, high = _bounds_of(name, bounds)
     share = -low / (high - low)
-  return jax.nn.initializers.constant(math.log(share / (1 - share)))
+  return jax.nn.initializers.constant(_logit(np.float64(share)))
 
 
 def mask_from_logits(

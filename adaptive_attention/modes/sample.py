@@ -8,10 +8,9 @@ import jax
 import numpy as np
 
 from adaptive_attention import generation
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.training import checkpoint, console, logbook
+from adaptive_attention.training import checkpoint, console, logbook, settings
 
 
 class GenerationError(Error):
@@ -49,7 +48,7 @@ def run(
   prompt = read_prompt(prompt, prompt_file)
   drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
   _check_drawing(drawing)
-  model_config = ModelConfig(**config.model)
+  model_config = settings.model_config(config.model)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, _ = checkpoints.restore_params(step)
   began = time.perf_counter()
