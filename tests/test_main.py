@@ -341,9 +341,12 @@ def test_configs_build_and_know_their_fields(path):
 
   config = runpy.run_path(str(path))["get_config"]()
   settings.check(config)
-  assert settings.changes(base.get_config(), config).keys() <= set(
-    settings.changes({}, base.get_config())
-  )
+  known, found = (settings._flatten(c) for c in (base.get_config(), config))
+  assert {n: type(v) for n, v in found.items()} == {
+    n: type(v) for n, v in known.items()
+  }
+  changed = settings.changes(base.get_config(), config)
+  assert bool(changed) == (path.stem != "base")
   assert config.is_locked
   with pytest.raises(AttributeError):
     config.model.n_layr = 3
