@@ -78,8 +78,14 @@ def floor_div(x, y):
   """Returns x // y for y > 0; of Python's integers one of these."""
   if isinstance(y, int) and (y == 1 or isinstance(x, int)):
     return x // y if y > 1 else x
+  # Python's integers take the other's type, whatever JAX's default is.
+  x, y = (_like(other, n) for n, other in ((x, y), (y, x)))
   quotient = lax.div(x, y)
   return jnp.where(quotient * y > x, quotient - 1, quotient)
+
+
+def _like(other, n):
+  return other.dtype.type(n) if isinstance(n, int) else n
 
 
 def ceil_div(x, y):
@@ -151,9 +157,9 @@ def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
 def query_blocks(head: Heads, c, y_k, rho, sizes: Sizes):
   """Returns between which ends a key block walks the queries of a residue.
 
-  The same blocks as `key_blocks` gives, seen from the keys: query block i, from
-  y = i block_q on, is walked for i in [start, stop) and full in [full_start,
-  full_stop).
+  These are the blocks of `key_blocks` from the side of the keys: query block i,
+  from y = i block_q on, is walked for i in [start, stop) and full in
+  [full_start, full_stop).
   """
   P, block_q = stride_of(head, sizes), sizes.block_q
   a, b = query_class(head, c, rho, sizes)
