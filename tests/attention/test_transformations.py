@@ -29,14 +29,16 @@ def arguments():
   def normal(*shape):
     return jnp.asarray(random.standard_normal(shape), jnp.float32)
 
-  return (
-    *(normal(B, T, H, K), normal(B, S, H, K), normal(B, S, H, K)),
-    *(
-      jnp.array(x, jnp.float32)
-      for x in ((9.5, 60.25), (3.2, 4.1), (0.05, -0.11))
-    ),
-    normal(50, K),
-  )
+  # Arrays, also where the first call is traced.
+  with jax.ensure_compile_time_eval():
+    return (
+      *(normal(B, T, H, K), normal(B, S, H, K), normal(B, S, H, K)),
+      *(
+        jnp.array(x, jnp.float32)
+        for x in ((9.5, 60.25), (3.2, 4.1), (0.05, -0.11))
+      ),
+      normal(50, K),
+    )
 
 
 def mask_of(span_H, period_H, ratio_H, integer=True):
