@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,13 @@ import tempfile
 # environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   # Tests compile more than they compute: without XLA's optimization of machine
-  # code that takes half as long.
+  # code that takes half as long, and half of that without its newer emitters.
   os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      "--xla_backend_optimization_level=0",
+      "--xla_cpu_use_fusion_emitters=false",
+    ]
   ).strip()
   # They compile the same few steps over and over.
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -28,6 +33,8 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+# As it is where no nohup has started the tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
 
 
