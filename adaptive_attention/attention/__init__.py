@@ -7,7 +7,11 @@ Implementations:
   "blocked": computes only blocks that hold an open pair. It has gradients and
     their forward derivatives (Hessian-vector products by jax.jvp of jax.grad),
     but no jax.jvp by itself and no gradient of a gradient, which JAX refuses.
+    On a CPU it is the best.
   "reference": computes all pairs. It has derivatives of all orders and kinds.
+  "pallas_tpu", "pallas_gpu": kernels that compute the same blocks as "blocked",
+    on a TPU from v5e on and on a GPU from compute capability 8.0 on. They have
+    gradients alone, and no vectors of distances.
 """
 
 import functools
@@ -17,13 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from adaptive_attention.attention import blocked, checks, reference
+from adaptive_attention import masks
+from adaptive_attention.attention import (
+  blocked,
+  checks,
+  choice,
+  reference,
+  walk,
+)
+from adaptive_attention.attention.choice import IMPLEMENTATIONS
 from adaptive_attention.attention.ring import Ring, append
 from adaptive_attention.masks import Mask
 
-IMPLEMENTATIONS = ("blocked", "reference")
+__all__ = ["IMPLEMENTATIONS", "attend", "attend_ring", "computed_pairs"]
 
 
 def attend(
@@ -59,7 +71,8 @@ def attend(
     dropout_seed: uint32 scalar; which ones is a pure function of
       (seed, b, h, t, s - (S - T)), the same for every implementation.
     implementation: one of IMPLEMENTATIONS, or None for the best that serves.
-    interpret: runs a Pallas kernel on any device; none has a kernel yet.
+    interpret: True, or `pltpu.InterpretParams()`, runs a Pallas kernel on any
+      device, slowly, for tests.
 
   Returns:
     (B, T, H, K) in the dtype of q; zeros for a query without an open key.
@@ -69,18 +82,13 @@ def attend(
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
-  options = mask, first_key, relative_RK, dropout_rate, dropout_seed
-  run = _runner(implementation, interpret)
-  return _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options)
-
-
-def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
-  """`attend` by the function of an implementation."""
   q_BTHK, k_BSHK, v_BSHK = map(jnp.asarray, (q_BTHK, k_BSHK, v_BSHK))
   memory = checks.whole_number("memory", memory)
   checks.queries_and_keys(q_BTHK, k_BSHK, v_BSHK)
   checks.older_keys(q_BTHK, k_BSHK, memory)
-  options = _checked_options(q_BTHK, *options)
+  options = _checked_options(
+    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
+  )
   if memory:
     k_BSHK, v_BSHK = (
       jnp.concatenate(
@@ -88,7 +96,9 @@ def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
       )
       for x_BSHK in (k_BSHK, v_BSHK)
     )
-  return run(q_BTHK, k_BSHK, v_BSHK, ring=None, memory=memory, **options)
+  arrays = q_BTHK, k_BSHK, v_BSHK
+  options |= {"ring": None, "memory": memory}
+  return _run(implementation, interpret, *arrays, **options)
 
 
 def attend_ring(
@@ -103,6 +113,7 @@ def attend_ring(
   dropout_rate: float = 0.0,
   dropout_seed: ArrayLike | None = None,
   implementation: str | None = None,
+  interpret: bool = False,
 ) -> tuple[jax.Array, Ring]:
   """Appends T keys and values to a ring, then attends to all its S positions.
 
@@ -116,8 +127,8 @@ def attend_ring(
     q_BTHK, k_BTHK, v_BTHK: those of the T new tokens, T <= S.
     first_key: runtime integer; of the S positions after the new ones are
       appended, those before this index do not exist yet.
-    mask, relative_RK, dropout_rate, dropout_seed, implementation: as in
-      `attend`. "blocked" has no second derivatives over a ring.
+    mask, relative_RK, dropout_rate, dropout_seed, implementation, interpret: as
+      in `attend`. "blocked" has no second derivatives over a ring.
 
   Returns:
     (out_BTHK, ring): what `attend` returns, and the ring with the T tokens in
@@ -130,14 +141,14 @@ def attend_ring(
   q_BTHK, k_BTHK, v_BTHK = map(jnp.asarray, (q_BTHK, k_BTHK, v_BTHK))
   checks.queries_and_keys(q_BTHK, k_BTHK, v_BTHK)
   checks.ring_rows(ring, q_BTHK, k_BTHK)
-  run = _runner(implementation)
   options = _checked_options(
     q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
   )
   ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTHK, v_BTHK)
   memory = ring.k_NSHK.shape[1] - jnp.shape(q_BTHK)[1]
-  out_BTHK = run(q_BTHK, k_BTHK, v_BTHK, ring=ring, memory=memory, **options)
-  return out_BTHK, ring
+  arrays = q_BTHK, k_BTHK, v_BTHK
+  options |= {"ring": ring, "memory": memory}
+  return _run(implementation, interpret, *arrays, **options), ring
 
 
 def computed_pairs(
@@ -147,53 +158,63 @@ def computed_pairs(
   *,
   first_key: int = 0,
   implementation: str | None = None,
+  head_width: int = 64,
+  dtype: DTypeLike = jnp.float32,
 ) -> np.ndarray:
   """Returns (H,) how many pairs are computed for T queries and S keys.
 
   These are the open pairs and what is computed beside them: all of a block of
   which one pair is open, or for "reference" all T S pairs.
 
+  Args:
+    head_width, dtype: of q, k and v. The blocks of kernels depend on them.
+
   Raises:
     ValueError: an unknown implementation, or lengths that do not fit.
   """
   checks.positions(T, S)
-  if _named(implementation) == "reference":
-    return np.full(len(mask.span), T * S, np.int64)
-  return blocked.computed_pairs(mask, T, S, first_key)
-
-
-def _named(implementation) -> str:
-  """Returns the name of an implementation, the best one's for None."""
+  H, itemsize = len(mask.span), jnp.dtype(dtype).itemsize
+  strided = mask.wave is not None and mask.wave.integer
+  call = choice.Call(1, T, S, H, head_width, itemsize, strided)
   if implementation is None:
-    return IMPLEMENTATIONS[0]
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"implementation={implementation!r} is unknown; choose one of "
-      f"{', '.join(IMPLEMENTATIONS)}, or None for the best that serves"
-    )
-  return implementation
+    implementation = choice.chosen(call).implementation
+  choice.check_name(implementation)
+  if implementation == "reference":
+    return np.full(H, T * S, np.int64)
+  block_q, block_k = choice.block_sizes(call, implementation)
+  sizes = walk.Sizes(T, S, block_q, block_k, strided)
+  block_H = _block_count(mask, first_key, sizes)
+  return np.asarray(block_H, np.int64) * block_q * block_k
 
 
-def _runner(implementation, interpret=False):
-  """Returns the function of an implementation; says which one None means."""
-  name = _named(implementation)
-  if interpret:
-    raise ValueError(
-      f"interpret={interpret!r} is for Pallas kernels and "
-      f"implementation={name!r} has none; leave it out"
-    )
+@functools.partial(jax.jit, static_argnums=2)
+def _block_count(mask, first_key, sizes):
+  table_HS = masks.log_weight(mask, jnp.arange(sizes.S, dtype=jnp.int32))
+  heads = walk.heads_of(mask, table_HS, first_key, sizes)
+  return walk.block_count(heads, sizes)
+
+
+def _run(implementation, interpret, q, k, v, *, mask, ring, memory, **options):
+  """Attends by what serves the call; says what that is where it is None."""
+  relative_RK = options["relative_RK"]
+  call = choice.call_of(q, k, mask, ring, memory, relative_RK)
+  found = choice.chosen(call, implementation, interpret)
   if implementation is None:
-    _say_once(name)
-  match name:
+    _say_once(found)
+  options |= {"mask": mask, "ring": ring, "memory": memory}
+  match found.implementation:
     case "reference":
-      return reference.attend
+      return reference.attend(q, k, v, **options)
     case "blocked":
-      return blocked.attend
+      return blocked.attend(q, k, v, **options)
+    case name:
+      options |= {"call": call, "interpret": interpret}
+      return choice.kernel(name).attend(q, k, v, **options)
 
 
 @functools.cache
-def _say_once(implementation):
-  logging.getLogger(__name__).info("attention runs as %r", implementation)
+def _say_once(found: choice.Choice):
+  logging.getLogger(__name__).info("attention runs as %s", found)
 
 
 def _checked_options(q, mask, first_key, relative, dropout_rate, dropout_seed):

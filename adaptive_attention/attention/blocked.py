@@ -21,6 +21,7 @@ from adaptive_attention import masks
 from adaptive_attention.attention import (
   blocked_backward,
   blocked_bias,
+  checks,
   walk,
 )
 from adaptive_attention.attention.blocked_backward import LOW, Gradients
@@ -73,18 +74,6 @@ def prepared(mask, first_key, sizes):
   distance_S = jnp.arange(sizes.S, dtype=jnp.int32)
   table_HS = masks.log_weight(mask, distance_S)
   return walk.heads_of(mask, table_HS, first_key, sizes), table_HS
-
-
-def computed_pairs(mask, T, S, first_key):
-  """Returns (H,) the pairs of all blocks that are computed."""
-  block_H = _block_count(mask, first_key, sizes_of(mask, T, S))
-  return np.asarray(block_H, np.int64) * BLOCK**2
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _block_count(mask, first_key, sizes):
-  heads, _ = prepared(mask, first_key, sizes)
-  return walk.block_count(heads, sizes)
 
 
 class _Softmax(NamedTuple):
@@ -174,18 +163,10 @@ def _scratch(static, B, sizes, zero):
   }
 
 
-@jax.custom_jvp
-def _differentiated_once(x):
-  """x, where a second derivative would miss what stands in a ring."""
-  return x
-
-
-@_differentiated_once.defjvp
-def _refuse(primals, tangents):
-  raise NotImplementedError(
-    "implementation='blocked' has no second derivatives over a ring, as its "
-    "rows have no tangents; choose implementation='reference'"
-  )
+_ONCE = (
+  "implementation='blocked' has no second derivatives over a ring, as its rows "
+  "have no tangents; choose implementation='reference'"
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -198,7 +179,7 @@ def _attend_forward(static, heads, table, relative, q, k, v, ring, seed):
   B, _, H, K = q.shape
   residuals = heads, table, relative, q, k, v, ring, seed
   if static.ring:
-    q = _differentiated_once(q)
+    q = checks.differentiated_once(q, _ONCE)
   source = ring or Ring(k, v)
   zero = _zero_after(q)
 
@@ -229,7 +210,7 @@ def _attend_backward(static, residuals, d_out):
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
   if static.ring:
-    d_out = _differentiated_once(d_out)
+    d_out = checks.differentiated_once(d_out, _ONCE)
   arrays = {"q": q, "out": out, "lse": lse, "d_out": d_out}
   zero = _zero_after(d_out)
 
@@ -258,15 +239,9 @@ def _attend_backward(static, residuals, d_out):
     )
   # Nothing flows to the older keys.
   dk, dv = (jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0))) for x in (dk, dv))
-  none = (jax.tree.map(_no_gradient, x) for x in (heads, ring, seed))
+  none = (jax.tree.map(checks.no_gradient, x) for x in (heads, ring, seed))
   of_heads, of_ring, of_seed = none
   return of_heads, d_table, d_relative, dq, dk, dv, of_ring, of_seed
-
-
-def _no_gradient(x):
-  if jnp.issubdtype(jnp.result_type(x), jnp.floating):
-    return jnp.zeros_like(x)
-  return np.zeros(np.shape(x), jax.dtypes.float0)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -173,11 +173,9 @@ class Head:
 
   def kept(self, seed, B, queries: QueryBlock):
     """Returns a function of a KeyBlock: (B, Q, C) what dropout leaves."""
+    b_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
     row_BQ1 = dropout.row_hash(
-      seed,
-      jnp.arange(B, dtype=jnp.int32)[:, None, None],
-      self.h,
-      queries.x[None, :, None],
+      dropout.stream_hash(seed, b_B11), self.h, queries.x[None, :, None]
     )
 
     def kept(keys):

@@ -1,12 +1,16 @@
 """What `attend` and `attend_ring` ask of their arguments.
 
 Each function raises ValueError, in one sentence that names the value and what
-was expected. Below the dispatch arguments are checked already.
+was expected. Below the dispatch arguments are checked already. What stands at
+the end is about derivatives.
 """
 
+import functools
 import operator
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _require(condition, message):
@@ -143,3 +147,27 @@ def lengths(mask, H):
       f"the {H} heads of q",
     )
   _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def differentiated_once(x, refusal):
+  """Returns x; NotImplementedError(refusal) where it has a tangent.
+
+  A gradient by rules of its own that is differentiated once more would miss
+  what these rules leave out.
+  """
+  del refusal
+  return x
+
+
+@differentiated_once.defjvp
+def _refuse(refusal, primals, tangents):
+  del primals, tangents
+  raise NotImplementedError(refusal)
+
+
+def no_gradient(x):
+  """Returns the gradient of what takes none: zeros, or float0 for integers."""
+  if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    return jnp.zeros_like(x)
+  return np.zeros(np.shape(x), jax.dtypes.float0)

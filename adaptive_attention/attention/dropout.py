@@ -23,12 +23,22 @@ def _mix(x):
   return x ^ (x >> 16)
 
 
-def row_hash(seed, b, h, t):
-  """mix(mix(mix(mix(seed) + b) + h) + t): the part of `keep` without keys."""
-  x = jnp.asarray(seed).astype(jnp.uint32)
-  for index in (b, h, t):
-    x = _mix(x) + jnp.asarray(index).astype(jnp.uint32)
-  return _mix(x)
+def _plus(x, index):
+  return _mix(x) + jnp.asarray(index).astype(jnp.uint32)
+
+
+def stream_hash(seed, b):
+  """mix(seed) + b: what a seed and a stream bring to `row_hash`."""
+  return _plus(jnp.asarray(seed).astype(jnp.uint32), b)
+
+
+def row_hash(stream, h, t):
+  """mix(mix(mix(stream) + h) + t): the part of `keep` without keys.
+
+  Args:
+    stream: `stream_hash` of a seed and b.
+  """
+  return _mix(_plus(_plus(stream, h), t))
 
 
 def keep_key(row, x, rate):
@@ -41,7 +51,7 @@ def keep_key(row, x, rate):
 def keep(seed, b, h, t, x, rate):
   """Which attention weights stay: True with probability 1 - rate.
 
-  keep = keep_key(row_hash(seed, b, h, t), x, rate)
+  keep = keep_key(row_hash(stream_hash(seed, b), h, t), x, rate)
 
   Args:
     seed: uint32 scalar, another one for each layer and step.
@@ -49,4 +59,4 @@ def keep(seed, b, h, t, x, rate):
       query index in [0, T), key position x = s - (S - T) in [T - S, T).
     rate: the share to drop, a Python float in [0, 1).
   """
-  return keep_key(row_hash(seed, b, h, t), x, rate)
+  return keep_key(row_hash(stream_hash(seed, b), h, t), x, rate)

@@ -1,0 +1,69 @@
+"""A function of arrays on several devices, and under `vmap`.
+
+A Pallas call is opaque to XLA, which would bring all arrays to each device.
+"""
+
+import functools
+
+import jax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def on_devices(function, args, axes, results):
+  """Returns function(*args), computed by each device for its own part.
+
+  Where arrays are dealt to devices by streams ("b") or heads ("h"), as by a
+  NamedSharding under `jit`, nothing is moved. Along other axes arrays are put
+  together first. Under `vmap` Pallas has its own rule, by one more axis of the
+  grid or in turn, on one device.
+
+  Args:
+    function: returns a tuple of arrays.
+    args: trees of arrays.
+    axes: the same trees, of letters: one for each axis of an array, "bthk"
+      being the first that decides how all are dealt.
+    results: the letters of each array that is returned.
+  """
+  arrays, tree = jax.tree.flatten(args)
+  letters = jax.tree.leaves(axes)
+
+  def whole(*arrays):
+    return tuple(function(*tree.unflatten(arrays)))
+
+  split = custom_partitioning(whole)
+  apart = {letter for word in (*letters, *results) for letter in word} - {*"bh"}
+  split.def_partition(
+    functools.partial(_partition, whole, letters, results),
+    sharding_rule=f"{_rule(letters)} -> {_rule(results)}",
+    need_replication_factors=tuple(sorted(apart)),
+  )
+  run = custom_vmap(lambda *arrays: split(*arrays))
+
+  @run.def_vmap
+  def _batched(size, is_batched, *arrays):
+    del size
+    where = [0 if batched else None for batched in is_batched]
+    out = jax.vmap(whole, where)(*arrays)
+    return out, tuple(True for _ in out)
+
+  return run(*arrays)
+
+
+def _rule(letters) -> str:
+  return ", ".join(" ".join(axes) for axes in letters)
+
+
+def _partition(whole, letters, results, mesh, args, _):
+  """Tells that a device's part of the results follows from its own parts."""
+  q = args[letters.index("bthk")].sharding.spec
+  q = (*q, *(None,) * (4 - len(q)))
+  axes = {"b": q[0], "h": q[2]}
+
+  def sharding(letters):
+    spec = PartitionSpec(*(axes.get(letter) for letter in letters))
+    return NamedSharding(mesh, spec)
+
+  given = tuple(sharding(x) for x in letters)
+  return mesh, whole, tuple(sharding(x) for x in results), given
