@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from adaptive_attention import attention, masks
-from adaptive_attention.attention import decode
+from adaptive_attention.attention import choice, decode
+from adaptive_attention.attention.choice import Call, Choice
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.segment_memory import ring_rows
 
@@ -31,17 +33,58 @@ def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
   return open_HS.astype(np.int64) @ np.minimum(T, memory + T - distance)
 
 
+def attention_choice(config: ModelConfig, streams: int = 1) -> Choice:
+  """Returns what computes attention over a segment of so many streams.
+
+  Raises:
+    NotImplementedError: `config.implementation` does not serve it here.
+  """
+  T = config.context_tokens
+  call = Call(
+    B=streams,
+    T=T,
+    S=_keys(T, config.memory_tokens),
+    H=config.n_head,
+    K=config.width // config.n_head,
+    itemsize=config.compute_dtype.itemsize,
+    strided=config.wave is not None and config.wave.integer,
+    relative=config.position == "relative",
+    memory=config.memory_tokens,
+  )
+  return choice.chosen(call, _named(config.implementation))
+
+
+def _named(implementation):
+  return None if implementation == "auto" else implementation
+
+
+def _keys(T, memory):
+  return ring_rows(memory, T) if memory else T
+
+
 def computed_pairs(
-  mask: masks.Mask, T: int, implementation: str, memory: int = 0
+  mask: masks.Mask,
+  T: int,
+  implementation: str,
+  memory: int = 0,
+  head_width: int = 64,
+  dtype: DTypeLike = np.float32,
 ) -> np.ndarray:
-  """Returns (H,) integers: the computed pairs of T tokens and a memory."""
-  S = ring_rows(memory, T) if memory else T
+  """Returns (H,) integers: the computed pairs of T tokens and a memory.
+
+  Args:
+    implementation: its name, or "auto" for the best that serves here.
+    head_width, dtype: of queries and keys, as in `attention.computed_pairs`.
+  """
+  S = _keys(T, memory)
   return attention.computed_pairs(
     mask,
     T,
     S,
     first_key=S - T - memory,
-    implementation=None if implementation == "auto" else implementation,
+    implementation=_named(implementation),
+    head_width=head_width,
+    dtype=dtype,
   )
 
 
@@ -63,7 +106,10 @@ def attention_macs_per_token(
     "dense": heads * (T * (T + 1) // 2 + T * memory),
     "open": sum(open_pairs(mask, T, memory).sum() for mask in layers),
     "computed": sum(
-      computed_pairs(mask, T, config.implementation, memory).sum()
+      computed_pairs(
+        *(mask, T, config.implementation, memory),
+        *(config.width // config.n_head, config.compute_dtype),
+      ).sum()
       for mask in layers
     ),
   }

@@ -82,13 +82,18 @@ def attend(
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
+  options = mask, first_key, relative_RK, dropout_rate, dropout_seed
+  run = functools.partial(_run, implementation, interpret)
+  return _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options)
+
+
+def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
+  """Attends to keys of which the first `memory` take no gradient."""
   q_BTHK, k_BSHK, v_BSHK = map(jnp.asarray, (q_BTHK, k_BSHK, v_BSHK))
   memory = checks.whole_number("memory", memory)
   checks.queries_and_keys(q_BTHK, k_BSHK, v_BSHK)
   checks.older_keys(q_BTHK, k_BSHK, memory)
-  options = _checked_options(
-    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
-  )
+  options = _checked_options(q_BTHK, *options)
   if memory:
     k_BSHK, v_BSHK = (
       jnp.concatenate(
@@ -96,9 +101,7 @@ def attend(
       )
       for x_BSHK in (k_BSHK, v_BSHK)
     )
-  arrays = q_BTHK, k_BSHK, v_BSHK
-  options |= {"ring": None, "memory": memory}
-  return _run(implementation, interpret, *arrays, **options)
+  return run(q_BTHK, k_BSHK, v_BSHK, ring=None, memory=memory, **options)
 
 
 def attend_ring(

@@ -102,8 +102,8 @@ def chosen(
     reason = refusal(call, implementation, interpret)
     if reason:
       raise NotImplementedError(
-        f"implementation={implementation!r} does not serve this call, as "
-        f"{reason}; leave it out for the best that serves"
+        f"implementation={implementation!r} does not serve here, as {reason}; "
+        "leave it out for the best that serves"
       )
     return Choice(implementation, _blocks_text(call, implementation))
   if interpret:
@@ -130,7 +130,7 @@ def _best(call: Call) -> Choice:
   if name is None:
     reason = f"there is no kernel for the device {device().device_kind}"
   else:
-    reason = refusal(call, name, interpret=False)
+    reason = refusal(call, name)
     if not reason:
       return Choice(name, _blocks_text(call, name))
     reason = f"{name} does not serve this call: {reason}"
@@ -139,15 +139,18 @@ def _best(call: Call) -> Choice:
   return Choice(other, _blocks_text(call, other), reason)
 
 
-def refusal(call: Call, implementation: str, interpret: object) -> str:
+def refusal(call: Call, implementation: str, interpret: object = False) -> str:
   """Returns why an implementation cannot serve a call; "" if it can."""
-  if implementation in ("blocked", "reference"):
+  if not implementation.startswith("pallas"):
     return ""
-  reason = "" if interpret else _refusal_of_device(implementation)
+  reason = "" if interpret else refusal_of_device(implementation)
   return reason or kernel(implementation).refusal(call)
 
 
-def _refusal_of_device(implementation) -> str:
+def refusal_of_device(implementation: str) -> str:
+  """Returns why an implementation does not run on `device()`, or ""."""
+  if not implementation.startswith("pallas"):
+    return ""
   here = device()
   if implementation == "pallas_tpu":
     wanted = "a TPU v5e or later"

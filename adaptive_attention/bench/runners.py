@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention import accounting, generation
-from adaptive_attention.attention import IMPLEMENTATIONS, attend
+from adaptive_attention.attention import IMPLEMENTATIONS, attend, choice
 from adaptive_attention.bench import cases, torch
 from adaptive_attention.bench.cases import Case, Decode, Step
 from adaptive_attention.bench.timing import Runner, compiled
@@ -45,7 +45,7 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
     case Case():
       found = [
         runner
-        for implementation in IMPLEMENTATIONS
+        for implementation in _serving(case)
         for runner in _attention_runners(case, implementation)
       ]
       if compare == "torch":
@@ -58,9 +58,20 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
       )
       return []
     case Step():
-      return [_step_runner(config, case, name) for name in case.runs]
+      return [
+        _step_runner(config, case, name)
+        for name, run in case.runs.items()
+        if not choice.refusal_of_device(run.get("implementation", ""))
+      ]
     case Decode():
       return [_decode_runner(case, name) for name in case.runs]
+
+
+def _serving(case: Case) -> list[str]:
+  """Returns which implementations serve a call on this device."""
+  q, k, _, _ = jax.eval_shape(lambda: cases.inputs(case))
+  call = choice.call_of(q, k, case.mask, None, case.memory, None)
+  return [name for name in IMPLEMENTATIONS if not choice.refusal(call, name)]
 
 
 def _attention_runners(case, implementation):
@@ -100,7 +111,9 @@ def _pairs(mask, case, implementation):
     opened, computed = T * (T + 1) // 2 * case.H, T * T * case.H
   else:
     opened = accounting.open_pairs(mask, T).sum()
-    computed = accounting.computed_pairs(mask, T, implementation).sum()
+    computed = accounting.computed_pairs(
+      mask, T, implementation, head_width=case.K, dtype=case.dtype
+    ).sum()
   return {"open_pairs": int(opened), "computed_pairs": int(computed)}
 
 

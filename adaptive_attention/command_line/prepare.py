@@ -65,6 +65,8 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   _check_fit(given, config, corpus, devices)
   parallel.start(_sequences(given, config), **settings.machine(config))
   _check_fit(given, config, corpus)
+  if given.use.acts("model.implementation"):
+    settings.check_attention(config)
   for line in said if given.use.saved else header(given, project):
     console.say(line)
   return (config, workdir), named

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from adaptive_attention import accounting
-from adaptive_attention.attention.layout import BLOCK
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.generation import BYTES
 
@@ -114,14 +113,14 @@ def macs_text(macs: dict, config: ModelConfig) -> str:
   text = f"multiply-adds per token: {counts}"
   if macs["computed"] <= macs["dense"]:
     return text
-  match config.implementation:
-    case "reference":
-      reason = "the reference computes pairs with later keys too"
-    case _:
-      reason = (
-        f"pairs are computed in whole blocks of {BLOCK} x {BLOCK}, "
-        "which matters less in a longer context"
-      )
+  found = accounting.attention_choice(config)
+  if found.blocks:
+    reason = (
+      f"pairs are computed in whole blocks of {found.blocks}, "
+      "which matters less in a longer context"
+    )
+  else:
+    reason = "the reference computes pairs with later keys too"
   return f"{text} (computed is more than dense, as {reason})"
 
 

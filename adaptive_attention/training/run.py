@@ -153,6 +153,7 @@ def _say_start(config, workdir, corpus, start):
   T = config.model.context_tokens
   flops = accounting.train_flops_per_token(config.model)
   tokens = config.batch_size * T
+  streams = batches.per_device(config.batch_size) // config.accumulation_steps
   lines = {
     "devices": f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
     f"{jax.process_count()} process(es)",
@@ -163,6 +164,7 @@ def _say_start(config, workdir, corpus, start):
     "model": f"{config.model.attention}, "
     f"{accounting.parameter_count(start.state.params):,} parameters, "
     f"computed in {config.model.compute_dtype}",
+    "attention": str(accounting.attention_choice(config.model, streams)),
     "step": f"{config.batch_size} x {T} = {tokens:,} tokens, "
     f"{flops * tokens / 1e12:.3g} TFLOP with all causal pairs",
     "start": f"step {start.step} of {config.steps}"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from adaptive_attention import accounting
 from adaptive_attention import config as configs
 from adaptive_attention.config import (
   ModelConfig,
@@ -219,6 +220,18 @@ def check_devices(config, devices: int):
     f"a multiple of {devices} device(s) times "
     f"accumulation_steps={config.accumulation_steps}",
   )
+
+
+def check_attention(config):
+  """Checks that the implementation of attention serves the model here.
+
+  Raises:
+    SettingsError: naming what it needs.
+  """
+  try:
+    accounting.attention_choice(model_config(config.model))
+  except NotImplementedError as error:
+    raise SettingsError(f"config.model.{error}") from error
 
 
 def check_data(config, corpus, devices: int):
