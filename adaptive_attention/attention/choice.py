@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ("blocked", "reference", "pallas_tpu", "pallas_gpu")
 _MOST_PAIRS_BYTES = 1 << 30
 # Without a roll of lanes by another count in each row, or products in Triton.
 _OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")
-_LEAST_GPU = 8.0  # compute capability: sm_80
+_LEAST_GPU = 8  # the first number of compute capability, as of sm_80
 
 
 class Call(NamedTuple):
@@ -158,8 +158,9 @@ def refusal_of_device(implementation: str) -> str:
     serves &= not here.device_kind.startswith(_OLD_TPUS)
   else:
     wanted = "an NVIDIA GPU of compute capability 8.0 or later"
-    capability = float(getattr(here, "compute_capability", 0) or 0)
-    serves = here.platform == "gpu" and capability >= _LEAST_GPU
+    capability = str(getattr(here, "compute_capability", "")).split(".")[0]
+    serves = here.platform == "gpu" and capability.isdecimal()
+    serves = serves and int(capability) >= _LEAST_GPU
   kind = here.device_kind
   return "" if serves else f"it needs {wanted} and the device is {kind}"
 

@@ -33,11 +33,11 @@ def on_devices(function, args, axes, results):
     return tuple(function(*tree.unflatten(arrays)))
 
   split = custom_partitioning(whole)
-  apart = {letter for word in (*letters, *results) for letter in word} - {*"bh"}
+  every = dict.fromkeys("".join((*letters, *results)))  # in order
   split.def_partition(
     functools.partial(_partition, whole, letters, results),
     sharding_rule=f"{_rule(letters)} -> {_rule(results)}",
-    need_replication_factors=tuple(sorted(apart)),
+    need_replication_factors=tuple(x for x in every if x not in "bh"),
   )
   run = custom_vmap(lambda *arrays: split(*arrays))
 

@@ -236,9 +236,8 @@ def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, seed):
   residuals = mask, q, k, v, ring, first_key, seed
   q = _differentiated_once(kernels, q)
   inputs = _inputs(mask, q, k, v, ring, first_key, seed)
-  forward = functools.partial(kernels.forward, static)
-  axes = (_axes_of(inputs),)
-  out, lse = on_devices(forward, (inputs,), axes, ("bthk", "bht"))
+  axes = (_axes_of(inputs),), ("bthk", "bht")
+  out, lse = _on_devices(kernels.forward, static, (inputs,), *axes)
   return out, (residuals, out, lse)
 
 
@@ -250,9 +249,8 @@ def _attend_backward(kernels, static, residuals, d_out):
     d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1
   )
   outputs = Outputs(lse, jnp.swapaxes(mean_BTH, 1, 2), d_out)
-  gradients = on_devices(
-    functools.partial(kernels.backward, static),
-    (inputs, outputs),
+  gradients = _on_devices(
+    *(kernels.backward, static, (inputs, outputs)),
     (_axes_of(inputs), Outputs("bht", "bht", "bthk")),
     ("bthk", "bnhk", "bnhk", "bhg"),
   )
@@ -284,6 +282,16 @@ def _differentiated_once(kernels, x):
     f"implementation={kernels.name!r} has no second derivatives; choose "
     "implementation='reference' or 'blocked'",
   )
+
+
+def _on_devices(function, static, args, axes, results):
+  """Returns function(static, *args); see `on_devices`."""
+  function = functools.partial(function, static)
+  if not isinstance(static.interpret, bool):
+    # InterpretParams keeps the order of its steps by effects, which no custom
+    # partitioning carries.
+    return function(*args)
+  return on_devices(function, args, axes, results)
 
 
 def _axes_of(inputs: Inputs) -> Inputs:

@@ -285,7 +285,7 @@ def row_count(sizes: Sizes, rows) -> int:
   if rows == "q":
     return ceil_div(sizes.T, sizes.block_q) + spare
   before, after = (ceil_div(x, sizes.block_k) for x in (sizes.older, sizes.T))
-  return before + after + 2 * spare
+  return before + after + (2 * spare if before else spare)
 
 
 def rows_of(stride, sizes: Sizes, rows) -> Rows:

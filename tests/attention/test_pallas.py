@@ -1,0 +1,396 @@
+"""The Pallas kernels, interpreted on a CPU, against the oracle.
+
+Numbers of the cases are held as those of all implementations are, and more
+closely on cases of several blocks. What compilers say is in `test_compiled`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adaptive_attention import attention
+from adaptive_attention.attention import (
+  attend,
+  attend_ring,
+  choice,
+  pallas_tpu,
+)
+from adaptive_attention.attention.ring import Ring
+from adaptive_attention.bench.cases import Case
+from adaptive_attention.masks import Mask, Wave
+from tests.attention.cases import CASES, inputs
+from tests.attention.test_attention import check, expected
+
+KERNELS = ("pallas_tpu", "pallas_gpu")
+everywhere = pytest.mark.parametrize("kernel", KERNELS)
+
+# What `LENGTHS` below does not bring. (Every case: see CONTRIBUTING.md.)
+NAMES = (
+  *("dense_one", "dense_dropout", "dense_bfloat16", "only_itself"),
+  *("one_query", "memory_part", "first_key_last", "sharp"),
+  *("stride_at_the_bounds", "comb_closed_and_off", "real_near_the_bounds"),
+  "wave_bfloat16",
+)
+NAMED = {case.name: case for case in CASES if case.name in NAMES}
+# Several blocks in each direction. 365 is a little less than the edge where a
+# block becomes full, and so is 495 under a stride of 2. The last span hides
+# nothing.
+LONG = Case(
+  "several blocks",
+  700,
+  700,
+  span=(365.0, 495.0, 4000.0),
+  period=(5.713, 2.037, 3.307),
+  ratio=(-0.1037, 0.0813, 0.0531),
+  H=3,
+  K=32,
+  B=2,
+)
+LENGTHS = (
+  LONG._replace(name="spans", period=None, ratio=None),
+  LONG._replace(name="wave", S=827, memory=50, first_key=17),
+  LONG._replace(name="series, dropout", harmonics=5, dropout_rate=0.2),
+  LONG._replace(name="integer", S=827, first_key=17, memory=127, integer=True),
+  LONG._replace(name="integer, dropout", integer=True, dropout_rate=0.1),
+)
+
+
+def gradients(call, q, k, v, mask, dout):
+  """Returns call(q, k, v, mask) and its gradients, by name."""
+  out, pull = jax.vjp(call, q, k, v, mask)
+  dq, dk, dv, dmask = pull(dout)
+  result = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+  if mask is not None:
+    result["dspan"] = dmask.span
+    if mask.wave is not None:
+      result |= {"dperiod": dmask.wave.period, "dratio": dmask.wave.ratio}
+  return result
+
+
+def run_function(kernel, case, interpret=True):
+  """Returns a function of `arguments`: out and gradients by name."""
+  call = functools.partial(
+    attend, implementation=kernel, interpret=interpret, **case.options
+  )
+  return functools.partial(gradients, call)
+
+
+def arguments(case):
+  q, k, v, dout = inputs(case)
+  return q, k, v, case.mask, dout
+
+
+@everywhere
+@pytest.mark.parametrize("case", NAMED.values(), ids=lambda case: case.name)
+def test_value_and_gradients(case, kernel):
+  found = jax.jit(run_function(kernel, case))(*arguments(case))
+  check(found, expected(case), case)
+
+
+@pytest.mark.every_case
+@everywhere
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case(case, kernel):
+  if not case.relative:
+    test_value_and_gradients(case, kernel)
+
+
+def check_closely(found, case):
+  """5e-6 of the largest entry of float32, 1.5e-2 of bfloat16."""
+  exact = expected(case)
+  bound = 5e-6 if case.dtype == "float32" else 1.5e-2
+  for name, value in found.items():
+    reference = getattr(exact, name)
+    error = np.abs(np.asarray(value, np.float64) - reference).max()
+    assert error <= bound * np.abs(reference).max(), (name, error)
+
+
+@everywhere
+@pytest.mark.parametrize("case", LENGTHS, ids=lambda case: case.name)
+def test_several_blocks_closely_and_the_same_bits_again(case, kernel):
+  run = jax.jit(run_function(kernel, case)).lower(*arguments(case)).compile()
+  first, again = run(*arguments(case)), run(*arguments(case))
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  check_closely(first, case)
+
+
+def test_what_is_not_written_is_not_read():
+  """InterpretParams fills memory of a TPU that nobody wrote with nan."""
+  spans = 165.0, 295.0, 4000.0
+  case = LENGTHS[3]._replace(T=300, S=427, span=spans, name="integer, nan")
+  interpret = pltpu.InterpretParams()
+  run = jax.jit(run_function("pallas_tpu", case, interpret))
+  check_closely(run(*arguments(case)), case)
+
+
+@pytest.mark.parametrize("case", LENGTHS[1::2], ids=lambda case: case.name)
+def test_two_passes_are_one(case, monkeypatch):
+  """Of a head whose gradients do not fit into VMEM."""
+  monkeypatch.setattr(pallas_tpu, "_MOST_VMEM_BYTES", 0)
+  found = jax.jit(run_function("pallas_tpu", case))(*arguments(case))
+  check_closely(found, case)
+
+
+@everywhere
+@pytest.mark.parametrize("turned", [0.0, 0.95])
+def test_out_of_a_ring(kernel, turned):
+  """Whatever the row of the oldest, and among the rows of other streams."""
+  case = LENGTHS[3]._replace(T=300, S=427, memory=127, first_key=50)
+  q, k, v, mask, dout = arguments(case)
+  first_row, older = int(turned * case.S), case.S - case.T
+
+  def rows(x):
+    x = jnp.concatenate([jnp.full_like(x[:, older:], 7.0), x[:, :older]], 1)
+    others = (2, 1), (0, 0), (0, 0), (0, 0)
+    return jnp.pad(
+      jnp.roll(x, first_row, axis=1), others, constant_values=jnp.nan
+    )
+
+  def call(q, k, v, mask):
+    ring = Ring(
+      rows(arguments(case)[1]), rows(arguments(case)[2]), first_row, 2
+    )
+    options = {"implementation": kernel, "interpret": True, "first_key": 50}
+    return attend_ring(ring, q, k, v, mask, **options)[0]
+
+  new = k[:, older:], v[:, older:]
+  found = jax.jit(functools.partial(gradients, call))(q, *new, mask, dout)
+  exact = expected(case)
+  newer = {name: getattr(exact, name)[:, older:] for name in ("dk", "dv")}
+  scale = exact.scale | {name: exact.scale[name][:, older:] for name in newer}
+  check(found, exact._replace(**newer, scale=scale), case)
+
+
+SMALL = Case(
+  "small",
+  *(70, 80, (9.5, 60.25)),
+  ramp=8.0,
+  period=(3.2, 4.1),
+  ratio=(0.05, -0.11),
+  integer=True,
+  memory=7,
+  first_key=3,
+  dropout_rate=0.3,
+  B=2,
+  K=16,
+)
+
+
+def loss(kernel):
+  """A function of (q, k, v, spans, periods, ratios): not linear in the output.
+
+  "blocked" is what kernels are compared with.
+  """
+
+  def total(q, k, v, *lengths):
+    return jnp.sum(jnp.sin(attended(kernel, q, k, v, *lengths)) ** 2)
+
+  return total
+
+
+def attended(kernel, q, k, v, span, period, ratio):
+  return attend(
+    *(q, k, v, Mask(span, 8.0, Wave(period, ratio, integer=True))),
+    **SMALL.options,
+    implementation=kernel,
+    interpret=kernel in KERNELS,
+  )
+
+
+def six(case=SMALL):
+  q, k, v, mask, _ = arguments(case)
+  return q, k, v, mask.span, mask.wave.period, mask.wave.ratio
+
+
+def several():
+  return [jnp.stack([x, 1.1 * x, 0.9 * x]) for x in six()]
+
+
+def repeated(kernel):
+  def total(q, *rest):
+    def again(q, _):
+      return q + attended(kernel, q, *rest), None
+
+    return jnp.sum(jax.lax.scan(again, q, None, length=3)[0] ** 2)
+
+  return total
+
+
+def mapped(kernel):
+  one = jax.grad(loss(kernel), range(6))
+  return jax.pmap(one)(*(x[:2] for x in several()))
+
+
+TRANSFORMED = {
+  "vmap": lambda f: jax.jit(jax.vmap(jax.grad(loss(f), range(6))))(*several()),
+  "vmap of queries": lambda f: jax.jit(
+    jax.vmap(jax.grad(loss(f), range(6)), (0, *(None,) * 5))
+  )(several()[0], *six()[1:]),
+  "checkpoint": lambda f: jax.jit(jax.grad(jax.checkpoint(loss(f)), range(6)))(
+    *six()
+  ),
+  "scan": lambda f: jax.jit(jax.grad(repeated(f), range(6)))(*six()),
+  "pmap": mapped,
+}
+
+
+def assert_alike(found, exact, rtol=2e-5):
+  """To a share of the largest entry of each array."""
+  for one, other in zip(found, exact, strict=True):
+    assert np.abs(other).max() > 0
+    np.testing.assert_allclose(one, other, atol=rtol * np.abs(other).max())
+
+
+@everywhere
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformed(name, kernel):
+  transformed = TRANSFORMED[name]
+  assert_alike(transformed(kernel), transformed("blocked"))
+
+
+@everywhere
+@pytest.mark.parametrize("axis", [0, 2], ids=["streams", "heads"])
+def test_dealt_to_devices_it_is_what_one_computes(kernel, axis):
+  """Nothing is gathered, and dropout draws as on one device."""
+  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+  spec = [None] * 4
+  spec[axis] = "devices"
+  rows = NamedSharding(mesh, PartitionSpec(*spec))
+  lengths = NamedSharding(mesh, PartitionSpec("devices" if axis else None))
+  dealt = [jax.device_put(x, rows if x.ndim == 4 else lengths) for x in six()]
+  run = jax.jit(jax.value_and_grad(loss(kernel), range(6)))
+  compiled = run.lower(*dealt).compile()
+  assert "all-gather" not in compiled.as_text()
+  value, found = compiled(*dealt)
+  assert found[0].sharding.is_equivalent_to(rows, 4)
+  exact_value, exact = run(*six())
+  np.testing.assert_allclose(value, exact_value, rtol=1e-5)
+  assert_alike(found, exact)
+
+
+@everywhere
+def test_new_lengths_do_not_trace_again(kernel):
+  traces = []
+
+  @jax.jit
+  def gradient(q, k, v, *lengths_and_first):
+    traces.append(kernel)
+    *lengths, first_key = lengths_and_first
+    mask = Mask(lengths[0], 8.0, Wave(*lengths[1:], integer=True))
+    call = functools.partial(
+      attend, implementation=kernel, interpret=True, first_key=first_key
+    )
+    return jax.grad(lambda q: jnp.sum(call(q, k, v, mask) ** 2))(q)
+
+  q, k, v, span, period, ratio = six()
+  for changed in (
+    (span, period, ratio, 3),
+    (span / 3, period, ratio, 3),
+    (span, 2 * period, ratio, 3),
+    (span, period, ratio, 70),
+  ):
+    found = gradient(q, k, v, *changed)
+    *lengths, first_key = changed
+    mask = Mask(lengths[0], 8.0, Wave(*lengths[1:], integer=True))
+    exact = jax.grad(
+      lambda q, mask=mask, first_key=first_key: jnp.sum(
+        attend(q, k, v, mask, first_key=first_key) ** 2
+      )
+    )(q)
+    assert_alike([found], [exact])
+  assert len(traces) == 1
+
+
+def call_with(**changes):
+  x = jax.ShapeDtypeStruct((1, 8, 2, changes.pop("K", 16)), jnp.float32)
+  options = {"implementation": "pallas_gpu", "interpret": True} | changes
+  T = options.pop("T", 8)
+  x = jax.ShapeDtypeStruct((1, T, *x.shape[2:]), x.dtype)
+  return jax.eval_shape(lambda q: attend(q, q, q, None, **options), x)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"interpret": False}, "capability 8.0 or later and the device is cpu"),
+    (
+      {"interpret": False, "implementation": "pallas_tpu"},
+      "TPU v5e or later and the device is cpu",
+    ),
+    ({"relative_RK": np.zeros((3, 16), np.float32)}, "relative_RK"),
+    ({"K": 257}, "width of 256, not 257"),
+    ({"K": 257, "implementation": "pallas_tpu"}, "width of 256, not 257"),
+    ({"T": 1 << 17, "implementation": "pallas_tpu"}, "T=65536 would fit"),
+  ],
+)
+def test_what_a_kernel_cannot_is_refused_by_name(changes, named):
+  with pytest.raises(NotImplementedError, match="does not serve here") as error:
+    call_with(**changes)
+  assert named in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@everywhere
+def test_a_second_derivative_is_refused(kernel):
+  with pytest.raises(NotImplementedError, match="no second derivatives"):
+    jax.jvp(jax.grad(loss(kernel)), six(), six())
+
+
+class Device:
+  """What a choice asks of a device."""
+
+  def __init__(self, platform, kind, capability=None):
+    self.platform, self.device_kind = platform, kind
+    if capability:
+      self.compute_capability = capability
+
+
+CALL = choice.Call(B=1, T=512, S=512, H=8, K=64, itemsize=2, strided=True)
+
+
+@pytest.mark.parametrize(
+  ("device", "changes", "chosen", "reason"),
+  [
+    (Device("cpu", "cpu"), {}, "blocked", ""),
+    (Device("tpu", "TPU v5 lite"), {}, "pallas_tpu", ""),
+    (Device("tpu", "TPU v6 lite"), {}, "pallas_tpu", ""),
+    (Device("tpu", "TPU v4"), {}, "reference", "the device is TPU v4"),
+    (Device("tpu", "TPU v4"), {"T": 8192, "S": 8192}, "blocked", "TPU v4"),
+    (Device("gpu", "NVIDIA H100", "9.0"), {}, "pallas_gpu", ""),
+    (Device("gpu", "NVIDIA A100", "8.0"), {}, "pallas_gpu", ""),
+    (Device("gpu", "Tesla V100", "7.0"), {}, "reference", "Tesla V100"),
+    (Device("gpu", "AMD MI300", "gfx942"), {}, "reference", "AMD MI300"),
+    (
+      Device("gpu", "NVIDIA H100", "9.0"),
+      {"relative": True},
+      "reference",
+      "relative_RK",
+    ),
+    (Device("tpu", "TPU v5 lite"), {"K": 512}, "reference", "not 512"),
+    (Device("metal", "M3"), {}, "reference", "no kernel for the device M3"),
+  ],
+)
+def test_the_best_that_serves(device, changes, chosen, reason, monkeypatch):
+  monkeypatch.setattr(choice, "device", lambda: device)
+  found = choice.chosen(CALL._replace(**changes))
+  assert found.implementation == chosen
+  assert reason in found.reason
+  assert bool(found.reason) == bool(reason)
+  text = str(found)
+  assert text.startswith(chosen)
+  assert reason in text
+  if chosen.startswith("pallas"):
+    assert " x " in text
+
+
+def test_the_pairs_of_a_kernel_are_counted_in_its_blocks():
+  mask = Mask(np.float32([0.0, 1e4]), 1.0)
+  pairs = attention.computed_pairs(
+    mask, 700, 700, implementation="pallas_gpu", head_width=128
+  )
+  np.testing.assert_array_equal(pairs, [n * 32**2 for n in (22, 253)])
