@@ -46,19 +46,43 @@ def refusal(call) -> str:
   return refusal_of_rows(call)
 
 
-def launch(call) -> Launch:
-  """Returns the blocks of a `choice.Call`, by what ptxas reports.
+# (bytes of a number, the largest width) -> launches of a band, and under
+# strides, whose addresses want more registers. Each is the largest that ptxas
+# compiles for sm_80 and sm_90 without a spilled register, or with the fewest:
+# products of bfloat16 run on tensor cores, those of float32 out of registers.
+_LAUNCHES = {
+  (2, 128): (
+    Launch(Blocks(64, 64, 4), Blocks(64, 32, 4), Blocks(64, 64, 8)),
+    Launch(Blocks(64, 64, 8), Blocks(32, 64, 4), Blocks(64, 32, 8)),
+  ),
+  (2, 256): (
+    Launch(Blocks(64, 32, 8), Blocks(32, 32, 8), Blocks(32, 32, 8)),
+    Launch(Blocks(32, 32, 8), Blocks(32, 16, 8), Blocks(32, 32, 8)),
+  ),
+  (4, 64): (
+    Launch(Blocks(64, 32, 8), Blocks(32, 32, 4), Blocks(64, 32, 8)),
+    Launch(Blocks(64, 32, 8), Blocks(32, 32, 4), Blocks(32, 32, 8)),
+  ),
+  (4, 128): (Launch(*[Blocks(32, 32, 8)] * 3),) * 2,
+  (4, 256): (Launch(Blocks(32, 32, 8), Blocks(32, 16, 8), Blocks(32, 16, 8)),)
+  * 2,
+}
 
-  For sm_80 and sm_90 alike: blocks of 64 x 64 leave no register spilled up to
-  K = 128 in bfloat16; larger ones spill, and smaller ones do more work around
-  the products. dk and dv are two sums, which want the registers of eight warps.
-  Wider rows take as many more bytes, and blocks as many fewer rows.
-  """
-  row_bytes = pl.next_power_of_2(call.K) * call.itemsize
-  most = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-  block = min(most, max(16, pl.next_power_of_2(call.T)))
-  four, eight = Blocks(block, block, 4), Blocks(block, block, 8)
-  return Launch(four, four, eight if block == 64 else four)
+
+def launch(call) -> Launch:
+  """Returns the blocks of a `choice.Call`; a short text has shorter ones."""
+  widths = [K for itemsize, K in _LAUNCHES if itemsize == call.itemsize]
+  width = min(K for K in widths if call.K <= K)
+  chosen = _LAUNCHES[call.itemsize, width][call.strided]
+  most = max(16, pl.next_power_of_2(call.T))
+  return Launch(
+    *(
+      blocks._replace(
+        block_q=min(blocks.block_q, most), block_k=min(blocks.block_k, most)
+      )
+      for blocks in chosen
+    )
+  )
 
 
 def _heads(inputs: Inputs, static: Static, blocks: Blocks):
