@@ -216,18 +216,15 @@ def generate(
 ) -> np.ndarray:
   """Returns (B, steps) tokens that follow B prompts of one length.
 
-  Row b is drawn with its own key, fold_in(key, b), into which each token's
-  place in the text is folded too. So a text that is cut anywhere goes on the
-  same. Learned positions have a longest context, which slides along the text:
-  where it is full, its later half is read again. The places where that happens
-  are the same for all texts.
+  Row b is drawn with its own key, fold_in(key, b), a token with its place in
+  the text: a text that is cut anywhere goes on the same. Learned positions
+  have a longest context, which slides along the text: where it is full, its
+  later half is read again, at places that are the same for all texts.
 
   Args:
     params, config, prompt_BT: concrete; T is at least 1.
-    steps: how many tokens to draw for each prompt.
-    key: the key that all draws follow from.
-    temperature, top_k, top_p: as in `sample`.
-    cache: "spans" or "dense", as in `kv_cache.cache_groups`.
+    steps, key: how many tokens to draw, and the key that all draws follow from.
+    temperature, top_k, top_p, cache: as in `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text.
     on_tokens: called with each (B, n) new tokens as they come.
 

@@ -27,10 +27,7 @@ def attend(
   dropout_rate,
   dropout_seed,
 ):
-  """Returns softmax(q (k + p) / sqrt(K) + log m + log w) v.
-
-  See `attention.attend`; `ring` is a `Ring` with the new tokens, or None.
-  """
+  """Returns softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attend`."""
   del memory  # the gradient is stopped already
   B, T, H, K = q_BTHK.shape
   if ring is not None:
@@ -58,9 +55,8 @@ def attend(
   if dropout_rate:
     kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
     weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
-  # The product gives float32 for the sake of the gradient. If it gave bfloat16
-  # the weights' gradient would be a product that does so too, and XLA's CPU
-  # backend may sum such products in bfloat16.
+  # The product gives float32 for the gradient's sake: the weights' gradient is
+  # a product of the same dtype, and XLA's CPU may sum bfloat16 in bfloat16.
   return jnp.einsum(
     "bhts,bshk->bthk",
     weights_BHTS.astype(v_BSHK.dtype),
