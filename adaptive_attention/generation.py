@@ -216,7 +216,7 @@ def generate(
 ) -> np.ndarray:
   """Returns (B, steps) tokens that follow B prompts of one length.
 
-  Row b is drawn with its own key, fold_in(key, b), a token with its place in
+  Row b is drawn by its own key, fold_in(key, b), and a token by its place in
   the text: a text that is cut anywhere goes on the same. Learned positions
   have a longest context, which slides along the text: where it is full, its
   later half is read again, at places that are the same for all texts.
