@@ -1,7 +1,7 @@
 """Transformers whose attention heads learn what to look at.
 
-The names below are the library; `weights` reads and writes parameters of the
-published program, `accounting` counts what the masks save.
+The names below are the library. `weights` reads parameters of the published
+program and files of parameters, and `accounting` counts what the masks save.
 """
 
 from adaptive_attention.attention import attend, attend_ring

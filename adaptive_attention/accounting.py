@@ -4,8 +4,8 @@ Multiply-adds (MACs) per token of the whole model:
 
   L (4 D^2 + 2 D F) + D V + 2 K * (open pairs per token, summed over all heads)
 
-the last term being attention's: one MAC per pair and head width for the score,
-one for the value.
+The last term is that of attention: an open pair takes K MACs for its score and
+K for its value. F = 4 D.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from adaptive_attention.segment_memory import ring_rows
 
 
 def parameter_count(params: Mapping) -> int:
+  """Returns how many numbers a tree of parameters holds."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -29,7 +30,7 @@ def open_pairs(mask: masks.Mask, T: int, memory: int = 0) -> np.ndarray:
   """Returns (H,) integers: the open pairs (t, s) of T tokens and a memory."""
   distance = np.arange(memory + T, dtype=np.int64)
   open_HS = np.asarray(masks.is_open(mask, distance))
-  # How often a distance occurs: T times as far as the memory goes.
+  # A distance up to `memory` occurs T times, each one beyond once less.
   return open_HS.astype(np.int64) @ np.minimum(T, memory + T - distance)
 
 
@@ -97,8 +98,8 @@ def attention_macs_per_token(
     T, memory: tokens of a segment, and before it.
 
   Returns:
-    `dense`, of all causal pairs; `open`, of those that the masks leave open;
-    `computed`, of those that the implementation computes.
+    `dense`, for all causal pairs; `open`, for the pairs that the masks leave
+    open; `computed`, for the pairs that the implementation computes.
   """
   macs_per_pair = 2 * config.width // config.n_head
   heads = config.n_layer * config.n_head
@@ -119,13 +120,13 @@ def attention_macs_per_token(
 def cache_bytes(
   layers: Sequence[masks.Mask], config: ModelConfig
 ) -> dict[str, int]:
-  """Returns bytes of keys and values that one sequence keeps.
+  """Returns bytes of keys and values of one sequence, by kind of cache.
 
   Returns:
-    `dense`, where all heads keep as much as any head could see; `layer`, where
-    the heads of a layer keep as much as the longest reach there; `head`, what
-    the KV cache of `attention.decode` keeps; `reach`, the reach of each head,
-    ceil(z + R) tokens.
+    `dense`, where every head holds `config.cache_tokens`; `layer`, where the
+    heads of a layer hold the longest reach among them; `head`, the KV cache of
+    `attention.decode`; `reach`, where every head holds exactly its reach,
+    ceil(z + R) tokens or `config.cache_tokens` if that is less.
   """
   row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
   reach_LH = [decode.reach(mask, config.cache_tokens) for mask in layers]
@@ -147,10 +148,10 @@ def cache_reads(
   """Returns how many keys are read per token, over all layers and heads.
 
   Returns:
-    `dense`, of a cache with as much as any head could see; `reach`, ceil(z + R)
-    of each head; `open`, those of them that its wave leaves open; `cache`, what
-    is read of the KV cache of `attention.decode`, which skips what waves of
-    integer periods hide.
+    `dense`, where every head reads `config.cache_tokens` keys; `reach`, where
+    it reads those within its reach; `open`, where it reads the open ones alone;
+    `cache`, where it reads the KV cache of `attention.decode`, which skips what
+    waves of integer periods hide.
   """
   distance = np.arange(config.cache_tokens)
   return {
@@ -168,17 +169,20 @@ def cache_reads(
 
 
 def _groups(layers, config) -> Iterator[decode.Group]:
+  """Yields the groups of heads of all layers."""
   for mask in layers:
     yield from decode.groups_of(mask, config.cache_tokens)
 
 
 def train_flops_per_token(config: ModelConfig) -> float:
-  """FLOPs per token of a training step with all causal pairs computed.
+  """Returns FLOPs per token of a training step that computes all causal pairs.
 
-  These are all of a segment of `context_tokens` and of the memory before it.
-  Two per multiply-add, once forward and twice backward. What the masks save
-  is not taken off: that is in `attention_macs_per_token`.
+  The keys are those of a segment of `context_tokens` and of the memory before
+  it. A multiply-add counts as two FLOPs; it is done once in the forward pass
+  and twice in the backward pass. What the masks save is not taken off: see
+  `attention_macs_per_token`.
   """
   D, L, V = config.width, config.n_layer, config.vocab_size
-  keys = (config.context_tokens + 1) / 2 + config.memory_tokens  # of a query
+  # The mean number of keys of a query.
+  keys = (config.context_tokens + 1) / 2 + config.memory_tokens
   return 6 * (L * (4 * D**2 + 2 * D * 4 * D) + D * V + 2 * D * L * keys)

@@ -41,8 +41,8 @@ class WaveBounds:
       open fully.
     harmonics: the highest harmonic of the wave's series, or None for the exact
       wave.
-    integer: whether periods are rounded, so that a wave is a stride, of which
-      hidden pairs can be skipped in whole blocks.
+    integer: whether periods are rounded. Then a wave is a stride, and the pairs
+      that it hides can be skipped in whole blocks.
 
   Raises:
     ValueError: a bound that is not possible.
@@ -72,7 +72,7 @@ class WaveBounds:
       self,
       "ratio_min",
       -0.25 <= self.ratio_min < 0,
-      "-0.25 up to less than 0, so that a query can see itself",
+      "-0.25 up to less than 0, so that a query can attend to itself",
     )
     _require(
       self, "ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5"
@@ -86,7 +86,7 @@ class WaveBounds:
 
 
 class MaskBounds(NamedTuple):
-  """What makes masks of the parameters of a layer.
+  """The bounds that turn the parameters of a layer into masks.
 
   Attributes:
     num_heads: H.
@@ -94,7 +94,7 @@ class MaskBounds(NamedTuple):
     ramp: R in tokens.
     wave: the bounds of the waves, or None where there are none.
     span_coef: nats per token of the penalty.
-    causal_span: how far a head looks where no span is learned, in tokens.
+    causal_span: the span of every head where none is learned, in tokens.
   """
 
   num_heads: int
@@ -118,12 +118,12 @@ class ModelConfig:
   n_layer: int = 12
   n_head: int = 8
   width: int = 512
-  # Tokens of a training segment; positions are learned for as many.
+  # Tokens of a training segment. Learned positions are as many.
   context_tokens: int = 512
   # Earlier tokens whose keys and values a layer holds. Training then reads
   # streams, batch_size of them, and not random parts of the text.
   memory_tokens: int = 0
-  # "learned": added before every block, as published. "rotary": queries and
+  # "learned": added before every layer, as published. "rotary": queries and
   # keys are turned, and there is no longest context. "relative": a learned
   # vector for each distance, as in Sukhbaatar et al. 2019. With a memory
   # "learned" is not possible.
@@ -138,7 +138,7 @@ class ModelConfig:
   span_init: float = 0.5
   # R, the soft end of a span in tokens, where it has its gradient.
   ramp: float = 32.0
-  # Nats per token of mean span, per layer: what it costs to look far.
+  # Nats per token of each layer's penalty, which grows with its spans.
   span_coef: float = 4e-6
   # "integer" rounds periods, so that a wave is a stride that can be skipped.
   period: str = "real"
@@ -157,11 +157,12 @@ class ModelConfig:
   bias: bool = False
   # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
   dtype: str = "auto"
-  # What the backward pass computes again and does not keep: "none", "mlp" (most
-  # of the activations) or "block" (all but the input of each block; not with a
-  # memory).
+  # Which activations the backward pass computes again, so that they need not be
+  # stored: "none", "mlp" (most of them) or "block" (all but the input of each
+  # layer; this is not possible with a memory).
   remat: str = "none"
-  # Of attention: a name to insist on, or "auto" for the best that serves.
+  # The implementation of attention: a name, which is then used or refused, or
+  # "auto" for the best that serves.
   implementation: str = "auto"
 
   def __post_init__(self) -> None:
@@ -254,7 +255,7 @@ class ModelConfig:
 
   @property
   def mask_bounds(self) -> MaskBounds:
-    """What makes masks of the parameters of any of the layers."""
+    """The bounds that turn the parameters of any layer into masks."""
     return MaskBounds(
       self.n_head,
       None if self.attention == "dense" else self.max_span,
@@ -266,7 +267,7 @@ class ModelConfig:
 
   @property
   def max_context_tokens(self) -> int:
-    """How many tokens a query can see at most: the context and the memory."""
+    """The most tokens that a query attends to in training, memory included."""
     return self.context_tokens + self.memory_tokens
 
   @property
@@ -278,10 +279,10 @@ class ModelConfig:
 
   @property
   def cache_tokens(self) -> int:
-    """How many tokens back a head can look at most when a text is written.
+    """The longest reach that a head can have in generation, in tokens.
 
-    As far as its span may go: no token is out of its reach because it is old.
-    Without spans it is context and memory; with learned positions the context.
+    It is ceil(max_span + R), at most the context where positions are learned.
+    Without spans it is context and memory.
     """
     if self.attention == "dense":
       return self.max_context_tokens
@@ -292,14 +293,14 @@ class ModelConfig:
 
   @property
   def compute_dtype(self) -> np.dtype:
-    """What activations are computed in: bfloat16 on GPU and TPU when auto."""
+    """The dtype of activations; "auto" is bfloat16 on GPU and TPU."""
     if self.dtype != "auto":
       return jnp.dtype(self.dtype)
     cpu = jax.default_backend() == "cpu"
     return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
 
 
-# Those settings of a model that leave the function which it computes as it is.
+# The settings that do not change the function which a model computes.
 _FREE = (
   "span_init",
   "span_coef",
@@ -316,9 +317,9 @@ def fixes_the_model(name: str) -> bool:
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-  """Makes a ModelConfig of settings by name, of another version too.
+  """Returns the ModelConfig of settings by name, also of an older version.
 
-  What the settings lack is at its default.
+  A setting that is missing has its default.
 
   Raises:
     ValueError: a setting that is not possible, or unknown.
@@ -335,7 +336,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The settings of an optimizer; rates per update, norms of gradients.
+  """The settings of an optimizer. Learning rates are per update.
 
   Raises:
     ValueError: a setting that is out of bounds, or two that do not fit.
@@ -349,11 +350,11 @@ class OptimizerConfig:
   learning_rate: float = 1e-3
   min_learning_rate: float = 1e-4
   warmup_steps: int = 100
-  # How much of AdamW's means of the gradient and of its square stays at an
-  # update. The published run has 0.99 for the second.
+  # The share of AdamW's running means of the gradient (beta1) and of its square
+  # (beta2) that stays at an update. The published run has beta2 = 0.99.
   beta1: float = 0.9
   beta2: float = 0.99
-  # Acts on matrices alone: norms, biases, spans and waves are not drawn to
+  # It acts on matrices alone: norms, biases, spans and waves are not drawn to
   # zero.
   weight_decay: float = 0.1
   # What clip_norm bounds: "global", the norm of the gradient over all

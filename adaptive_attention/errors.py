@@ -2,18 +2,18 @@
 
 
 class Error(Exception):
-  """What cannot be done, told in one sentence; the program ends with 1."""
+  """An error that is told in one sentence; the program exits with code 1."""
 
   exit_code = 1
 
 
 class SettingsError(Error, ValueError):
-  """A flag or setting that is wrong, or two that do not fit."""
+  """A flag or setting that is wrong, or two that do not fit; exit code 2."""
 
   exit_code = 2
 
 
 def first_line(error: BaseException) -> str:
-  """The first line of what a library's error says, or else its class."""
+  """Returns the first line of a library's error, or the name of its class."""
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0][:200].rstrip(".")

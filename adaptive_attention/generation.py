@@ -1,7 +1,7 @@
-"""Generation: a prompt in one pass, then token by token out of what heads see.
+"""Generation: reads a prompt in one pass, then writes token by token.
 
-After training spans and waves are numbers, so that the shape of the cache is
-theirs: see `attention.decode`. Every next-token distribution is that of a full
+After training spans and waves are numbers, and they give the KV cache its
+shape: see `attention.decode`. Every next-token distribution is that of a full
 forward pass.
 """
 
@@ -20,15 +20,16 @@ from adaptive_attention.kv_cache import cache_groups
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import State, init_cache
 
-BYTES = 256  # tokens below are bytes
-_CHUNK = 64  # tokens that one call makes at most, between prints
+BYTES = 256  # tokens below this number are bytes
+_CHUNK = 64  # the most tokens that one call makes, between prints
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> jax.Array:
-  """Returns tokens as an array of integers that the model has vectors of.
+  """Returns tokens as an array, after checking that the model knows them.
 
   Raises:
-    ValueError: there are others. Where they are traced only the type is known.
+    ValueError: tokens that are not integers, or not in [0, vocab_size). Only
+      the type of traced tokens can be checked.
   """
   tokens = jnp.asarray(tokens)
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -47,7 +48,7 @@ def check_tokens(tokens: Any, config: ModelConfig) -> jax.Array:
 
 
 def _prompt(prompt_BT, config: ModelConfig) -> jax.Array:
-  """Returns prompts as an array (B, T) of the model's tokens, T at least 1."""
+  """Returns prompts as an array (B, T), after checking tokens and T >= 1."""
   shape = np.shape(prompt_BT)
   if len(shape) != 2:
     raise ValueError(
@@ -71,11 +72,11 @@ def prefill(
   Args:
     params: concrete, as the sizes of the cache follow from the spans.
     prompt_BT: B prompts of one length, at least 1.
-    cache: as of `state.cache_groups`.
+    cache: as in `kv_cache.cache_groups`.
 
   Raises:
-    ValueError: prompts that are empty, not alike or not tokens of the model,
-      another kind of cache, or more tokens than positions were learned for.
+    ValueError: prompts that are empty, not (B, T) or not tokens of the model,
+      an unknown kind of cache, or more tokens than learned positions.
   """
   prompt_BT = _prompt(prompt_BT, config)
   return _prefill(
@@ -100,14 +101,16 @@ def sample(
   top_k: Any,
   top_p: Any,
 ) -> jax.Array:
-  """(B,) tokens drawn from softmax(logits / temperature), cut to the likeliest.
+  """Returns (B,) tokens drawn from softmax(logits / temperature).
+
+  Only tokens that both `top_k` and `top_p` allow are drawn. Of equally likely
+  tokens the lower numbers come first.
 
   Args:
     key_B: a key for each row, so that a row does not depend on the others.
     temperature: 0 for the likeliest token.
-    top_k: how many of the likeliest tokens may be drawn; 0 for all.
-    top_p: the fewest likeliest tokens of so much probability may be drawn; of
-      equal ones the lower numbers come first.
+    top_k: how many of the likeliest tokens are allowed; 0 for all.
+    top_p: allows the fewest likeliest tokens whose probabilities sum up to it.
   """
   V = logits_BV.shape[-1]
   scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
@@ -143,8 +146,9 @@ def go_on(
 ) -> tuple[jax.Array, jax.Array, State]:
   """Returns (tokens (B, _CHUNK), logits_BV, state) after `count` more tokens.
 
-  One loop on the device. The first of them is the token number `first` of its
-  text, which is what it is drawn by. See `generate` for `draw_below`.
+  They are written in one loop on the device, into the first `count` columns of
+  the tokens. The first of them is token number `first` of its text, and each is
+  drawn by the key of its number. See `generate` for `draw_below`.
   """
   B = len(logits_BV)
 
@@ -173,11 +177,15 @@ def go_on(
 def step(
   params: Mapping, config: ModelConfig, tokens_B: Any, state: State
 ) -> tuple[jax.Array, State]:
-  """Returns (logits_BV of the token after these, the state with them).
+  """Returns (logits_BV of the token after these, the state with these).
+
+  Args:
+    tokens_B: the next token of each sequence.
+    state: of the B sequences; see `state.init_cache`.
 
   Raises:
-    ValueError: what are not tokens of the model, one of each sequence, or a
-      position beyond the learned ones; where that is traced logits are nan.
+    ValueError: tokens that are not (B,) or not of the model, or a position
+      beyond the learned ones. Where the position is traced, the logits are nan.
   """
   tokens_B = check_tokens(tokens_B, config)
   if tokens_B.ndim != 1:
@@ -208,15 +216,15 @@ def generate(
 ) -> np.ndarray:
   """Returns (B, steps) tokens that follow B prompts of one length.
 
-  Row b is drawn with its own key, fold_in(key, b), and a token with its place
-  in the text: a text that is cut anywhere goes on the same. Learned
-  positions have a longest context, which slides: where it is full its later
-  half is read again, at places that are the same for all texts.
+  Row b is drawn by its own key, fold_in(key, b), and a token by its place in
+  the text: a text that is cut anywhere goes on the same. Learned positions
+  have a longest context, which slides along the text: where it is full, its
+  later half is read again, at places that are the same for all texts.
 
   Args:
     params, config, prompt_BT: concrete; T is at least 1.
-    steps, key: how many to draw, and what the draws follow from.
-    temperature, top_k, top_p, cache: as of `sample` and `cache_groups`.
+    steps, key: how many tokens to draw, and the key that all draws follow from.
+    temperature, top_k, top_p, cache: as in `sample` and `cache_groups`.
     draw_below: only tokens below it are drawn, as `BYTES` for a text.
     on_tokens: called with each (B, n) new tokens as they come.
 
@@ -229,11 +237,11 @@ def generate(
   text_BT = np.asarray(_prompt(prompt_BT, config))
   B, prompt_length = text_BT.shape
   key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
-  end, room = prompt_length + steps, 0  # `room` is what can follow the window.
+  end, room = prompt_length + steps, 0  # `room` tokens can follow the context
   while (length := text_BT.shape[1]) < end:
     if not room:
-      window_BT, room = _window(config, text_BT, end - length)
-      logits_BV, state = prefill(params, config, window_BT, cache)
+      context_BT, room = _context(config, text_BT, end - length)
+      logits_BV, state = prefill(params, config, context_BT, cache)
     count = min(room, _CHUNK)
     args = params, config, state, logits_BV, key_B, length, count
     tokens, logits_BV, state = go_on(*args, sampling, draw_below)
@@ -253,10 +261,10 @@ def _check_counts(steps: int, draw_below: int | None) -> None:
     )
 
 
-def _window(config, text_BT, steps):
-  """What to read as a prompt, and how many tokens can follow it.
+def _context(config, text_BT, steps):
+  """Returns (the tokens to read as a prompt, how many can follow them).
 
-  Where the window starts is a function of the length of the text alone.
+  Where they begin is a function of the length of the text alone.
   """
   if not slides(config):
     return text_BT, steps
@@ -268,10 +276,10 @@ def _window(config, text_BT, steps):
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-  """That they can be drawn with.
+  """Checks the arguments of `sample`.
 
   Raises:
-    ValueError: naming the one that cannot.
+    ValueError: an argument out of its bounds.
   """
   if not 0 <= temperature < math.inf:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The KV cache of texts that are written: what each head can still see.
+"""The KV cache of generation: the keys and values within each head's reach.
 
 After training spans and waves are numbers, and they give the cache its shape:
 see `attention.decode`.
@@ -20,11 +20,11 @@ CACHES = ("spans", "dense")
 
 
 class KVCache(flax.struct.PyTreeNode):
-  """What a layer's heads can still see, of sequences that are written.
+  """One layer's keys and values of B sequences, in rings of groups of heads.
 
   Attributes:
-    k, v: of each group (B, G, P, Y, K), as `attention.decode` has them.
-    bias: of each group (G, r, Y) log m + log w by distance; -inf where hidden.
+    k, v: for each group (B, G, P, Y, K); see `attention.decode` for the axes.
+    bias: for each group (G, r, Y) log m + log w by distance; -inf where hidden.
     groups: static; the groups of heads.
   """
 
@@ -90,7 +90,7 @@ class KVCache(flax.struct.PyTreeNode):
     x_BTHK: jax.Array,
     tokens_read: jax.Array | np.uint32 | int,
   ) -> tuple[jax.Array, ...]:
-    """Returns the rings of all groups with T more tokens."""
+    """Returns the rings of all groups, with the T new tokens written."""
     return tuple(
       decode.put(group, ring, x_BTHK[:, :, np.array(group.heads)], tokens_read)
       for group, ring in zip(self.groups, rings, strict=True)
@@ -99,7 +99,7 @@ class KVCache(flax.struct.PyTreeNode):
   def _attend_to_all(
     self, q_BTHK, k_BTHK, v_BTHK, mask, tokens_read, **options
   ):
-    """Attends to what is in the cache and to the new tokens."""
+    """Returns out_BTHK of T new tokens over the cache and over themselves."""
     if known(tokens_read) == 0:  # Then nothing in the cache is visible.
       return attend(q_BTHK, k_BTHK, v_BTHK, mask, **options)
     out_BTHK = jnp.zeros_like(q_BTHK)
@@ -127,11 +127,12 @@ class KVCache(flax.struct.PyTreeNode):
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all keys and values."""
     return sum(x.nbytes for x in (*self.k, *self.v))
 
 
 def known(tokens_read: jax.Array | np.uint32 | int) -> int | None:
-  """Returns how many tokens were read; None where that is traced."""
+  """Returns `tokens_read` as a Python integer; None where it is traced."""
   if isinstance(tokens_read, jax.core.Tracer):
     return None
   return int(tokens_read)
@@ -144,11 +145,11 @@ def cache_groups(
 
   Args:
     params: concrete, as the sizes follow from the spans.
-    cache: "spans", rings as long as each head's reach, or "dense", all as long
-      as any head could look.
+    cache: "spans" for rings as long as each head's reach, or "dense" for rings
+      that are all of `config.cache_tokens` rows.
 
   Raises:
-    ValueError: another kind of cache.
+    ValueError: an unknown kind of cache.
   """
   match cache:
     case "spans":

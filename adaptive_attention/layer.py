@@ -44,45 +44,48 @@ def flat_dot_general(
 
 
 def relative_vectors(module: nn.Module, distances: int, K: int) -> jax.Array:
-  """Returns (R, K), a vector for each distance, parameters of the module."""
+  """Returns (R, K) a vector for each distance, a parameter of the module."""
   return module.param("relative", _RELATIVE_INIT, (distances, K), jnp.float32)
 
 
 class AdaptiveSelfAttention(nn.Module):
-  """Causal self-attention; each head learns how far and at what it looks.
+  """Causal self-attention whose heads learn their spans and waves.
 
-  y = out(attend(q, k, v, mask)), (q, k, v) = qkv(x), with the mask of each head
-  out of its own parameters: see `attention.attend` and `masks` for the formulas
-  (Sukhbaatar et al. 2019, "Adaptive Attention Span in Transformers", for the
-  span). Fields that `flax.linen.MultiHeadDotProductAttention` has too mean the
-  same and have the same defaults.
+  y = out(attend(q, k, v, mask)), (q, k, v) = qkv(x). The mask of each head
+  comes from the head's own parameters. See `attention.attend` and `masks` for
+  the formulas, and Sukhbaatar et al. 2019, "Adaptive Attention Span in
+  Transformers", for the span. Fields that
+  `flax.linen.MultiHeadDotProductAttention` has too mean the same and have the
+  same defaults.
 
   Attributes:
     num_heads: H.
-    qkv_features: of queries, keys and values over all heads, H K; by default
-      the last axis of the input.
-    out_features: of the output; by default the last axis of the input.
+    qkv_features: H K, the width of the queries of all heads, and of keys and
+      values alike; by default the last axis of the input.
+    out_features: the width of the output; by default the last axis of the
+      input.
     dropout_rate: the share of attention weights to drop.
-    deterministic: whether nothing is dropped; here or at the call.
-    dtype: what is computed in, float32 or bfloat16; by default that of inputs
-      and parameters together. Masks and the softmax are float32 always.
-    param_dtype: of the linear layers; spans and waves are float32 always.
-    precision: of the linear layers.
-    kernel_init, out_kernel_init, bias_init: the initializers; that of the
-      output's kernel is `kernel_init` if it is not given.
+    deterministic: whether nothing is dropped; given here or at the call.
+    dtype: the dtype of activations, float32 or bfloat16; by default that of
+      inputs and parameters together. Masks and the softmax are always float32.
+    param_dtype: the dtype of the linear layers' parameters; those of spans and
+      waves are always float32.
+    precision: the precision of the linear layers' products.
+    kernel_init, out_kernel_init, bias_init: the initializers. `kernel_init`
+      also serves the output's kernel if `out_kernel_init` is None.
     use_bias: whether the linear layers have biases.
-    max_span: the longest span that a head can learn, in tokens. Without one the
-      heads have no masks and attend to all earlier tokens.
+    max_span: the longest span that a head can learn, in tokens. If it is None
+      the heads learn no masks, and attend as far as `window_tokens` says.
     ramp: R, the soft end of a span, in tokens.
     span_init: the share of max_span that spans begin with.
     span_coef: nats per token of the penalty, for `regularizer`.
     wave: the bounds of the waves, or None for heads without waves.
-    position: "rotary", "relative" (a vector for each distance, which is a
-      parameter of the layer unless it is given at the call), or None.
+    position: "rotary"; "relative", a vector for each distance, which is a
+      parameter of the layer unless it is given to `extend`; or None.
     out_dropout_rate: the share of the output to drop.
-    window_tokens: without spans, over how many tokens a head looks back, itself
-      included; None for all.
-    implementation: of attention, as of `attend`; None for the best one.
+    window_tokens: where `max_span` is None, the reach of all heads in tokens,
+      the query itself included; None for all earlier tokens.
+    implementation: as in `attention.attend`; None for the best that serves.
 
   Raises:
     ValueError: fields that are not possible or do not fit each other.
@@ -112,7 +115,7 @@ class AdaptiveSelfAttention(nn.Module):
 
   @property
   def mask_bounds(self) -> MaskBounds:
-    """What makes masks of the parameters."""
+    """The bounds that turn the parameters into masks."""
     return MaskBounds(
       self.num_heads, self.max_span, self.ramp, self.wave, self.span_coef
     )
@@ -120,12 +123,13 @@ class AdaptiveSelfAttention(nn.Module):
   def __call__(
     self, x_BTD: jax.Array, *, deterministic: bool | None = None
   ) -> jax.Array:
-    """Returns y_BTD of a sequence: each token looks at itself and earlier ones.
+    """Returns (B, T, out_features) y, where a token attends to none after it.
 
     Args:
       x_BTD: B sequences of T tokens.
-      deterministic: whether nothing is dropped; here or as a field, where there
-        is dropout. Otherwise `rngs={"dropout": key}` is needed.
+      deterministic: whether nothing is dropped. Where a dropout rate is not
+        zero, it must be given here or as the field; if it is False,
+        `rngs={"dropout": key}` is needed.
     """
     return self.extend(x_BTD, deterministic)[0]
 
@@ -144,7 +148,8 @@ class AdaptiveSelfAttention(nn.Module):
     Args:
       layer_state: the layer's part of a state, or None.
       tokens_read: how many tokens of each sequence came before.
-      position: (T,) or (B, T), where these tokens stand if it is not there.
+      position: (T,) or (B, T) integers, the positions of these tokens; by
+        default those from `tokens_read` on.
       relative_RK: the vectors of distances, in place of the layer's own.
     """
     B, T, D = x_BTD.shape
@@ -187,6 +192,7 @@ class AdaptiveSelfAttention(nn.Module):
     )
 
   def _relative(self, K: int) -> jax.Array:
+    """Returns the layer's own vectors of distances."""
     if self.max_span is None:
       raise ValueError(
         "position='relative' needs max_span, which says of how many distances "
@@ -217,13 +223,17 @@ class AdaptiveSelfAttention(nn.Module):
     return {"dropout_rate": self.dropout_rate, "dropout_seed": seed}
 
   def _mask(self, T: int, alone: bool) -> masks.Mask | None:
-    """Returns the mask of the T tokens, alone or after others; None for all."""
+    """Returns the mask of T tokens; None where it would hide nothing.
+
+    Args:
+      alone: whether no tokens came before these.
+    """
     if self.max_span is None:
-      window = self.window_tokens
-      if window is None or (alone and T <= window):
+      reach = self.window_tokens
+      if reach is None or (alone and T <= reach):
         return None
       # m(d) is one up to the last distance, and zero at the next.
-      last_H = jnp.full(self.num_heads, window - 1.0)
+      last_H = jnp.full(self.num_heads, reach - 1.0)
       return masks.Mask(last_H, ramp=1.0)
     logits = {
       name: self.param(

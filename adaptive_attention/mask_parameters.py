@@ -1,4 +1,4 @@
-"""Logits to lengths and back: the one place where masks meet parameters.
+"""Turns logits into lengths and back; only here do masks meet parameters.
 
 A length x between two bounds is low + (high - low) * sigmoid(logit); its logit
 is log(share / (1 - share)) with share = (x - low) / (high - low).
@@ -20,7 +20,7 @@ _EDGE = 1e-7  # of a share: at 0 and 1 there is no finite logit
 
 
 class HasMasks(Protocol):
-  """What has bounds for its masks: a layer, or a `ModelConfig`."""
+  """A layer or a `ModelConfig`: what has bounds for its masks."""
 
   @property
   def mask_bounds(self) -> MaskBounds: ...
@@ -34,8 +34,8 @@ def to_length(logit: jax.Array, low: float, high: float) -> jax.Array:
 def to_logit(length: Any, low: float, high: float) -> np.ndarray:
   """Returns the float32 logit of a length, the inverse of `to_length`.
 
-  Computed in float64 on the host. A length at a bound or beyond it gets the
-  logit of one a hair inside.
+  It is computed in float64 on the host. A length at a bound or beyond it gets
+  the logit of a length just inside the bound.
   """
   share = (np.asarray(length, np.float64) - low) / (high - low)
   return _logit(np.clip(share, _EDGE, 1 - _EDGE))
@@ -46,7 +46,7 @@ def _logit(share: Any) -> np.ndarray:
 
 
 def _bounds_of(name: str, bounds: MaskBounds) -> tuple[float, float]:
-  """Returns (low, high) of the length that a mask parameter stands for."""
+  """Returns (low, high), the bounds of the length of a mask parameter."""
   wave = bounds.wave or WaveBounds()
   match name:
     case "span_logit":
@@ -88,7 +88,7 @@ def initializer(
 def mask_from_logits(
   logits: Mapping[str, jax.Array], bounds: MaskBounds
 ) -> masks.Mask:
-  """Returns the mask of one layer out of its own parameters by name."""
+  """Returns the mask of one layer from its own parameters, given by name."""
   lengths = {
     name: to_length(logits[name], *_bounds_of(name, bounds))
     for name in parameter_names(bounds)
@@ -109,19 +109,20 @@ def mask_params(
 ) -> tuple[masks.Mask, ...]:
   """Returns one Mask per attention layer, first to last, from parameters alone.
 
-  Works for any tree that holds `AdaptiveSelfAttention` layers, of somebody
-  else's model too, apart or stacked by `nn.scan`. Their order is that of
-  `parameters.attention_layers`. Where no span is learned a head looks at all
-  that there is: the span is then context and memory of a ModelConfig, and
-  infinite of a layer by itself.
+  It takes the tree of any model that holds `AdaptiveSelfAttention` layers,
+  apart or stacked by `nn.scan`. Their order is that of
+  `parameters.attention_layers`. Spans and periods are in tokens. Where no span
+  is learned, all spans are the context and memory of a ModelConfig, or infinite
+  for a layer by itself.
 
   Args:
     params: the tree of parameters.
-    layer_or_config: an `AdaptiveSelfAttention` whose fields all layers share,
-      or the ModelConfig.
+    layer_or_config: the ModelConfig, or an `AdaptiveSelfAttention` whose fields
+      are those of all layers.
 
   Raises:
-    ValueError: no such layer exists, or one lacks a parameter.
+    ValueError: no such layer exists, or one lacks a parameter or has it in
+      another shape than (H,).
   """
   bounds = layer_or_config.mask_bounds
   dense = bounds.max_span is None
@@ -154,16 +155,16 @@ def _check_layer(
 
 
 def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
-  """Returns nats: span_coef * masks.penalty, summed over all layers.
+  """Returns the penalty of all layers in nats: sum of span_coef masks.penalty.
 
-  A function of the parameters alone, added to the loss in training only; zero
-  where no spans are learned. See `masks.penalty` for the formula.
+  It depends on the parameters alone, and is added to the loss in training only.
+  It is zero where no spans are learned. See `masks.penalty` for the formula.
 
   Args:
-    params, layer_or_config: as of `mask_params`.
+    params, layer_or_config: as in `mask_params`.
 
   Raises:
-    ValueError: as `mask_params`.
+    ValueError: as `mask_params` does.
   """
   bounds = layer_or_config.mask_bounds
   layers = mask_params(params, layer_or_config)
@@ -184,7 +185,7 @@ def with_lengths(
 
   Args:
     params: the tree of parameters.
-    layer_or_config: what they are of.
+    layer_or_config: the layer or ModelConfig that the parameters belong to.
     change: (name of a mask parameter, its lengths in float64) -> new lengths.
   """
   bounds = layer_or_config.mask_bounds
@@ -204,8 +205,8 @@ def with_lengths(
 def hardened(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
   """Returns (params, config) with spans of whole tokens and integer periods.
 
-  Then a wave is a stride, whose hidden keys generation does not read. Ratios
-  stay as they are.
+  A wave is then a stride, and generation does not read the keys that it hides.
+  Ratios stay as they are.
   """
 
   def rounded(name: str, length: np.ndarray) -> np.ndarray:

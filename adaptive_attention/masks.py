@@ -4,7 +4,7 @@ A query at position t and a key at position s have the distance d = t - s >= 0
 in tokens; a query attends to itself too. Each head h multiplies its attention
 by two weights in [0, 1], which depend on d alone:
 
-* the span weight m, which falls to zero behind a learned span (Sukhbaatar et
+* the span weight m, which falls to zero beyond a learned span (Sukhbaatar et
   al. 2019, "Adaptive Attention Span in Transformers", equation 3);
 * the wave weight w, a triangle wave of a learned period.
 
@@ -32,9 +32,10 @@ class Wave:
     ratio: (H,) r, a share of the period; P r raises the wave.
     harmonics: None for the exact wave, or K for its Fourier series up to the
       odd harmonic K (the published program has K = 5).
-    integer: round P in the forward pass. The gradient passes straight
-      through the rounding where P scales the amplitude or raises the wave. It
-      is cut off where P is a phase, as it grows with the distance there.
+    integer: whether P is rounded in the forward pass. The gradient then passes
+      straight through the rounding where P scales the amplitude or raises the
+      wave. It is cut off where P is a phase, as it grows with the distance
+      there.
   """
 
   period: jax.Array
@@ -124,6 +125,7 @@ def _from_nearest_multiple(d, period):
 
 
 def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
+  """Returns `triangle_wave` of periods whose gradients differ."""
   d, amplitude, period = _aligned(distance, amplitude_period_H, phase_period_H)
   amplitude = amplitude / 4
   rest = _from_nearest_multiple(d, period)
@@ -146,6 +148,7 @@ def wave_weight(distance: ArrayLike, wave: Wave) -> jax.Array:
 
 
 def _weights(mask: Mask, distance):
+  """Returns (m, w or None, whether the pair is open), each (H, ...)."""
   span = span_weight(distance, mask.span, mask.ramp)
   wave = None if mask.wave is None else wave_weight(distance, mask.wave)
   lowest = span if wave is None else jnp.minimum(span, wave)
@@ -153,7 +156,7 @@ def _weights(mask: Mask, distance):
 
 
 def is_open(mask: Mask, distance: ArrayLike) -> jax.Array:
-  """Returns (H, ...): whether a pair at the distance is open."""
+  """Returns (H, ...) whether a pair is open: min(m(d), w(d)) > 1e-6."""
   return _weights(mask, distance)[2]
 
 
@@ -177,10 +180,10 @@ def open_share(mask: Mask, length: int) -> jax.Array:
 
 
 def open_fraction(wave: Wave) -> jax.Array:
-  """Returns (H,) f, the open share of a continuous period, and beyond one.
+  """Returns (H,) f, the open share u of a continuous period, continued past 1.
 
   f = u if u < 1 else 1 + (1/2 + P r - A), with u = 1/P + 2 r + 1/2. It is the
-  wave's factor in `penalty`, not a count: for that see `open_share`.
+  wave's factor in `penalty` and no count of distances: see `open_share`.
   """
   period_H, _ = _periods(wave)
   ratio_H = jnp.asarray(wave.ratio, jnp.float32)
@@ -190,10 +193,10 @@ def open_fraction(wave: Wave) -> jax.Array:
 
 
 def penalty(mask: Mask) -> jax.Array:
-  """Returns what one layer pays for its reach, in tokens: a mean over heads.
+  """Returns the penalty of one layer's spans and waves, in tokens.
 
-  mean_h[(z + R) f] with the wave, mean_h[z] without (the latter as in
-  Sukhbaatar et al. 2019, section 2.2).
+  It is mean_h[(z + R) f] with the wave, f of `open_fraction`, and mean_h[z]
+  without one (the latter as in Sukhbaatar et al. 2019, section 2.2).
   """
   span_H = jnp.asarray(mask.span, jnp.float32)
   if mask.wave is None:

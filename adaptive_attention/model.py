@@ -3,7 +3,7 @@
 The block is the published one: pre-norm, no biases unless asked for, GELU with
 erf, learned positions added before every block (or relative ones inside
 attention), the token embedding tied to the output layer. The modules hold
-parameters; `masks` says to what heads attend, and `state` is what a model keeps
+parameters. `masks` says which pairs are open, and `state` is what a model keeps
 of earlier tokens.
 """
 
@@ -33,9 +33,9 @@ _KERNEL_INIT = nn.initializers.normal(_INIT_STD)
 
 
 def _recomputed(module: Any, method: str) -> Any:
-  """Returns a module whose method (x, deterministic, ...) keeps inputs only.
+  """Returns a module whose method (x, deterministic, ...) stores inputs only.
 
-  The backward pass computes what is inside again.
+  The backward pass computes the activations inside it again.
   """
   return nn.remat(module, static_argnums=(2,), methods=[method])
 
@@ -44,9 +44,9 @@ class MLP(nn.Module):
   """down(gelu(up(x))), with GELU by erf.
 
   Attributes:
-    hidden_features: of up(x).
+    hidden_features: the width of up(x).
     dropout_rate: the share of the output to drop.
-    use_bias, dtype, kernel_init, out_kernel_init: as of the attention layer.
+    use_bias, dtype, kernel_init, out_kernel_init: as in the attention layer.
   """
 
   hidden_features: int
@@ -89,7 +89,8 @@ def _branch_fields(config: ModelConfig) -> dict[str, Any]:
     "use_bias": config.bias,
     "dtype": config.compute_dtype,
     "kernel_init": _KERNEL_INIT,
-    # Each block adds two branches to the stream: keep its variance at start.
+    # The 2 n_layer branches that are added up together start with the variance
+    # of one.
     "out_kernel_init": nn.initializers.normal(
       _INIT_STD / math.sqrt(2 * config.n_layer)
     ),
@@ -130,7 +131,7 @@ def _mlp(config: ModelConfig) -> MLP:
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """Adds attention(norm_1(x)) to x, then mlp(norm_2(x)) to that."""
 
   config: ModelConfig
 
@@ -144,7 +145,10 @@ class Block(nn.Module):
     position: jax.Array | None = None,
     relative_RK: jax.Array | None = None,
   ) -> tuple[jax.Array, LayerState | None]:
-    """Returns (y_BTD, the layer's state with these tokens); see the layer."""
+    """Returns (y_BTD, the layer's state with these tokens).
+
+    See `AdaptiveSelfAttention.extend` for the arguments.
+    """
     normed_BTD = _layer_norm(self.config, "norm_1")(x_BTD)
     attention = attention_layer(self.config, name="attention")
     y_BTD, layer_state = attention.extend(
@@ -167,8 +171,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """A language model over bytes: tokens_BT -> logits_BTV in float32.
 
-  What a token sees does not depend on how long the text is: without spans it is
-  the `config.max_context_tokens` up to itself.
+  How far a token attends back does not depend on the length of the text: it is
+  the reach of each head. Without spans that is `config.max_context_tokens`.
   """
 
   config: ModelConfig
@@ -184,15 +188,16 @@ class Transformer(nn.Module):
 
     Args:
       tokens_BT: B sequences of T tokens.
-      train: whether to drop; then `rngs={"dropout": key}` is needed where
+      train: whether dropout acts. Then `rngs={"dropout": key}` is needed where
         config.dropout is not zero.
-      state: of `init_memory` or `init_cache`, with which the tokens go on where
-        those before ended. Donate it, as it is copied otherwise.
+      state: what `init_memory` or `init_cache` made, or an earlier call
+        returned. The tokens follow those that it has read. Donate it, as it is
+        copied otherwise.
 
     Raises:
-      ValueError: more tokens than positions were learned for, or others than
-        the state was made for. Where it is traced how far a state has come,
-        logits of positions beyond the learned ones are nan.
+      ValueError: more tokens than learned positions, or a B or T that the state
+        was not made for. Where the state's `tokens_read` is traced, the logits
+        of positions beyond the learned ones are nan instead.
     """
     if state is None:
       alone = Stateless(self.config.n_layer)
@@ -249,7 +254,7 @@ class Transformer(nn.Module):
   def _learned_positions(
     self, layer: int, T: int, state: State | Stateless
   ) -> jax.Array:
-    """Returns (T, D) of the next T positions; nan where there are none."""
+    """Returns (T, D), the vectors of the next T positions; nan beyond them."""
     table = self.param(
       f"position_{layer}",
       nn.initializers.normal(_INIT_STD),
@@ -264,7 +269,8 @@ class Transformer(nn.Module):
 
   def _check_length(self, T: int, state: State | Stateless) -> None:
     cfg = self.config
-    end = (state.known_tokens_read or 0) + T  # or more, where that is traced
+    # At least so many; where `tokens_read` is traced there may be more.
+    end = (state.known_tokens_read or 0) + T
     if cfg.position == "learned" and end > cfg.context_tokens:
       raise ValueError(
         f"{end} tokens are more than the {cfg.context_tokens} for which "

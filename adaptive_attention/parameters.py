@@ -1,8 +1,8 @@
-"""What the leaves of a tree of parameters are, and which layers it holds.
+"""Tells what the leaves of a tree of parameters are, and which layers it holds.
 
 Leaves are told by their names, whatever the tree is made of. `nn.scan` and
-`nn.vmap` stack the parameters of layers along new leading axes; here they are
-layers all the same.
+`nn.vmap` stack the parameters of layers along new leading axes; the functions
+below treat them like layers apart.
 """
 
 import re
@@ -21,7 +21,10 @@ def _names(path) -> tuple[str, ...]:
 
 
 def _map_leaves(function, params):
-  """A tree of function(names, leaf); a leaf in a box of flax is one leaf."""
+  """Returns the tree of function(names, leaf).
+
+  A leaf in a box of flax is one leaf.
+  """
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: function(_names(path), nn.meta.unbox(leaf)),
     params,
@@ -30,15 +33,15 @@ def _map_leaves(function, params):
 
 
 def is_mask_parameter(params):
-  """A tree of booleans: True for the parameters of spans and waves."""
+  """Returns a tree of booleans: True for the parameters of spans and waves."""
   return _map_leaves(lambda names, _: names[-1] in MASK_PARAMETERS, params)
 
 
 def is_matrix(params):
-  """A tree of booleans: True for what maps or looks up, stacked or apart.
+  """Returns a tree of booleans: True for kernels and tables of vectors.
 
-  Spans, waves, biases and the scales of norms are vectors however many layers
-  they are stacked of.
+  Spans, waves, biases and the scales of norms are False, also where they are
+  stacked to more axes.
   """
   vectors = (*MASK_PARAMETERS, _SCALE, _BIAS)
   return jax.tree.map(
@@ -49,7 +52,7 @@ def is_matrix(params):
 
 
 def stacked_axes(params):
-  """A tree of integers: how many leading axes of a leaf tell layers apart."""
+  """Returns a tree of integers: how many axes of a leaf stack layers."""
   return jax.tree.map(
     lambda of_one, of_all: of_all - of_one,
     _ranks(params),
@@ -58,7 +61,7 @@ def stacked_axes(params):
 
 
 def _ranks(params):
-  """A tree of integers: the axes of each leaf of one layer."""
+  """Returns a tree of integers: how many axes each leaf has in one layer."""
   found = {}
 
   def visit(tree, path, depth):
@@ -76,11 +79,11 @@ def _ranks(params):
 
 
 def attention_layers(params, dense: bool) -> list[tuple[str, dict]]:
-  """(path, its mask parameters) of each attention layer, first to last.
+  """Returns (path, mask parameters) of each attention layer, first to last.
 
-  Names are taken in their natural order (block_2 before block_10), and layers
-  that are stacked in that of their axes. What is called `qkv` and `out` is a
-  layer only where layers have no spans, and if its kernels are of that shape.
+  Names are taken in their natural order (block_2 before block_10), and stacked
+  layers in the order of their axes. A layer is told by its `span_logit`. A
+  dense layer is told by kernels `qkv` and `out` of fitting shapes.
 
   Args:
     dense: whether layers have no mask parameters.
@@ -108,7 +111,7 @@ def attention_layers(params, dense: bool) -> list[tuple[str, dict]]:
 
 
 def _nested(params) -> dict:
-  """The tree as dictionaries of dictionaries, by names."""
+  """Returns the tree as dictionaries of dictionaries, by names."""
   tree = {}
   paths, _ = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(params))
   for path, leaf in paths:
@@ -121,10 +124,10 @@ def _nested(params) -> dict:
 
 
 def _stack_size(tree, depth) -> int | None:
-  """How many layers a node stacks along its axis number `depth`, or None.
+  """Returns how many layers a node stacks along axis `depth`, or None.
 
-  All that it holds has such an axis then, and something more axes than one
-  layer of it has.
+  A node stacks layers if all its leaves have that axis, of one length, and one
+  of them has more axes than in one layer.
   """
   leaves, lengths = list(_leaves(tree, ())), set()
   for _, leaf in leaves:
@@ -139,6 +142,7 @@ def _stack_size(tree, depth) -> int | None:
 
 
 def _leaves(tree, path):
+  """Yields (path, leaf) of all leaves of nested dictionaries."""
   for name, child in tree.items():
     if isinstance(child, Mapping):
       yield from _leaves(child, (*path, name))
@@ -147,14 +151,14 @@ def _leaves(tree, path):
 
 
 def _rank_apart(path) -> int | None:
-  """The axes of a leaf of one layer, where its name tells."""
+  """Returns how many axes a leaf has in one layer; None if its name is mute."""
   if path[-1] in (*MASK_PARAMETERS, _SCALE):
     return 1
   return 2 if path[-2:] == ("qkv", "kernel") else None
 
 
 def _is_dense_layer(tree) -> bool:
-  """Whether these are the qkv (D, 3 H K) and out (H K, ...) of layers."""
+  """Returns whether a node holds kernels qkv (D, 3 H K) and out (H K, ...)."""
   kernels = []
   for name in ("qkv", "out"):
     child = tree.get(name)
@@ -166,6 +170,7 @@ def _is_dense_layer(tree) -> bool:
 
 
 def _natural_order(name):
+  """Returns a key that sorts names with their numbers as numbers."""
   return [
     int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
   ]

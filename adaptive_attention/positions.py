@@ -1,4 +1,4 @@
-"""Positions as turns of queries and keys, exact however long the stream is."""
+"""Rotary positions, whose differences are exact in streams of 2^32 tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,21 @@ _BASE = 10_000.0
 
 
 def rotate(x_BTHK: jax.Array, position: ArrayLike) -> jax.Array:
-  """Turns queries or keys by their positions (Su et al. 2021, "RoFormer").
+  """Returns queries or keys turned by their positions.
+
+  See Su et al. 2021, "RoFormer".
 
   The pair (x[j], x[j + K/2]) is turned by the angle position * base^(-2j/K),
   base = 10,000, so that the product of a query and a key depends on the
   difference of their positions alone.
 
-  An angle is a count of 2^-32 turns. Its integers wrap around just as a turn
-  does, so that differences are exact at any position below 2^32, where angles
-  in float32 would be off by 0.5 at 10^7. The frequencies are rounded to 2^-32
-  turns per token for that.
+  An angle is an integer count of 2^-32 turns. These integers wrap around just
+  as turns do, so that differences are exact at any position below 2^32. Angles
+  in float32 would be off by 0.5 at 10^7. The price is that frequencies are
+  rounded to 2^-32 turns per token.
 
   Args:
-    x_BTHK: of an even width K; turned in float32.
+    x_BTHK: queries or keys of an even width K; they are turned in float32.
     position: (T,) or (B, T) integers from 0 on.
 
   Returns:
@@ -33,7 +35,7 @@ def rotate(x_BTHK: jax.Array, position: ArrayLike) -> jax.Array:
   position = jnp.asarray(position).astype(jnp.uint32)
   position_BT11 = position.reshape(-1, x_BTHK.shape[1], 1, 1)
   phase_BT1K = position_BT11 * turns_K[None, None, None]
-  # As signed numbers: the same angle, nearer to zero.
+  # Signed numbers give the same angle, nearer to zero.
   angle_BT1K = phase_BT1K.astype(jnp.int32).astype(jnp.float32) * (
     2 * np.pi / 2**32
   )

@@ -1,7 +1,7 @@
 """Segment memory: the keys and values of the tokens before a segment.
 
-As in Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019; no gradient
-flows through what is older than the segment.
+It is that of Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019. No
+gradient flows to keys and values that are older than the segment.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from adaptive_attention.attention.ring import Ring
 
 
 class SegmentKV(flax.struct.PyTreeNode):
-  """The keys and values of a layer's streams, in rows of rings.
+  """One layer's keys and values of N streams, in rings.
 
   Attributes:
-    k, v: (N, S, H, K) of N streams, as in a `Ring`.
+    k, v: (N, S, H, K), as in a `Ring`.
     memory_tokens: static; how many tokens before a segment are visible.
-    first_stream: which of the N streams a call begins with; None for the first.
+    first_stream: the stream that a call begins with; None for the first.
   """
 
   k: jax.Array
@@ -41,10 +41,10 @@ class SegmentKV(flax.struct.PyTreeNode):
     tokens_read: jax.Array | np.uint32 | int,
     **options: Any,
   ) -> tuple[jax.Array, "SegmentKV"]:
-    """Appends T tokens in place of the oldest, and attends over what is there.
+    """Writes T tokens over the oldest, and attends over the ring.
 
     Raises:
-      ValueError: another number of tokens than it was made for.
+      ValueError: a number of tokens that needs rings of another length.
     """
     T, S = k_BTHK.shape[1], self.k.shape[1]
     if ring_rows(self.memory_tokens, T) != S:
@@ -68,23 +68,30 @@ class SegmentKV(flax.struct.PyTreeNode):
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all keys and values."""
     return self.k.nbytes + self.v.nbytes
 
 
 def ring_rows(memory_tokens: int, T: int) -> int:
-  """S: room for the memory, in whole segments of T tokens, and for one more."""
+  """Returns S, the rows of a ring.
+
+  They have room for the memory, in whole segments of T tokens, and for one more
+  segment.
+  """
   return (-(-memory_tokens // T) + 1) * T
 
 
 def tokens_before(reach_L: Sequence[int], memory_tokens: int, T: int) -> int:
-  """How many tokens before a segment its logits depend on, through all layers.
+  """Returns how many tokens before a segment its logits depend on.
 
-  A layer looks as far back as its longest reach, at most as far as the memory
-  before the segment of the query. What it finds there has looked back itself.
+  A query attends back over its layer's longest reach, but not beyond the memory
+  before its own segment. The keys there depend on tokens further back, through
+  the layers below.
 
   Args:
-    reach_L: over how many tokens each layer looks back, first to last.
-    memory_tokens, T: tokens before a segment, and of one.
+    reach_L: the longest reach in each layer, in tokens, first to last.
+    memory_tokens: how many tokens before a segment are visible.
+    T: tokens of a segment.
   """
   first = 0
   for reach in reversed(reach_L):

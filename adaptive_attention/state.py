@@ -1,8 +1,9 @@
-"""What a model keeps of earlier tokens: segment memory or KV cache, one State.
+"""The state of a model: a segment memory or a KV cache of earlier tokens.
 
 To read a prompt, to write a token and to train over a memory are one call,
-`logits, state = model.apply(params, tokens, state=state)`. A state holds a part
-for each layer, which appends the keys and values of the new tokens and attends.
+`logits, state = model.apply(variables, tokens, state=state)`. A state holds a
+part for each layer, which appends the keys and values of the new tokens and
+attends.
 """
 
 import re
@@ -41,10 +42,15 @@ class LayerState(Protocol):
     dropout_seed: jax.Array | None = None,
     implementation: str | None = None,
   ) -> tuple[jax.Array, "LayerState"]:
-    """Appends T keys and values, then attends: (out_BTHK, the new part).
+    """Appends T keys and values, then attends; returns (out_BTHK, new part).
+
+    Args:
+      tokens_read: how many tokens of each sequence came before.
+      q_BTHK, k_BTHK, v_BTHK, mask, relative_RK: as in `attention.attend`.
+      dropout_rate, dropout_seed, implementation: as in `attention.attend`.
 
     Raises:
-      NotImplementedError: an option that it cannot serve.
+      NotImplementedError: an option that this part cannot serve.
     """
     ...
 
@@ -59,11 +65,15 @@ def attend(
   tokens_read: TokensRead,
   **options: Any,
 ) -> tuple[jax.Array, LayerState | None]:
-  """Attends over a layer's state and the new tokens; without a state to them.
+  """Attends over a layer's state and the new tokens.
 
   Args:
-    options: relative_RK, dropout_rate, dropout_seed, implementation, as of
+    state: the layer's part; if it is None, only the new tokens are there.
+    options: relative_RK, dropout_rate, dropout_seed and implementation, as in
       `attention.attend`.
+
+  Returns:
+    (out_BTHK, the new part of the layer, or None).
   """
   if state is None:
     return attend_plainly(q_BTHK, k_BTHK, v_BTHK, mask, **options), None
@@ -79,10 +89,10 @@ class State(flax.struct.PyTreeNode):
 
   Attributes:
     layers: each layer's part.
-    tokens_read: uint32, of each stream since its start. At 0 nothing that is
-      held is visible, so that a stream starts again by it alone.
-    first_position: uint32 (N,), where in a text each stream begins; None where
-      all begin at 0. What is rounded differs with the position.
+    tokens_read: uint32; how many tokens of each stream were read. At 0 nothing
+      in the state is visible, so that setting it to 0 starts the streams again.
+    first_position: uint32 (N,), the position in the text where each stream
+      begins; None where all begin at 0. It changes results by rounding alone.
   """
 
   layers: tuple[Any, ...]
@@ -91,7 +101,7 @@ class State(flax.struct.PyTreeNode):
 
   @property
   def known_tokens_read(self) -> int | None:
-    """How many tokens were read; None where that is traced."""
+    """`tokens_read` as a Python integer; None where it is traced."""
     return known(self.tokens_read)
 
   @property
@@ -100,7 +110,10 @@ class State(flax.struct.PyTreeNode):
     return sum(layer.nbytes for layer in self.layers)
 
   def positions(self, B: int, T: int) -> jax.Array:
-    """Returns those of the next T tokens: (T,), or (B, T) of B streams."""
+    """Returns the positions of the next T tokens: (T,), or (B, T).
+
+    They are (B, T) where the streams have a `first_position` each.
+    """
     position_T = jnp.arange(T, dtype=jnp.uint32) + self.tokens_read
     if self.first_position is None:
       return position_T
@@ -111,13 +124,13 @@ class State(flax.struct.PyTreeNode):
     return first_B[:, None] + position_T[None]
 
   def of_streams(self, first: jax.Array | int | None) -> "State":
-    """Returns it with calls being of the streams from `first` on."""
+    """Returns a segment memory whose calls begin with the stream `first`."""
     return self.replace(
       layers=tuple(layer.replace(first_stream=first) for layer in self.layers)
     )
 
   def at(self, tokens_read: jax.Array) -> "State":
-    """Returns it as if so many tokens had been read."""
+    """Returns the state with another number of tokens read."""
     return self.replace(tokens_read=tokens_read)
 
   def after(self, layers: Iterable[Any], T: int) -> "State":
@@ -128,12 +141,12 @@ class State(flax.struct.PyTreeNode):
 
 
 class Stateless(flax.struct.PyTreeNode):
-  """A `State` of layers that keep nothing: every call begins a text.
+  """A `State` that holds nothing, so that every call begins a text.
 
-  A pytree without leaves.
+  It is a pytree without leaves.
 
   Attributes:
-    n_layer: static; of how many layers.
+    n_layer: static; the number of layers.
   """
 
   n_layer: int = flax.struct.field(pytree_node=False)
@@ -163,7 +176,7 @@ class Stateless(flax.struct.PyTreeNode):
 
 
 def path_today(path: str) -> str:
-  """Returns the path in a State of what version 0.1 saved under this one.
+  """Returns the path in a State that a path of version 0.1 has become.
 
   k.I and v.I were the keys and values of layer I.
   """
@@ -171,15 +184,18 @@ def path_today(path: str) -> str:
 
 
 def init_memory(config: ModelConfig, streams: int, T: int) -> State:
-  """Returns an empty segment memory of so many streams, for calls of T tokens.
+  """Returns an empty segment memory of N streams, for calls with T tokens.
+
+  Each layer has (N, S, H, K) keys and values in `config.compute_dtype`, where S
+  is the memory in whole segments and one segment more.
 
   Args:
-    config: the model's; `memory_tokens` says how far back it goes.
+    config: the model's; `memory_tokens` are visible before each segment.
     streams: N.
     T: tokens of a segment.
 
   Raises:
-    ValueError: sizes below 1.
+    ValueError: `streams` or `T` below 1.
   """
   for name, value in (("streams", streams), ("T", T)):
     if value < 1:
@@ -207,14 +223,18 @@ def init_cache(
 ) -> State:
   """Returns an empty KV cache for B sequences of one length.
 
+  Each head has a ring of at least its reach, ceil(z + R) tokens, in
+  `config.compute_dtype`. See `attention.decode` for the axes.
+
   Args:
-    params, config: the model's; concrete, unless `groups` are given.
+    params: the parameters; concrete, unless `groups` are given.
+    config: the model's.
     batch: B.
-    cache: as of `cache_groups`.
-    groups: what `cache_groups` returned, in place of it.
+    cache: "spans" or "dense", as in `kv_cache.cache_groups`.
+    groups: what `cache_groups` returned; `cache` is then ignored.
 
   Raises:
-    ValueError: another kind of cache, or less than no sequence.
+    ValueError: an unknown kind of cache, or a negative `batch`.
   """
   if batch < 0:
     raise ValueError(f"batch={batch} is not possible; expected 0 or more")

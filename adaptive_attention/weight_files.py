@@ -1,4 +1,4 @@
-"""Files of named arrays: .safetensors, .npz, and .pt of PyTorch."""
+"""Reads and writes files of named arrays: .safetensors, .npz, PyTorch's .pt."""
 
 import json
 import pathlib
@@ -14,14 +14,14 @@ from adaptive_attention.errors import Error, first_line
 
 
 class WeightsError(Error, ValueError):
-  """A file or a set of parameters cannot be read in."""
+  """A file or a set of parameters that cannot be read."""
 
 
 def float_array(name: str, value) -> np.ndarray:
-  """A floating-point array of what numpy, jax or PyTorch hold.
+  """Returns an array of NumPy, JAX or PyTorch as a floating-point NumPy array.
 
   Raises:
-    WeightsError: it holds something else.
+    WeightsError: it is no array, or holds other than floating-point numbers.
   """
   try:
     if hasattr(value, "detach"):  # numpy cannot read all dtypes of PyTorch
@@ -47,7 +47,7 @@ def _wrong_dtype(name, dtype):
   )
 
 
-_DTYPES = {  # of safetensors -> of numpy, those that hold parameters
+_DTYPES = {  # name in safetensors -> in NumPy, of floating-point numbers
   "F64": "float64",
   "F32": "float32",
   "F16": "float16",
@@ -60,10 +60,10 @@ _DTYPES = {  # of safetensors -> of numpy, those that hold parameters
 
 
 def write_safetensors(path, arrays: Mapping, config: Mapping, step: int):
-  """Replaces a file as a whole; `read_safetensors` reads it.
+  """Replaces a file as a whole by arrays and settings.
 
   Raises:
-    OSError: it cannot be written; the old content stays.
+    OSError: the file cannot be written; the old content stays.
   """
   content = safetensors.numpy.save(
     {name: np.ascontiguousarray(value) for name, value in arrays.items()},
@@ -73,16 +73,17 @@ def write_safetensors(path, arrays: Mapping, config: Mapping, step: int):
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict, dict]:
-  """({name: array}, the settings in its metadata) of a .safetensors.
+  """Returns ({name: array}, the settings in the metadata) of a .safetensors.
 
   Raises:
-    WeightsError: it is damaged, has no settings, or holds no parameters.
+    WeightsError: the file is damaged, has no settings, or holds an array of
+      other than floating-point numbers.
   """
   try:
     with safetensors.safe_open(path, "np") as file:
       config = dict(json.loads((file.metadata() or {})["config"]))
     tensors = safetensors.deserialize(path.read_bytes())
-  except Exception as error:  # of json, safetensors and what it is made of
+  except Exception as error:  # errors of json, safetensors and others
     raise _unreadable(error, "that --mode=export wrote") from error
   arrays = {}
   for name, tensor in tensors:
@@ -94,10 +95,12 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict, dict]:
 
 
 def read_npz(path) -> dict:
-  """{name: array} of an .npz; of those under param/ alone, if there are any.
+  """Returns {name: array} of an .npz.
+
+  If there are names under param/, these alone are returned, without it.
 
   Raises:
-    WeightsError: it is damaged or has a name twice.
+    WeightsError: the file is damaged or has a name twice.
   """
   try:
     with np.load(path, allow_pickle=False) as file:
@@ -109,7 +112,7 @@ def read_npz(path) -> dict:
       }
   except WeightsError:
     raise
-  except Exception as error:  # of numpy, zipfile, zlib and others
+  except Exception as error:  # errors of numpy, zipfile, zlib and others
     raise _unreadable(error, "that numpy.savez wrote") from error
 
 
@@ -124,7 +127,7 @@ def _npz_member(file, name):
 
 
 def read_torch(path) -> dict:
-  """{name: tensor} of a checkpoint or a state dict of PyTorch.
+  """Returns {name: tensor} of a checkpoint or a state dict of PyTorch.
 
   Raises:
     WeightsError: PyTorch is not installed, or the file is damaged, holds no

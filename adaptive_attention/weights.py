@@ -1,4 +1,4 @@
-"""Parameters of the published program, and of files.
+"""Reads parameters of the published program, and reads and writes files.
 
 The published program is a fork of nanoGPT, in PyTorch, with names and shapes of
 its own: linear weights are (out, in), `wte` is also the output layer, `wpe`
@@ -44,16 +44,18 @@ _SETTINGS = {  # theirs -> ours
 
 
 def config_from_nanogpt(theirs: Mapping) -> ModelConfig:
-  """The model that the published program builds from these settings.
+  """Returns the ModelConfig of the model that the published program builds.
 
   Args:
-    theirs: block_size, n_layer, n_head, n_embd, vocab_size, bias, softness
-      (the ramp), span_reg, use_triangle_wave, period_min, period_max,
-      harmonics, dropout; `T`, the length of one batch, is ignored, as it does
-      not belong to the model. The largest span is block_size.
+    theirs: its settings by name: block_size, n_layer, n_head, n_embd,
+      vocab_size, bias, softness (the ramp), span_reg, use_triangle_wave,
+      period_min, period_max, harmonics, dropout. `T`, the length of one batch,
+      is ignored, as it does not belong to the model. The longest span is
+      block_size.
 
   Raises:
     WeightsError: a setting is unknown, or one of the model's sizes is missing.
+    ValueError: a setting that is not possible.
   """
   known = {*_SETTINGS, "use_triangle_wave", "T"}
   for name in theirs:
@@ -77,7 +79,7 @@ def config_from_nanogpt(theirs: Mapping) -> ModelConfig:
 
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
-  """Their name -> (our path, whether the matrix is to be transposed)."""
+  """Returns {their name: (our path, whether the matrix is transposed)}."""
   if config.position != "learned":
     raise WeightsError(
       f"model.position={config.position!r} has no parameters in a published "
@@ -119,7 +121,7 @@ _NORMS = {"ln_1": "norm_1", "ln_2": "norm_2"}
 
 
 def _names_of_a_layer(config):
-  """The same of one layer, from `h.I.` and `block_I/` on."""
+  """Returns the same for one layer, without `h.I.` and `block_I/`."""
   names = {}
   for name, path in _LOGITS[config.attention].items():
     names[f"attn.{name}"] = (f"attention/{path}", False)
@@ -134,7 +136,7 @@ def _names_of_a_layer(config):
 
 
 def _is_buffer(name, shape):
-  """Whether it is a table over pairs of positions; we compute those."""
+  """Returns whether it is a table over pairs of positions, which we compute."""
   return bool(
     re.fullmatch(r"transformer\.h\.\d+\.attn\.\w+", name)
     and len(shape) >= 2
@@ -143,20 +145,21 @@ def _is_buffer(name, shape):
 
 
 def from_nanogpt(params: Mapping, config: ModelConfig) -> dict:
-  """The parameter tree of `Transformer(config)`, from the published names.
+  """Returns the parameters of `Transformer(config)` from the published names.
 
   Buffers are ignored. `lm_head.weight` must equal `transformer.wte.weight`.
 
   Args:
-    params: name -> array of numpy, jax or PyTorch, of any floating-point dtype.
-    config: the model's.
+    params: name -> array of NumPy, JAX or PyTorch, of any floating-point dtype.
+    config: the model's; its position must be "learned".
 
   Returns:
-    The tree, float32.
+    The tree of float32 parameters.
 
   Raises:
-    WeightsError: a name is unknown or missing, a shape does not fit, values are
-      no floating-point numbers or not finite, or the output layer is not tied.
+    WeightsError: the model has other positions, a name is unknown or missing, a
+      shape does not fit, values are no floating-point numbers or not finite in
+      float32, or the output layer is not tied to the embedding.
   """
   names = _names(config)
   found = {
@@ -178,16 +181,16 @@ def from_nanogpt(params: Mapping, config: ModelConfig) -> dict:
 
 
 def _tree(found, names, config):
-  """The model's parameter tree, float32, each leaf with its name and shape.
+  """Returns the model's tree of float32 parameters from arrays by name.
 
   Args:
     found: name -> array, as `weight_files.float_array` takes it.
-    names: name -> (our path, whether the matrix is to be transposed), of each
-      parameter.
+    names: name -> (our path, whether the matrix is transposed), for each
+      parameter of the model.
     config: the model's.
 
   Raises:
-    WeightsError: naming the parameter that does not fit.
+    WeightsError: a parameter is unknown or missing, or does not fit.
   """
   model = (
     f"a model with n_layer={config.n_layer}, attention={config.attention!r} "
@@ -211,7 +214,7 @@ def _tree(found, names, config):
 
 
 def _leaf(name, value, shape, transpose) -> np.ndarray:
-  """One parameter as a float32 array of this shape."""
+  """Returns one parameter as a float32 array of a given shape."""
   value = weight_files.float_array(name, value)
   expected = shape[::-1] if transpose else shape
   if value.shape != expected:
@@ -220,7 +223,7 @@ def _leaf(name, value, shape, transpose) -> np.ndarray:
       f"parameter {name!r} is {value.shape}{transposed} where the model's "
       f"settings ask for {expected}; choose the settings it was trained with"
     )
-  with np.errstate(over="ignore"):  # of float64, reported below
+  with np.errstate(over="ignore"):  # what overflows is reported below
     leaf = np.array(value.T if transpose else value, np.float32, order="C")
   if not np.isfinite(leaf).all():
     raise WeightsError(
@@ -232,7 +235,7 @@ def _leaf(name, value, shape, transpose) -> np.ndarray:
 
 @functools.cache
 def _shapes(config: ModelConfig) -> dict[str, tuple]:
-  """Path -> shape of every parameter of the model."""
+  """Returns {path: shape} of all parameters of the model."""
   model = Transformer(config)
   variables = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -242,18 +245,18 @@ def _shapes(config: ModelConfig) -> dict[str, tuple]:
 
 
 def load(path: str | os.PathLike, config: ModelConfig) -> dict:
-  """The parameter tree out of a file, float32 whatever dtype the file has.
+  """Returns the tree of float32 parameters that a file holds, in any dtype.
 
   Args:
-    path: a .safetensors that `save` wrote; or the published program's
-      parameters, an .npz with one array per parameter, `param/NAME` or `NAME`,
-      or a .pt checkpoint or state dict (needs PyTorch; read with
-      weights_only=True).
+    path: a .safetensors that `save` wrote, or a file of the published program's
+      parameters. The latter is an .npz with one array per parameter, named
+      `param/NAME` or `NAME`, or a .pt checkpoint or state dict, which needs
+      PyTorch and is read with weights_only=True.
     config: the model's.
 
   Raises:
-    WeightsError: the file does not exist, is damaged or of another format; it
-      holds a model of other settings; and what `from_nanogpt` raises.
+    WeightsError: the file does not exist, is damaged or of another format, or
+      holds a model of other settings; or as `from_nanogpt` does.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -285,11 +288,11 @@ def save(
 ) -> None:
   """Writes the parameters as safetensors, with the model's settings.
 
-  Names are paths, as block_0/attention/qkv/kernel. The metadata holds `config`,
-  a JSON of `ModelConfig`, and `step`. An existing file is replaced as a whole.
+  Names are paths, as block_0/attention/qkv/kernel. The metadata hold `config`,
+  the ModelConfig in JSON, and `step`. An existing file is replaced as a whole.
 
   Raises:
-    OSError: it cannot be written; the old content stays.
+    OSError: the file cannot be written; the old content stays.
   """
   weight_files.write_safetensors(
     path,
@@ -302,7 +305,10 @@ def save(
 def _check_settings(saved, config):
   """Checks that the file's model computes what the settings ask for.
 
-  A setting that its metadata lack has its default, as in `config.model_config`.
+  A setting that the file's metadata lack has its default.
+
+  Raises:
+    WeightsError: a setting that differs, or metadata that describe no model.
   """
   try:
     theirs = dataclasses.asdict(model_config(saved))

@@ -1,4 +1,4 @@
-"""Two CPU devices for all tests, and main.py as a function."""
+"""Gives all tests two CPU devices, and main.py as a function."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 
-# Those processes that pytest-xdist and tests start find both of these in their
+# Processes that pytest-xdist and tests start inherit both of these in their
 # environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-  # Tests compile more than they compute: without XLA's optimization of machine
-  # code that takes half as long, and half of that without its newer emitters.
+  # Tests compile more than they compute. Compiling takes half as long without
+  # XLA's optimization of machine code, and half of that without its newer
+  # emitters.
   os.environ["XLA_FLAGS"] = " ".join(
     [
       os.environ.get("XLA_FLAGS", ""),
@@ -33,12 +34,12 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# As it is where no nohup has started the tests.
+# The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
 
 
-_ROOM_BYTES = 3 << 29  # 1.5 GiB more than what cannot be given back
+_ROOM_BYTES = 3 << 29  # 1.5 GiB above what was left when room was last made
 
 
 def _resident_bytes() -> int:
@@ -51,16 +52,15 @@ def _resident_bytes() -> int:
 
 @pytest.fixture(scope="session")
 def resident():
-  """How much memory was left when room was last made."""
+  """Returns how many bytes were still used when room was last made."""
   return {"bytes": _resident_bytes()}
 
 
 @pytest.fixture(autouse=True)
 def room(resident):
-  """Lets go of what tests have compiled, where it takes much memory.
+  """Drops what tests have compiled, where it takes much memory.
 
-  A process may map only so many pieces of memory, too, and each program takes
-  some.
+  Each program also takes some of the pieces of memory that a process may map.
   """
   yield
   if _resident_bytes() > resident["bytes"] + _ROOM_BYTES:
@@ -72,7 +72,7 @@ def room(resident):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-  """Refuses longer files, as a full disk does."""
+  """Refuses to write longer files, as a full disk does."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -83,12 +83,13 @@ def files_of_at_most(size):
 
 @contextlib.contextmanager
 def serving(*options):
-  """main(*flags) -> (exit code, stdout, stderr) of main.py, run by a server.
+  """Yields a function that runs main.py in a server.
 
-  `main.backend_was_started` tells whether the last call touched a device.
+  It is called as run(*flags) and returns [exit code, stdout, stderr].
+  `run.backend_was_started` tells whether the last call touched a device.
 
   Args:
-    options: of Python, how to start the server.
+    options: the options of Python that start the server.
   """
   with subprocess.Popen(
     [sys.executable, *options],
@@ -116,7 +117,7 @@ def main():
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-  """A file of 20,000 bytes that a model can learn something of."""
+  """A file of 20,000 bytes, in which a model finds something to learn."""
   words = [b"span", b"wave", b"head", b"query", b"key", b"token", b"comb"]
   drawn = np.random.default_rng(0).integers(0, len(words), 5000)
   path = tmp_path_factory.mktemp("data") / "text.txt"
@@ -138,7 +139,7 @@ TINY = {
   "model.context_tokens": 24,
   "model.ramp": 4.0,
   "model.dropout": 0.3,
-  # It compiles in half the time; tests of attention have all implementations.
+  # It compiles in half the time. Tests of attention run all implementations.
   "model.implementation": "reference",
   "optimizer.warmup_steps": 4,
   "cpu_devices": 2,
@@ -157,7 +158,7 @@ def tiny(text):
 
 @pytest.fixture
 def tiny_flags(text):
-  """The same as flags of main.py."""
+  """The same config as flags of main.py."""
   return [
     f"--config={ROOT / 'configs' / 'base.py'}",
     f"--config.data.path={text}",

@@ -1,8 +1,8 @@
 """Runs main.py once per line of stdin, each time in a fork of a warm process.
 
-A line is a JSON list of flags; the answer is a JSON list [exit code, stdout,
-stderr, whether a backend was started]. What is slow to import is imported once;
-no child starts with a backend.
+A line is a JSON list of flags. The answer is a JSON list [exit code, stdout,
+stderr, whether a backend was started]. Modules that are slow to import are
+imported once, before the forks. No child starts with a backend.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The formulas once more, slowly: float64, explicit loops, nothing of ours.
+"""The oracle: all formulas in float64 and explicit loops, with no code of ours.
 
 Lengths are in tokens; d = t - s >= 0 is the distance from a query at position
 t back to a key at s. A head has a span z, and with a wave a period P and a
@@ -24,7 +24,7 @@ class Mask(NamedTuple):
   integer: bool = False
 
   def head(self, h):
-    """(z, P of the phase, P of amplitude and lift, r) of head h."""
+    """Returns (z, P as a phase, P as an amplitude, r) of head h."""
     if self.period is None:
       return float(self.span[h]), None, None, None
     period = float(self.period[h])
@@ -38,7 +38,7 @@ def clip(x):
 
 
 def clip_slope(x):
-  """One where nothing is clipped, both ends included."""
+  """Returns the slope of `clip`: one on all of [0, 1], both ends included."""
   return 1.0 if 0.0 <= x <= 1.0 else 0.0
 
 
@@ -48,7 +48,7 @@ def span_weight(d, span, ramp):
 
 
 def nearest_multiple(d, period):
-  """The integer n whose n P is nearest to d."""
+  """Returns the integer n whose multiple n P is nearest to d."""
   below = math.floor(d / period)
   return min((below, below + 1), key=lambda n: abs(d - n * period))
 
@@ -62,7 +62,7 @@ def unit_wave(d, period, harmonics):
 
 
 def triangle(d, period, harmonics, height_period=None):
-  """tri(d), the amplitude A = P/4 taken from `height_period` if given."""
+  """Returns tri(d). Its amplitude A = P/4 is of `height_period`, if given."""
   height = (period if height_period is None else height_period) / 4
   if harmonics is None:
     n = nearest_multiple(d, period)
@@ -70,20 +70,20 @@ def triangle(d, period, harmonics, height_period=None):
   return height * unit_wave(d, period, harmonics)
 
 
-def lifted(d, period, height_period, ratio, harmonics):
-  """tri(d) + 1/2 + P r: the wave before it is clipped."""
+def unclipped_wave(d, period, height_period, ratio, harmonics):
+  """Returns tri(d) + 1/2 + P r, the wave before it is clipped."""
   tri = triangle(d, period, harmonics, height_period)
   return tri + 0.5 + height_period * ratio
 
 
 def wave_weight(d, period, ratio, harmonics):
   """w(d) = clip(tri(d) + 1/2 + P r, 0, 1)."""
-  return clip(lifted(d, period, period, ratio, harmonics))
+  return clip(unclipped_wave(d, period, period, ratio, harmonics))
 
 
 def wave_slopes(d, period, ratio, harmonics, integer):
-  """(dw/dP, dw/dr); an integer period leaves its phase out of dw/dP."""
-  slope = clip_slope(lifted(d, period, period, ratio, harmonics))
+  """Returns (dw/dP, dw/dr); dw/dP of an integer period leaves out the phase."""
+  slope = clip_slope(unclipped_wave(d, period, period, ratio, harmonics))
   if harmonics is None:
     n = nearest_multiple(d, period)
     by_height = 0.25
@@ -100,7 +100,7 @@ def wave_slopes(d, period, ratio, harmonics, integer):
 
 
 def weights(mask, h, d):
-  """(m, w) of head h at distance d."""
+  """Returns (m, w) of head h at distance d."""
   span, period, _, ratio = mask.head(h)
   w = 1.0
   if period is not None:
@@ -109,18 +109,18 @@ def weights(mask, h, d):
 
 
 def is_open(mask, h, d):
-  """Whether head h looks d tokens back: min(m, w) > 1e-6."""
+  """Returns whether distance d is open in head h: min(m, w) > 1e-6."""
   return min(weights(mask, h, d)) > HIDDEN
 
 
 def log_weight(mask, h, d):
-  """log m + log w where open, else -inf."""
+  """Returns log m + log w where the pair is open, else -inf."""
   m, w = weights(mask, h, d)
   return math.log(m) + math.log(w) if min(m, w) > HIDDEN else -math.inf
 
 
 def log_weight_slopes(mask, h, d):
-  """d(log m + log w) by (z, P, r): zero where hidden."""
+  """Returns the slopes of log m + log w by (z, P, r); zero where hidden."""
   if not is_open(mask, h, d):
     return 0.0, 0.0, 0.0
   span, period, _, ratio = mask.head(h)
@@ -135,7 +135,7 @@ def log_weight_slopes(mask, h, d):
 
 
 def open_share(mask, h, length):
-  """The share of the distances 0 .. length - 1 that are open."""
+  """Returns the share of the distances 0 .. length - 1 that are open."""
   return sum(is_open(mask, h, d) for d in range(length)) / length
 
 
@@ -153,7 +153,7 @@ def open_fraction_slopes(period, ratio):
 
 
 def penalty(mask):
-  """mean over heads of (z + R) f with a wave, of z without."""
+  """Returns the mean over heads of (z + R) f with a wave, of z without."""
   total = 0.0
   for h in range(len(mask.span)):
     span, period, _, ratio = mask.head(h)
@@ -165,7 +165,7 @@ def penalty(mask):
 
 
 def penalty_slopes(mask):
-  """(H, 3): the penalty by z, P and r of every head."""
+  """Returns (H, 3) the slopes of the penalty by z, P and r of every head."""
   heads = len(mask.span)
   slopes = np.zeros((heads, 3))
   for h in range(heads):
@@ -182,11 +182,11 @@ def penalty_slopes(mask):
 
 
 def tie_margin(mask, distances):
-  """How near any distance comes to where a slope jumps, in tokens of d.
+  """Returns how near the distances come to a jump of a slope, in tokens.
 
-  The jumps: both ends of both clips, and the troughs and crests of the exact
-  wave where they show. Within rounding of a jump two correct programs may
-  give different slopes.
+  Slopes jump at both ends of both clips, and at the troughs and crests of the
+  exact wave where they are not clipped. Within rounding of a jump two correct
+  programs may give different slopes.
   """
   margin = math.inf
   for h in range(len(mask.span)):
@@ -195,7 +195,7 @@ def tie_margin(mask, distances):
       margin = min(margin, abs(span - d), abs(mask.ramp + span - d))
       if period is None or span_weight(d, span, mask.ramp) == 0:
         continue
-      raw = lifted(d, period, period, ratio, mask.harmonics)
+      raw = unclipped_wave(d, period, period, ratio, mask.harmonics)
       margin = min(margin, abs(raw), abs(1 - raw))
       n = nearest_multiple(d, period)
       if mask.harmonics is None and n > 0 and 0 < raw < 1:
@@ -207,9 +207,10 @@ def tie_margin(mask, distances):
 class Attention(NamedTuple):
   """The value, the gradients of sum(out * dout), and what they are made of.
 
-  `scale` holds by name what rounding is measured against: the absolute values
-  of the terms, summed within one query's row, the rows then added in squares
-  since they round independently. Zero means that there is no term at all.
+  `scale` holds by name what rounding is measured against. The absolute values
+  of the terms are summed within one query's row. The rows are then added in
+  squares, since they round independently. Zero means that there is no term at
+  all.
   """
 
   out: np.ndarray
@@ -234,12 +235,12 @@ def attention(
   keep=None,
   relative_RK=None,
 ):
-  """Attention row by row, and its gradients.
+  """Returns attention, computed row by row, and its gradients.
 
   Query t stands at key index S - T + t. `mask` None is plain causal
   attention. `keep` is the pair (kept_BHTS of bool, rate): the softmax weights
   that survive, divided by 1 - rate. The first `memory` keys get no gradient.
-  A row that sees nothing is zero and passes nothing back. `relative_RK` holds
+  A row without an open key is zero and has no gradient. `relative_RK` holds
   a vector p for each distance, zero beyond the last: the score is q.(k + p).
   """
   q, k, v, dout = (
@@ -306,7 +307,7 @@ def attention(
 
 
 def _mix(x):
-  """lowbias32 in uint64 arithmetic, the upper half cut off by hand."""
+  """Returns lowbias32(x), in uint64 arithmetic with the upper half cut off."""
   word = np.uint64(0xFFFFFFFF)
   x = x ^ (x >> np.uint64(16))
   x = (x * np.uint64(0x7FEB352D)) & word
@@ -316,11 +317,12 @@ def _mix(x):
 
 
 def dropout_keep(seed, shape_BHTS, rate):
-  """Which attention weights stay, (B, H, T, S), from a hash of the indices.
+  """Returns (B, H, T, S) which weights dropout leaves, by a hash of indices.
 
   row = mix(mix(mix(mix(seed) + b) + h) + t)
-  keep = mix(row + (s - (S - T)) 0x9e3779b9) >= floor(rate 2^32), modulo 2^32
-  throughout.
+  keep = mix(row + (s - (S - T)) 0x9e3779b9) >= floor(rate 2^32)
+
+  All arithmetic is modulo 2^32.
   """
   word = np.uint64(0xFFFFFFFF)
   _, _, T, S = shape_BHTS
@@ -334,7 +336,7 @@ def dropout_keep(seed, shape_BHTS, rate):
 
 
 def finite_difference(function, x, step=1e-6):
-  """Central differences of a scalar function by every entry of x."""
+  """Returns central differences of a scalar function by every entry of x."""
   x = np.asarray(x, np.float64)
   slopes = np.zeros_like(x)
   for index in np.ndindex(x.shape):

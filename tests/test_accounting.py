@@ -1,4 +1,4 @@
-"""Counts against counting."""
+"""Counts agree with counting one by one."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_multiply_adds_per_token():
     ("blocked", 1024, None),
   ],
 )
-def test_it_is_said_why_more_is_computed_than_there_is(
+def test_the_text_says_why_more_is_computed_than_dense(
   implementation, T, reason
 ):
   config = dataclasses.replace(CONFIG, implementation=implementation)
@@ -78,7 +78,7 @@ def test_parameters_are_those_of_the_model(attention):
 
 
 def test_flops_are_those_the_compiler_counts():
-  """Within what norms, activations and the loss add to the products."""
+  """They may differ by what norms, activations and the loss add."""
   config = dataclasses.replace(
     CONFIG,
     width=128,
@@ -97,7 +97,10 @@ def test_flops_are_those_the_compiler_counts():
 
 
 def blocks_with_open_pairs(mask, T, block):
-  """(H,) pairs of all blocks of the band that hold an open one, by looking."""
+  """Returns (H,) the pairs of all blocks of the band that hold an open pair.
+
+  They are found by checking every pair.
+  """
   d_TS = np.arange(T)[:, None] - np.arange(T)
   open_HTS = np.asarray(masks.is_open(mask, np.abs(d_TS))) & (d_TS >= 0)
   padded = -(-T // block) * block
@@ -149,7 +152,7 @@ def test_with_a_memory_both_are_counted_one_by_one(T, memory):
 
 @pytest.mark.parametrize("T", [700, 1025, 1500])
 def test_the_stride_computes_just_the_blocks_that_hold_an_open_pair(T):
-  """Queries and keys of each class, cut into blocks of their own."""
+  """Queries and keys of each residue class have blocks of their own."""
   block, P = BLOCK, 4
   wave = masks.Wave(jnp.array([4.0]), jnp.array([-0.2]), integer=True)
   mask = masks.Mask(jnp.array([1e4]), 8.0, wave)

@@ -1,5 +1,7 @@
-"""Imports go down, floor by floor; some words belong to one file; files are
-short; an import does nothing but to define names."""
+"""The house: imports go down, some words belong to one file, files are short.
+
+An import does nothing but define names.
+"""
 
 import ast
 import json
@@ -12,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = "adaptive_attention"
-# The floors, by folder. What is in no folder is the library, as `attention` is.
+# The floors, by folder. Files in no folder are the library, as `attention` is.
 FLOORS = {
   "attention": 0,
   "training": 1,
@@ -21,14 +23,14 @@ FLOORS = {
   "modes": 2,
   "command_line": 3,
 }
-# Parts of one floor that do not import each other, in this direction.
+# Pairs of parts of one floor; the first must not import the second.
 APART = (
   ("training", "bench"),
   ("training", "report"),
   ("bench", "report"),
   ("report", "bench"),
 )
-# Of each package the files or folders that may import it.
+# The files or folders that may import a package.
 OWNERS = {
   "orbax": ("training/checkpoint.py",),
   "matplotlib": ("report/",),
@@ -38,7 +40,7 @@ OWNERS = {
   "ml_collections": ("training/settings.py", "command_line/"),
   "importlib": ("command_line/uses.py", "training/logbook.py"),
 }
-# Packages that a user need not have, imported where they are used alone.
+# Packages that a user need not have; they are imported where they are used.
 OPTIONAL = ("torch", "wandb", "matplotlib")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
@@ -48,7 +50,7 @@ def files(folder: str) -> list[pathlib.Path]:
 
 
 def module(path: pathlib.Path) -> str:
-  """adaptive_attention/masks.py -> "adaptive_attention.masks"."""
+  """Returns "adaptive_attention.masks" for adaptive_attention/masks.py."""
   parts = path.relative_to(ROOT).with_suffix("").parts
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -62,7 +64,7 @@ in_each_of_ours = pytest.mark.parametrize("name", OURS)
 
 
 def imports(tree: ast.AST) -> set[str]:
-  """The dotted names of all that is imported, in functions too.
+  """Returns the dotted names of all that is imported, in functions too.
 
   Both `import a.b` and `from a import b` are "a.b", where b may be a module or
   a name out of one.
@@ -79,7 +81,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def imported_modules(name: str) -> set[str]:
-  """Which of our modules a module imports."""
+  """Returns our modules that a module imports."""
   found = set()
   for other in imports(TREES[MODULES[name]]):
     if other not in MODULES:
@@ -90,12 +92,12 @@ def imported_modules(name: str) -> set[str]:
 
 
 def packages(tree: ast.AST) -> set[str]:
-  """The top-level packages that are imported."""
+  """Returns the top-level packages that are imported."""
   return {name.split(".")[0] for name in imports(tree)}
 
 
 def part(name: str) -> str:
-  """The folder of the package that a module is in; "" if in none."""
+  """Returns the folder of the package that a module is in, or ""."""
   words = name.split(".")
   inner = [*words, ""][1]
   if MODULES[name] == ROOT / PACKAGE / f"{inner}.py":
@@ -104,7 +106,10 @@ def part(name: str) -> str:
 
 
 def floor(name: str) -> int:
-  """The library is 0, main.py on top; configs and data stand beside."""
+  """Returns a module's floor: 0 for the library, 4 for main.py on top.
+
+  configs and data, which stand beside the house, are 0 too.
+  """
   if name == "main":
     return 4
   return FLOORS.get(part(name), 0)
@@ -126,7 +131,7 @@ def test_what_is_imported_of_ours_exists(name):
 
 
 def names_of(tree: ast.Module) -> set[str]:
-  """The names that a module binds, if no condition matters."""
+  """Returns the names that a module binds, under whatever condition."""
   bound = set()
   for node in ast.walk(tree):
     match node:
@@ -186,7 +191,7 @@ def test_a_package_has_one_owner(package):
 
 @in_each_of_ours
 def test_one_file_says_pmap(name):
-  """As a name or an attribute, however it was imported, or as a string."""
+  """It may stand nowhere else as a name, an attribute or a string."""
   if name == f"{PACKAGE}.training.parallel":
     return
   for node in ast.walk(TREES[MODULES[name]]):
@@ -199,7 +204,7 @@ def test_one_file_says_pmap(name):
 
 @in_each_of_ours
 def test_what_is_optional_is_imported_where_it_is_used(name):
-  """But in bench/torch.py and report/, which are themselves imported so."""
+  """bench/torch.py and report/ are exempt: they are themselves imported so."""
   if name == f"{PACKAGE}.bench.torch" or part(name) == "report":
     return
   for node in TREES[MODULES[name]].body:
@@ -208,9 +213,9 @@ def test_what_is_optional_is_imported_where_it_is_used(name):
 
 
 def test_words_are_owned_where_they_are_used():
-  """Were an owner renamed, its check would pass over everything."""
+  """If an owner were renamed, its check would check nothing."""
   for package, owners in OWNERS.items():
-    if package == "matplotlib":  # of a floor to come
+    if package == "matplotlib":  # report/ does not exist yet
       continue
     for owner in owners:
       found = [p for p in TREES if p.is_relative_to(ROOT / PACKAGE / owner)]
@@ -248,7 +253,7 @@ def test_files_are_short(name):
 
 @in_each_module
 def test_functions_are_short(name):
-  """From `def` to the last line, comments and docstring included."""
+  """They are counted from `def` on, comments and docstring included."""
   long = {}
   for node in ast.walk(TREES[MODULES[name]]):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -259,10 +264,10 @@ def test_functions_are_short(name):
 
 
 def acts(statement: ast.stmt, own: set[str]) -> bool:
-  """Whether a statement of a module does more than to define names of its own.
+  """Returns whether a statement of a module does more than define names.
 
   Args:
-    own: the functions of the module, of which methods may be called, as
+    own: the functions of the module, whose methods may be called, as in
       `f.defvjp(...)`.
   """
   match statement:
@@ -288,8 +293,8 @@ def test_a_module_only_defines_names(name):
   assert not found, f"{name} does this when it is imported: {found}"
 
 
-# Prints what the process has in common, before and after all of ours was
-# imported; other packages are imported first, whatever these may do.
+# Prints what differs in the state of the process after all of ours is imported.
+# Other packages are imported first, whatever these may do.
 _IMPORT_ALL = """
 import importlib, json, logging, os, signal, sys, threading, warnings
 theirs, ours = json.load(sys.stdin)
@@ -338,7 +343,7 @@ print(json.dumps({
 
 
 def test_imports_have_no_side_effect():
-  """Logging, hooks, signals, settings of jax: as they are without ours."""
+  """Logging, hooks, signals and settings of jax stay as they were before."""
   theirs = set()
   for path in TREES:
     for node in TREES[path].body:

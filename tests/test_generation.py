@@ -1,4 +1,4 @@
-"""Texts are those of full forward passes, drawn as they are told to be."""
+"""Texts are those of full forward passes, drawn as the options say."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_tokens_are_shown_as_they_come():
   made = write(config, params, TEXT[:, :7], 150, on_tokens=shown.append)
   assert len(shown) == 3
   np.testing.assert_array_equal(np.concatenate(shown, axis=1), made)
-  # Where all bytes are as likely, no call draws what one before has drawn.
+  # Where all bytes are equally likely, a call does not repeat the one before.
   flat = jax.tree.map(jnp.zeros_like, params)
   made = write(config, flat, TEXT[:, :7], 128)
   assert (made[:, :64] != made[:, 64:]).mean() > 0.9
@@ -87,10 +87,10 @@ def test_tokens_are_shown_as_they_come():
 
 @pytest.mark.parametrize("prompt", [3, LENGTH, LENGTH + 5])
 def test_learned_positions_slide(prompt):
-  """Each token is the likeliest one after the window of its place.
+  """Each token is the likeliest one after the context of its place.
 
-  From a full context on its later half is read anew, and again when that has
-  grown to a context: what was the prompt makes no difference.
+  Where a context is full its later half is read again, and so on. It makes no
+  difference how much of the text was the prompt.
   """
   config = changed(position="learned")
   params = parameters(config)
@@ -99,10 +99,10 @@ def test_learned_positions_slide(prompt):
   whole = np.concatenate([text, made], axis=1)[0]
   apply = jax.jit(Transformer(config).apply)
 
-  def likeliest_after(window):
+  def likeliest_after(context):
     padded = np.zeros((1, LENGTH), int)
-    padded[0, : len(window)] = window
-    return apply({"params": params}, padded)[0, len(window) - 1].argmax()
+    padded[0, : len(context)] = context
+    return apply({"params": params}, padded)[0, len(context) - 1].argmax()
 
   start = 0
   for t in range(prompt + 150):
@@ -121,7 +121,7 @@ def draws(logits, n=4000, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def test_draws_follow_the_distribution():
-  """Chi-square of 7 degrees of freedom: beyond 24.3 is one in a thousand."""
+  """Chi-square of 7 degrees of freedom passes 24.3 once in a thousand times."""
   logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5, 0.3])
   for temperature in (0.5, 1.0, 2.0):
     share = np.exp(logits / temperature)
@@ -146,7 +146,7 @@ def test_draws_at_the_edges():
 @pytest.mark.parametrize(
   "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
 )
-def test_sampling_that_cannot_be_is_named(bad):
+def test_sampling_that_is_not_possible_is_named(bad):
   (name,) = bad
   with pytest.raises(ValueError, match=f"{name}=.* expected"):
     write(CONFIG, {}, TEXT[:, :3], 1, **bad)
@@ -162,7 +162,7 @@ def test_sampling_that_cannot_be_is_named(bad):
     ([[]], "prompt is empty"),
   ],
 )
-def test_prompts_that_are_none_are_named(prompt, told):
+def test_arrays_that_are_no_prompts_are_named(prompt, told):
   for read in (
     lambda: generation.prefill({}, CONFIG, prompt),
     lambda: write(CONFIG, {}, prompt, 1),
@@ -172,11 +172,11 @@ def test_prompts_that_are_none_are_named(prompt, told):
     assert "\n" not in str(error.value)
 
 
-def test_tokens_that_are_none_are_named():
+def test_numbers_that_are_no_tokens_are_named():
   params = parameters(CONFIG)
-  _, kept = generation.prefill(params, CONFIG, TEXT[:, :3])
+  _, state = generation.prefill(params, CONFIG, TEXT[:, :3])
   with pytest.raises(ValueError, match="token 256 is not one"):
-    generation.step(params, CONFIG, np.array([1, 256, 2]), kept)
+    generation.step(params, CONFIG, np.array([1, 256, 2]), state)
   for tokens in ([97, 256 + 98], [97, -1]):
     with pytest.raises(ValueError, match="is not a byte; expected 0 to 255"):
       console.text_of(tokens)

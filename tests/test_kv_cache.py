@@ -1,4 +1,4 @@
-"""What a KV cache says is what full forward passes say."""
+"""Logits from a KV cache are those of full forward passes."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ step = jax.jit(generation.step, static_argnames="config")
 )
 @pytest.mark.parametrize("model", MODELS)
 def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
-  """Past the ends of the rings; prompts shorter and longer than these."""
+  """Texts outgrow the rings; prompts are shorter or longer than rings."""
   config, params, expected = model_of(model)
   assert np.isfinite(expected).all()
   logits, kept = generation.prefill(params, config, TEXT[:, :prompt], cache)
@@ -59,7 +59,7 @@ def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
   ],
 )
 def test_a_text_is_read_in_parts_of_any_length(model, cache):
-  """One call for all of them, traced and not, from an empty cache on."""
+  """The same call reads all parts, traced or not, from an empty cache on."""
   config, params, expected = model_of(model)
   apply = Transformer(config).apply
   traced = jax.jit(apply)
@@ -144,7 +144,7 @@ def test_open_residues_of_waves():
   )
   mask = Mask(jnp.array([100.0, 90.0, 50.0, 10.0]), 4.0, wave)
   groups = decode.groups_of(mask, 1000)
-  # Of the third all residues are open, of the fourth as well.
+  # The third and the fourth head have all residues open.
   assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
     ((1, 0), 4, (0,), 26),
     ((2,), 1, (0,), 54),
@@ -194,7 +194,7 @@ def test_what_a_cache_refuses():
 
 
 def test_no_position_is_taken_for_another():
-  """Beyond those that were learned: refused, or nan where it is traced."""
+  """Beyond the learned ones a call is refused, or gives nan if it is traced."""
   config = changed(position="learned", context_tokens=8)
   params = parameters(config)
   logits, kept = generation.prefill(params, config, TEXT[:, :7])

@@ -1,4 +1,4 @@
-"""The layer by itself: its fields, its start, and what it refuses."""
+"""The layer by itself: its fields, its initial values, and what it refuses."""
 
 import inspect
 
@@ -71,9 +71,9 @@ def test_without_masks_it_is_the_attention_of_flax():
   np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
 
 
-def test_the_start_depends_on_no_depth():
+def test_initial_values_depend_on_no_depth():
   wide = jnp.ones((1, 2, 400))
-  std = 400**-0.5  # as nn.Dense has it
+  std = 400**-0.5  # that of nn.Dense
   kernels = init(layer(max_span=8), wide)
   for name in ("qkv", "out"):
     np.testing.assert_allclose(kernels[name]["kernel"].std(), std, rtol=0.02)
@@ -108,7 +108,7 @@ def test_without_spans_masks_are_open_and_cost_nothing():
   assert regularizer(params, module) == 0
 
 
-def test_a_layer_without_spans_can_have_a_window():
+def test_a_layer_without_spans_can_have_a_reach():
   module = layer(window_tokens=3)
   params = init(module)
 

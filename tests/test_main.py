@@ -18,7 +18,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def refused(main):
-  """refused(code, *flags) calls main.py and returns its one sentence."""
+  """Returns a function that calls main.py and returns its one sentence.
+
+  It is called as refused(code, *flags), where `code` is the exit code.
+  """
 
   def run(code, *flags, started=False):
     found, _, err = main(*flags)
@@ -79,7 +82,7 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.model.attention=sparse", "config.model.attention='sparse'"),
     ("--config.model.implementation=fast", "model.implementation='fast'"),
     ("--config.data.corpus=books", "config.data.corpus='books'"),
-    # Several processes that do not know each other.
+    # Several processes that cannot find each other.
     ("--config.process_count=2", "0 without distributed=True"),
     # Flags that the mode does not use.
     ("--protocol=window", "--protocol=window means nothing to --mode=train"),
@@ -146,7 +149,7 @@ def test_no_config_names_those_that_there_are(refused, config):
   assert "enwik8_8k.py, enwik8_dense.py" in refused(2, f"--config={config}")
 
 
-def test_a_config_may_take_an_argument(main, refused, tmp_path):
+def test_a_config_can_take_an_argument(main, refused, tmp_path):
   (tmp_path / "deep.py").write_text(
     "from configs import quickstart\n"
     "def get_config(layers):\n"
@@ -237,13 +240,13 @@ def test_plan_counts_without_training(main, tmp_path):
     f"--workdir={tmp_path / 'w'}",
   )
   assert code == 0, err
-  # 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits per layer, norms
-  # of 192 (two per layer and the last), 256 bytes and 2 x 128 positions.
+  # There are 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits a layer,
+  # norms of 192 (two a layer and the last), 256 bytes and 2 x 128 positions.
   D = 192
   expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + (256 + 2 * 128) * D
   assert f"parameters {expected:,} (span_wave)" in out
   assert "temporary" in out
-  # All pairs of 128 x 128: two layers, four heads, two products of width 48.
+  # All pairs of 128 tokens, in 2 layers of 4 heads: two products of width 48.
   assert f"dense {8 * 96 * 129 / 2:,.0f}, open" in out
   assert "of step 0" in out
   assert "batch_size=4 (was 16)" in out
@@ -284,7 +287,7 @@ def test_the_model_that_was_trained_is_evaluated(main, odd):
     assert code == 0, err
     return json.loads((workdir / "eval_valid.json").read_text()), out
 
-  # On two devices, which the batch of training could not be dealt to.
+  # This is on two devices, which could not share the batch of training.
   found, _ = figure("--config.cpu_devices=2")
   np.testing.assert_allclose(
     found["bits_per_char"], trained["bits_per_char"], rtol=1e-6
@@ -408,7 +411,7 @@ def test_the_largest_span_follows_the_context_unless_set():
   assert ModelConfig(**config.model).max_span == 100
 
 
-# Other systems lack these: macOS the first, Windows the second too.
+# Other systems lack these: macOS lacks the first, and Windows both.
 _AS_ELSEWHERE = """
 import os, runpy, sys
 del os.sched_getaffinity

@@ -1,4 +1,4 @@
-"""Logits and lengths: there and back."""
+"""Logits become lengths, and lengths become logits again."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The formulas of the masks, value and gradient, against the oracle."""
+"""The formulas of the masks and their gradients agree with the oracle."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ DISTANCE = range(64)
 KINDS = tuple(itertools.product((None, 5), (False, True)))
 EPSILON = np.finfo(np.float32).eps
 
-# Compiled whole, these tests take half the time.
+# The tests take half the time with functions that are compiled whole.
 span_weight = jax.jit(masks.span_weight, static_argnums=2)
 triangle_wave = jax.jit(masks.triangle_wave, static_argnums=2)
 wave_weight = jax.jit(masks.wave_weight)
@@ -35,7 +35,7 @@ penalty_and_gradient = jax.jit(jax.value_and_grad(masks.penalty))
 
 
 def both(span, ramp, period=None, ratio=None, harmonics=None, integer=False):
-  """One mask as ours and as the oracle's, with the same float32 numbers."""
+  """Returns (our mask, the oracle's mask) of the same float32 numbers."""
   span, period, ratio = (
     None if x is None else np.array(x, np.float32)
     for x in (span, period, ratio)
@@ -51,17 +51,20 @@ def both(span, ramp, period=None, ratio=None, harmonics=None, integer=False):
 
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
 def pair(request):
-  """A mask with a wave of every kind, ours and the oracle's."""
+  """Returns (our mask, the oracle's mask) with a wave of every kind."""
   return both(SPAN, 32.0, PERIOD, RATIO, *request.param)
 
 
 def table(function, heads, distances):
-  """(H, d, ...) of function(h, d)."""
+  """Returns (H, d, ...) the values of function(h, d)."""
   return np.array([[function(h, d) for d in distances] for h in range(heads)])
 
 
 def slopes(function, mask):
-  """(H, d, 3): a function of (mask) -> (H, d) by z, P and r of its head."""
+  """Returns (H, d, 3) the slopes of function(mask), (H, d), by z, P and r.
+
+  A head's values must depend on its own z, P and r alone.
+  """
   jacobian = jax.jit(jax.jacobian(function))(mask)
   heads = range(len(mask.span))
   parts = [jacobian.span]
@@ -105,7 +108,7 @@ def test_triangle_wave(harmonics):
 def test_the_series_tends_to_the_exact_wave():
   period = np.array(PERIOD, np.float32)
   exact = triangle_wave(np.arange(64), period)
-  # The tail of the series, all cosines at one: 2 P / pi^2 sum 1/k^2 < P / 5K.
+  # The rest of the series is at most 2 P / pi^2 sum 1/k^2 < P / 5K.
   for harmonics in (9, 99):
     series = triangle_wave(np.arange(64), period, harmonics)
     assert np.abs(series - exact).max() < 8 / (5 * harmonics)
@@ -123,9 +126,9 @@ def test_wave_weight(pair):
 def test_a_wave_keeps_its_phase_at_far_distances(harmonics, jit):
   """By d = 8191 a wave of period 2 has turned 4096 times.
 
-  The way from d to the nearest tooth is a float32 number or nearly so, and
-  can be had without loss; what remains is the rounding of tri itself and of
-  the angles 2 pi k rest / P, at most 5 pi.
+  The distance from d to the nearest crest is a float32 number or nearly so, and
+  can be computed without loss. What remains is the rounding of tri itself and
+  of the angles 2 pi k rest / P, at most 5 pi.
   """
   distance = np.arange(8000, 8192)
   period = np.linspace(2, 8, 40, dtype=np.float32)[1:] - np.float32(0.0123)
@@ -139,7 +142,7 @@ def test_a_wave_keeps_its_phase_at_far_distances(harmonics, jit):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_a_window_keeps_its_end_at_far_distances():
+def test_a_span_keeps_its_end_at_far_distances():
   span = np.array([8000.377, 8190.123], np.float32)
   distance = np.arange(7990, 8240)
   expected = table(
@@ -168,15 +171,15 @@ def test_open_pairs_and_their_log_weight(pair):
 
 
 def test_a_weight_of_a_millionth_is_hidden():
-  # At d = 2 and P = 4 the wave is 4 r - 1/2, which is made `lift` here.
-  lift = np.array([0.0, 0.9e-6, 1.2e-6, 1e-4])
-  mask, exact = both([9.0] * 4, 4.0, [4.0] * 4, 0.125 + lift / 4)
+  # At d = 2 and P = 4 the wave's weight is 4 r - 1/2: it is made `weight`.
+  weight = np.array([0.0, 0.9e-6, 1.2e-6, 1e-4])
+  mask, exact = both([9.0] * 4, 4.0, [4.0] * 4, 0.125 + weight / 4)
   assert [oracle.is_open(exact, h, 2) for h in range(4)] == [0, 0, 1, 1]
   assert is_open(mask, 2).tolist() == [0, 0, 1, 1]
   log = log_weight(mask, 2)
   assert (log[:2] == -np.inf).all()
   # float32 resolves 1e-6 beside 1/2 to 6e-8.
-  np.testing.assert_allclose(np.exp(log[2:]), lift[2:], rtol=0, atol=6e-8)
+  np.testing.assert_allclose(np.exp(log[2:]), weight[2:], rtol=0, atol=6e-8)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 1, 5)])
@@ -211,14 +214,16 @@ def test_slopes_of_the_oracle_by_finite_differences():
         return oracle.log_weight(mask, 0, d)
 
       def still(x, d=d, period=period, harmonics=harmonics):
-        return oracle.clip(oracle.lifted(d, period, x[0], x[1], harmonics))
+        return oracle.clip(
+          oracle.unclipped_wave(d, period, x[0], x[1], harmonics)
+        )
 
       np.testing.assert_allclose(
         oracle.wave_slopes(d, period, ratio, harmonics, False),
         oracle.finite_difference(weight, [period, ratio]),
         atol=1e-6,
       )
-      # An integer period moves the height and the lift of a still comb.
+      # An integer period moves the height of the wave, and not its phase.
       np.testing.assert_allclose(
         oracle.wave_slopes(d, period, ratio, harmonics, True),
         oracle.finite_difference(still, [period, ratio]),
@@ -269,7 +274,7 @@ def test_gradients_of_log_weight(pair):
     lambda h, d: oracle.log_weight_slopes(exact, h, d), 5, DISTANCE
   )
   np.testing.assert_array_equal(actual == 0, expected == 0)
-  # An error of 1e-5 in w, as above, is one of 1e-5 / w in the slope's share.
+  # An error of 1e-5 in w, as above, changes the slope by a share of 1e-5 / w.
   w = table(lambda h, d: max(oracle.weights(exact, h, d)[1], 1e-3), 5, DISTANCE)
   bound = 1e-4 + (1e-4 + 1e-5 / w[..., None]) * np.abs(expected)
   error = np.abs(actual - expected)
@@ -293,7 +298,7 @@ def test_a_rounded_period_passes_its_gradient_through(harmonics):
   np.testing.assert_array_equal(rounded, weight(whole, False))
   by_period = by_its_period(near, True).sum(-1)
   np.testing.assert_array_equal(by_period, by_its_period(whole, True).sum(-1))
-  # The same at every turn of the comb: no term grows with the distance.
+  # It is the same in every period of the wave: no term grows with the distance.
   for h, period in enumerate((3, 4, 7)):
     np.testing.assert_allclose(
       by_period[h, period:], by_period[h, :-period], atol=1e-5
@@ -302,12 +307,12 @@ def test_a_rounded_period_passes_its_gradient_through(harmonics):
     inside = (rounded > 0) & (rounded < 1)
     expected = np.where(inside, 0.25 + ratio[:, None], 0)
     np.testing.assert_allclose(by_period, expected, atol=1e-6)
-  # That of a real period does grow, by about one a turn.
+  # The gradient of a real period does grow, by about one a period.
   assert np.abs(by_its_period(near, False).sum(-1)).max() > 30
 
 
 def test_the_ends_of_a_clip_belong_to_its_slope():
-  """As torch.clamp: slope one on all of [0, 1]; none where hidden."""
+  """The slope is one on all of [0, 1], as in torch.clamp; zero where hidden."""
   mask, _ = both([8.0], 16.0)
   by_span = slopes(
     lambda mask: span_weight(np.arange(30), mask.span, mask.ramp), mask
@@ -319,7 +324,7 @@ def test_the_ends_of_a_clip_belong_to_its_slope():
   np.testing.assert_array_equal(by_span[0, 8, 0], 1 / 16)
   np.testing.assert_array_equal(by_span[0, 24:, 0], 0)
 
-  # w = 1, 0, 1, 0: an end of the clip everywhere.
+  # w = 1, 0, 1, 0: every distance is at an end of the clip.
   mask, _ = both([50.0], 16.0, [2.0], [0.0], integer=True)
   distance = np.arange(4)
   actual = slopes(lambda mask: wave_weight(distance, mask.wave), mask)
@@ -332,7 +337,7 @@ def test_the_ends_of_a_clip_belong_to_its_slope():
 
 @pytest.mark.parametrize("integer", [False, True])
 def test_penalty_and_open_fraction(integer):
-  # u below and above one; 1/2 + P r - A below and above zero.
+  # u is below and above one, and 1/2 + P r - A below and above zero.
   span = [0.0, 11.5, 31.75, 90.25, 1e3, 5.0]
   period = [2.013, 3.307, 4.61, 6.191, 7.987, 7.6]
   ratio = [-0.25, 0.07, 0.25, -0.047, 0.24, 0.5]
@@ -346,7 +351,7 @@ def test_penalty_and_open_fraction(integer):
   np.testing.assert_allclose(value, oracle.penalty(exact), rtol=1e-5)
   actual = (gradient.span, gradient.wave.period, gradient.wave.ratio)
   expected = oracle.penalty_slopes(exact)
-  # r - 1/4 and 1/2 + P r cancel: a few roundings of one, times z + R, over H.
+  # r - 1/4 and 1/2 + P r cancel to a few roundings of one, times z + R, over H.
   for h, z in enumerate(span):
     np.testing.assert_allclose(
       np.stack(actual, -1)[h],
@@ -361,7 +366,7 @@ def test_penalty_and_open_fraction(integer):
   np.testing.assert_allclose(expected, differences, rtol=1e-6, atol=1e-6)
 
 
-def test_open_fraction_has_no_step_where_the_comb_is_full():
+def test_open_fraction_has_no_step_where_the_wave_opens_fully():
   for period in (2.0, 3.3, 8.0):
     ratio = 0.25 - 0.5 / period + np.array([-1e-4, 0.0, 1e-4])  # u = 1
     wave = Wave(np.full(3, period, np.float32), ratio.astype(np.float32))
@@ -389,8 +394,8 @@ def test_open_share_counts_distances(pair):
       np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_open_share_of_strides_and_windows():
-  # One distance in four, one in eight, and a comb that is switched off.
+def test_open_share_of_strides_and_spans():
+  # One distance in four, one in eight, and a wave that is fully open.
   mask, _ = both(
     [200.0] * 3, 8.0, [4.0, 8.0, 8.0], [-0.25, -0.25, 0.5], integer=True
   )
@@ -402,7 +407,7 @@ def test_open_share_of_strides_and_windows():
 
 @pytest.mark.parametrize(("harmonics", "integer"), KINDS)
 def test_gradients_are_finite_where_weights_are_zero(harmonics, integer):
-  """Nothing of what is hidden comes back as 0 / 0."""
+  """Hidden pairs bring no 0 / 0 into a gradient."""
   mask, _ = both(
     (0.0, 0.0, 1e9, 8191.0, 12.0),
     0.5,
@@ -437,7 +442,7 @@ def test_masks_are_pytrees():
   np.testing.assert_array_equal(doubled.wave.period, 2 * mask.wave.period)
   structure = jax.tree.structure(mask)
   assert structure == jax.tree.structure(doubled)
-  # What shapes the program is part of the structure, and part of it is all.
+  # All that is static is part of the structure.
   for other in (
     both(SPAN, 16.0, PERIOD, RATIO, 5, True),
     both(SPAN, 32.0, PERIOD, RATIO, 3, True),
@@ -499,7 +504,7 @@ def test_bounded_parameters():
   np.testing.assert_allclose(to_length(logit, 2, 8), expected, rtol=1e-6)
 
 
-# On odd steps, so that hardly any distance meets an end of a clip.
+# The steps are such that hardly any distance meets an end of a clip.
 HEADS = st.lists(
   st.tuples(
     st.integers(0, 300).map(lambda n: n / 7 + 0.0137),

@@ -1,4 +1,4 @@
-"""The modules: causal, local, alone in other models, and what they refuse."""
+"""The modules are causal and local, serve other models, and refuse nonsense."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def init(config, tokens=TOKENS):
 
 
 def randomized(params, scale=1.0):
-  """The same tree with every leaf drawn anew, so that nothing is at zero."""
+  """Returns the same tree with random leaves, so that nothing is at zero."""
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   return jax.tree.unflatten(
@@ -72,7 +72,7 @@ def test_no_logit_depends_on_a_later_token(attention, position):
     assert not np.array_equal(after[:, t:], logits[:, t:])
 
 
-def test_a_layer_looks_no_further_than_its_span_by_gradient():
+def test_no_gradient_flows_to_tokens_beyond_the_reach():
   module = AdaptiveSelfAttention(num_heads=2, max_span=24, ramp=4.0)
   x_BTD = jax.random.normal(jax.random.key(0), (1, 24, 16))
   params = randomized(module.init(jax.random.key(0), x_BTD)["params"])
@@ -127,7 +127,7 @@ def test_initial_parameters():
     np.testing.assert_allclose(kernel.std(), std, rtol=0.1)
 
 
-def test_the_ratio_starts_at_zero_between_uneven_bounds():
+def test_the_ratio_starts_at_zero_between_unequal_bounds():
   config = small(ratio_max=0.5)
   mask = mask_params(init(config), config)[0]
   np.testing.assert_allclose(mask.wave.ratio, 0.0, atol=1e-7)
@@ -149,7 +149,7 @@ def test_dropout_needs_train_and_a_key_and_follows_it():
 
 
 def test_bfloat16_computes_near_float32_and_returns_float32():
-  """Within a few roundings, of 2^-9 of the largest logit each."""
+  """They differ by a few roundings, each of 2^-9 of the largest logit."""
   params = {"params": randomized(init(SMALL), scale=0.3)}
   exact = Transformer(SMALL).apply(params, TOKENS)
   rounded = Transformer(small(dtype="bfloat16")).apply(params, TOKENS)
@@ -172,7 +172,7 @@ LAYER = AdaptiveSelfAttention(
 
 
 class SomebodysModel(nn.Module):
-  """Not ours: attention layers of ours inside."""
+  """A model that is not ours, with attention layers that are."""
 
   @nn.compact
   def __call__(self, x_BTD):
@@ -207,11 +207,11 @@ def test_dense_layers_have_open_masks_and_no_penalty():
 
 
 def test_rotary_positions_are_relative_and_have_no_longest_context():
-  """Two windows on one text agree where both hold all that can be seen."""
+  """Two parts of a text agree on tokens whose whole reach is in both."""
   config = small(attention="span", position="rotary", n_layer=1)
   params = randomized(init(config))
   assert not [name for name in params if name.startswith("position")]
-  # z = 6: with R = 4 a byte is seen from nine bytes on.
+  # With z = 6 and R = 4 a query attends over nine earlier bytes.
   params["block_0"]["attention"]["span_logit"] = jnp.full(2, math.log(6 / 18))
   tokens = jnp.tile(TOKENS, (1, 2))[:, :40]
   model = Transformer(config)
@@ -219,7 +219,7 @@ def test_rotary_positions_are_relative_and_have_no_longest_context():
   tail = model.apply({"params": params}, tokens[:, 15:])
   np.testing.assert_allclose(tail[:, 9:], whole[:, 24:], atol=1e-4)
   assert np.abs(tail[:, :8] - whole[:, 15:23]).max() > 0.1
-  # Nor are they nothing: the order of what is seen matters.
+  # Positions do act: the order of earlier bytes matters.
   swapped = tokens.at[:, 30].set(tokens[:, 31]).at[:, 31].set(tokens[:, 30])
   other = model.apply({"params": params}, swapped)
   assert np.abs(other[:, 33] - whole[:, 33]).max() > 1e-2

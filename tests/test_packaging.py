@@ -1,4 +1,4 @@
-"""What is installed is what is imported; public functions say their types."""
+"""Requirements are what is imported, and public functions have types."""
 
 import ast
 import re
@@ -13,13 +13,13 @@ from tests.test_architecture import MODULES, OURS, TREES, floor, packages, part
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PUBLIC = PROJECT["tool"]["mypy"]["files"]
-# Packages whose import has another name.
+# Packages that are imported by another name.
 IMPORT_NAMES = {
   "absl-py": "absl",
   "ml-collections": "ml_collections",
   "orbax-checkpoint": "orbax",
 }
-# What jax brings along, and is imported by its own name.
+# Packages that jax brings along.
 OF_JAX = {"jaxlib"}
 
 
@@ -28,7 +28,7 @@ def requirements(file: str) -> list[str]:
 
 
 def names(lines) -> set[str]:
-  """The packages of requirements, without their versions and extras."""
+  """Returns the packages of requirements, without versions and extras."""
   return {re.match(r"[\w-]+", line)[0] for line in lines}
 
 
@@ -42,7 +42,7 @@ OPTIONAL = {"matplotlib", "wandb", "torch"}
 
 
 def imported(modules) -> set[str]:
-  """The packages of others that modules import."""
+  """Returns the packages of others that modules import."""
   found = {name for n in modules for name in packages(TREES[MODULES[n]])}
   ours = {"adaptive_attention", "configs", "data", "main"}
   return found - ours - {*sys.stdlib_module_names, "msvcrt"} - OF_JAX
@@ -102,7 +102,7 @@ def test_the_version_can_be_read_without_an_import():
 
 
 def test_folders_of_the_package_are_packages():
-  """Else its files are found from here, but not by the wheel's users."""
+  """Otherwise their files would be found here, but not in the wheel."""
   for name in OURS:
     if part(name):
       assert (MODULES[name].parent / "__init__.py").is_file(), name
@@ -111,7 +111,7 @@ def test_folders_of_the_package_are_packages():
 
 @pytest.mark.parametrize("file", PUBLIC)
 def test_public_functions_say_their_types(file):
-  """mypy passes over what says nothing."""
+  """mypy does not check functions without types."""
   silent = []
   for owner, node in public_functions(ast.parse((ROOT / file).read_text())):
     arguments = node.args
@@ -130,7 +130,7 @@ def test_public_functions_say_their_types(file):
 
 
 def public_functions(tree):
-  """(class or None, function) of all that others may call."""
+  """Yields (class or None, function) for all that others may call."""
   for node in tree.body:
     members = [(None, node)]
     if isinstance(node, ast.ClassDef) and node.name[0] != "_":

@@ -1,4 +1,4 @@
-"""Layers that are stacked are layers all the same."""
+"""Stacked layers are treated like layers apart."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ X = jnp.ones((1, 5, 16))
 
 
 class Pair(nn.Module):
-  """A block of ours and a layer of ours, as the body of a scan."""
+  """The body of a scan: a block of ours and a layer of ours."""
 
   config: ModelConfig
 
@@ -63,7 +63,7 @@ class Stacked(nn.Module):
 
 
 def stacked_and_apart(config=CONFIG, lengths=(3,)):
-  """(parameters in a scan, the same in a tree of their own for each layer)."""
+  """Returns (parameters in a scan, the same with a tree for each layer)."""
   model = Stacked(config, lengths)
   params = jax.jit(model.init)(jax.random.key(0), X)["params"]
   params = randomized(params, 0.5)
@@ -103,7 +103,7 @@ def test_the_gradient_of_the_penalty_is_that_of_layers_apart():
 
 
 def test_layers_that_are_mapped_are_layers():
-  """As members of an ensemble."""
+  """The members of an ensemble are mapped so."""
   members = nn.vmap(
     AdaptiveSelfAttention,
     variable_axes={"params": 0},

@@ -55,7 +55,7 @@ def golden(request):
 
 
 def check_gradients(actual, expected):
-  """To 1e-4 of the largest entry of each array."""
+  """Compares gradients to 1e-4 of the largest entry of each array."""
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(
       a, e, rtol=1e-4, atol=1e-4 * np.abs(e).max()

@@ -1,4 +1,4 @@
-"""Turned queries and keys, against turning them in float64."""
+"""Queries and keys are turned as they would be in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from adaptive_attention.positions import rotate
 
 
 def turned(x_TK, position_T, base=10_000.0):
-  """One pair after the other, as a complex number times exp(i angle)."""
+  """Returns x turned pair by pair, as complex numbers times exp(i angle)."""
   half = x_TK.shape[1] // 2
   out = np.zeros(x_TK.shape)
   for t, position in enumerate(position_T):
@@ -36,13 +36,13 @@ def test_it_turns_each_pair_by_its_angle(vectors, start):
       np.testing.assert_allclose(
         actual[b, :, h],
         turned(vectors[b, :, h], position_T),
-        # Frequencies are rounded to 2^-32 turns: half of that a token.
+        # Frequencies are rounded to 2^-32 turns, an error of half that a token.
         atol=2e-6 + 8 * np.pi * 2**-33 * start,
       )
 
 
-def test_what_a_query_sees_depends_on_the_distance_alone(vectors):
-  """To the bit of an angle, at the start and beyond 2^31."""
+def test_scores_depend_on_the_distance_alone(vectors):
+  """Angles are exact to the bit, at the start and beyond 2^31."""
   q, k = vectors, vectors[::-1]
 
   def scores(start):
@@ -54,7 +54,7 @@ def test_what_a_query_sees_depends_on_the_distance_alone(vectors):
   first = scores(0)
   for start in (2**24 + 1, 89_999_987, 2**31 - 2, 2**32 - 2):
     np.testing.assert_allclose(scores(start), first, atol=2e-5)
-  # Not for want of turning.
+  # The turns do change the scores.
   assert np.abs(first - jnp.einsum("bthk,bshk->bhts", q, k)).max() > 1
 
 

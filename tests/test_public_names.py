@@ -1,4 +1,4 @@
-"""What others import: every name, with its types and what it says of itself."""
+"""The public names: all are there, each with a docstring of its own."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ def test_the_names_of_the_design_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_each_has_a_docstring_of_its_own(name):
   text = inspect.getdoc(getattr(adaptive_attention, name))
-  assert text and not text.startswith(f"{name}(")  # as dataclasses make them
+  assert text and not text.startswith(f"{name}(")  # the default of dataclasses
   assert text.split("\n")[0].endswith((".", ":"))
 
 

@@ -1,4 +1,4 @@
-"""What README says to type works."""
+"""The commands and examples of README work."""
 
 import pathlib
 import re
@@ -23,7 +23,7 @@ def blocks(language):
 
 
 def commands():
-  """The lines of main.py, comments and continued lines put together."""
+  """Yields the flags of each call of main.py, from lines put together."""
   for block in blocks("sh"):
     for line in block.replace("\\\n", " ").splitlines():
       words = shlex.split(line, comments=True)
@@ -43,7 +43,7 @@ def test_the_two_commands_come_first():
 
 
 def test_commands_run(main, text, tmp_path):
-  """Each as it stands, made short and turned to the test's own folders."""
+  """Each runs as it is written, but short and in the test's own folders."""
   short = [
     "--config.steps=2",
     "--config.batch_size=2",
@@ -57,7 +57,7 @@ def test_commands_run(main, text, tmp_path):
   for flags in commands():
     mode = next((f for f in flags if f.startswith("--mode=")), "--mode=train")
     if mode == "--mode=bench":
-      continue  # tests/test_benchmark.py runs it, on shapes of its own
+      continue  # tests/modes/test_bench.py runs it, on shapes of its own
     # All runs share a folder of their config's name under the test's own.
     if mode in ("--mode=eval", "--mode=sample", "--mode=export"):
       flags = [f.replace("runs/", f"{tmp_path}/") for f in flags]
@@ -134,7 +134,7 @@ def test_the_table_of_modes_has_their_flags():
   for use in USES:
     expected.setdefault(use.mode, set()).update(use.flags())
   for mode, flags in expected.items():
-    always = {"config", "workdir"}  # name the folder alone in most of them
+    always = {"config", "workdir"}  # most modes take these for the folder alone
     assert told[mode] - always == flags - always, mode
 
 

@@ -1,4 +1,4 @@
-"""Segment memory: what a model with one says is what one sequence says."""
+"""Logits over a segment memory are those of one long sequence."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
   attention="span",
   position="rotary",
 )
-# A stream of six segments, two side by side.
+# Two streams of six segments.
 STREAM = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 6 * T + 1)))
 
 
@@ -41,7 +41,7 @@ def parameters(config):
 
 
 def with_spans(params, config, span):
-  """The same with this span in every head."""
+  """Returns the parameters with this span in every head."""
   logit = math.log(span / (config.max_span - span))
   return jax.tree_util.tree_map_with_path(
     lambda path, x: (
@@ -52,7 +52,7 @@ def with_spans(params, config, span):
 
 
 def rows(memory):
-  """(keys, values) of each layer."""
+  """Returns the keys of all layers and the values of all layers."""
   return [x.k for x in memory.layers], [x.v for x in memory.layers]
 
 
@@ -64,7 +64,7 @@ def with_rows(memory, keys, values):
 
 
 def by_segments(config, params, stream=STREAM, tokens_read=0):
-  """(segments, B, T) nats of a stream that is read segment by segment."""
+  """Returns (segments, B, T) nats of streams that are read by segments."""
   memory = init_memory(config, len(stream), T)
   memory = memory.replace(tokens_read=jnp.uint32(tokens_read))
 
@@ -83,7 +83,7 @@ def by_segments(config, params, stream=STREAM, tokens_read=0):
 
 
 def at_once(config, params, stream):
-  """(B, length - 1) nats of one sequence."""
+  """Returns (B, length - 1) nats of streams that are read at once."""
   apply = jax.jit(Transformer(config).apply)
   logits = apply({"params": params}, stream[:, :-1])
   return np.asarray(cross_entropy(logits, stream[:, 1:]))
@@ -110,7 +110,7 @@ def test_every_segment_is_the_end_of_one_sequence(
   one = at_once(config, params, STREAM)
   for i, nats_BT in enumerate(found):
     np.testing.assert_allclose(nats_BT, one[:, i * T : (i + 1) * T], atol=1e-5)
-  # It is not what a segment says alone.
+  # The logits of the segment alone are others.
   alone = at_once(config, params, STREAM[:, -T - 1 :])
   assert np.abs(found[-1] - alone).max() > 1e-2
 
@@ -120,7 +120,7 @@ def test_every_segment_is_the_end_of_one_sequence(
 def test_memory_of_any_length_ends_where_it_is_said_to(
   memory_tokens, implementation
 ):
-  """One layer, since a deeper one has seen more through what it keeps."""
+  """There is one layer, as keys of a deeper one depend on older tokens."""
   config = changed(
     memory_tokens=memory_tokens,
     attention="dense",
@@ -145,7 +145,7 @@ def test_memory_that_holds_the_spans_is_enough(position):
 @pytest.mark.parametrize("reaches", [[99], [99, 99, 99], [3, 99, 1, 5], [1]])
 @pytest.mark.parametrize("memory_tokens", [1, 5, 7, 30])
 def test_how_far_logits_depend_on_what_was_before(memory_tokens, reaches):
-  """Found by walking every pair that a layer looks at, in segments of 7."""
+  """It is found by trying every visible pair of each layer, T = 7."""
   start = needed = 700
   for reach in reversed(reaches):
     needed = min(
@@ -164,12 +164,12 @@ def test_positions_stay_exact_however_long_the_stream(tokens_read):
   params = parameters(config)
   tokens_read = tokens_read // (6 * T) * 6 * T
   far = by_segments(config, params, tokens_read=tokens_read)
-  # All of the memory is taken for read then; here it holds zeros.
+  # Then all of the memory is visible. Here it holds zeros.
   near = by_segments(config, params, tokens_read=6 * T)
   np.testing.assert_allclose(far, near, atol=1e-5)
 
 
-def test_a_stream_starts_anew_by_its_count_alone():
+def test_a_stream_starts_again_by_its_count_alone():
   config, params = CONFIG, parameters(CONFIG)
   apply = jax.jit(Transformer(config).apply)
   memory = init_memory(config, 2, T)
@@ -180,14 +180,14 @@ def test_a_stream_starts_anew_by_its_count_alone():
     [jnp.full_like(v, -9.0) for v in values],
   )
   tokens = STREAM[:, :T]
-  for kept in (memory, spoiled):
-    logits, after = apply({"params": params}, tokens, state=kept)
+  for state in (memory, spoiled):
+    logits, after = apply({"params": params}, tokens, state=state)
     alone = apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, alone, atol=1e-5)
     assert after.tokens_read == T
 
 
-def test_what_is_kept_belongs_to_its_own_streams():
+def test_a_call_changes_the_memory_of_its_own_streams_alone():
   config, params = CONFIG, parameters(CONFIG)
   apply = jax.jit(Transformer(config).apply)
   memory = init_memory(config, 5, T)
@@ -206,7 +206,7 @@ def test_what_is_kept_belongs_to_its_own_streams():
 
 
 @pytest.mark.parametrize("implementation", ("blocked", "reference"))
-def test_earlier_segments_are_seen_but_take_no_gradient(implementation):
+def test_earlier_segments_are_visible_but_get_no_gradient(implementation):
   config = changed(implementation=implementation)
   params = parameters(config)
   apply = jax.jit(Transformer(config).apply)
@@ -225,7 +225,7 @@ def test_earlier_segments_are_seen_but_take_no_gradient(implementation):
   to_keys, to_values = jax.grad(loss, (1, 2))(params, *rows(memory))
   for gradient in (*to_keys, *to_values):
     assert not np.asarray(gradient).any()
-  # The first token of a segment does see the last of the one before.
+  # The first token of a segment does attend to the last of the one before.
   keys, values = rows(memory)
   other = [v.at[:, T - 1].add(1.0) for v in values]
   assert abs(loss(params, keys, other) - loss(params, keys, values)) > 1e-3
@@ -244,7 +244,7 @@ def test_a_memory_for_other_calls_is_refused():
 
 
 def test_one_token_at_a_time():
-  """As a program that generates calls it."""
+  """A program that generates would call it so."""
   config = changed(memory_tokens=30)
   params = with_spans(parameters(config), config, 20.0)
   memory = init_memory(config, 2, 1)

@@ -1,4 +1,4 @@
-"""Files of parameters: each format, and what is wrong with one."""
+"""Files of parameters are read in each format, and faults in them are named."""
 
 import dataclasses
 import itertools
@@ -72,7 +72,7 @@ def test_golden_files_serve_as_they_are():
 
 
 def drawn(cfg):
-  """Random parameters as our tree."""
+  """Returns random parameters as our tree."""
   random = np.random.default_rng(0)
   init = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), TOKENS)
   return jax.tree.map(
@@ -96,7 +96,7 @@ def test_every_kind_of_model_comes_back_from_safetensors(
 
 
 class Tensor:
-  """What of a tensor of PyTorch is used, as strict as that: a test double."""
+  """A test double of PyTorch's tensor: what is used of it, just as strict."""
 
   def __init__(self, value):
     self.value = value
@@ -121,7 +121,7 @@ class Tensor:
 
 
 class File:
-  """A set of parameters that tests spoil, and a file of one kind with it."""
+  """Parameters that tests spoil, and a file of one kind that holds them."""
 
   def __init__(self, kind, folder, monkeypatch):
     self.kind, self.path = kind, folder / f"them.{kind}"
@@ -155,7 +155,7 @@ class File:
     return weights.load(self.path, self.cfg)
 
   def refused(self, *parts):
-    """Loading ends in one sentence that names the file and these."""
+    """Checks that loading fails in one sentence with path and these parts."""
     with warnings.catch_warnings():
       warnings.simplefilter("error")
       with pytest.raises(WeightsError) as error:
@@ -177,14 +177,14 @@ def file(request, tmp_path, monkeypatch):
 FLOATS = ["float16", "float32", "float64"]
 
 
-SMALL_FLOATS = ["bfloat16", "float8_e4m3fn", "float8_e5m2"]  # not of numpy
+SMALL_FLOATS = ["bfloat16", "float8_e4m3fn", "float8_e5m2"]  # not NumPy's own
 
 
 @pytest.mark.parametrize(
   ("kind", "dtype"),
   [
     *itertools.product(KINDS, [*FLOATS, ">f4"]),
-    # Numpy writes these without their names: from .npz they are refused, below.
+    # NumPy writes these without their names, so .npz is refused, see below.
     *itertools.product(["pt", "safetensors"], SMALL_FLOATS),
   ],
 )

@@ -1,4 +1,4 @@
-"""The published program's parameters: all of them, under their names."""
+"""Parameters of the published program are read by their published names."""
 
 import pathlib
 
@@ -32,7 +32,7 @@ def config(**changes):
 
 
 def published(config: ModelConfig) -> dict[str, np.ndarray]:
-  """Random parameters under the published names."""
+  """Returns random parameters under the published names."""
   random = np.random.default_rng(0)
   D, V, T, H = (
     config.width,

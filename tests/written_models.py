@@ -1,4 +1,4 @@
-"""Models of all kinds that texts are written with, and one text."""
+"""One text, and models of all kinds that go on with it."""
 
 import dataclasses
 import functools
@@ -38,7 +38,10 @@ def changed(**changes):
 
 
 def parameters(config):
-  """Nothing at zero, spans from short to long, another order in each layer."""
+  """Returns parameters, none at zero, with spans from short to long.
+
+  The spans have another order in each layer.
+  """
   init = jax.jit(Transformer(config).init)
   tokens = jnp.zeros((1, 8), int)
   params = randomized(init(jax.random.key(0), tokens)["params"], scale=0.3)
@@ -92,7 +95,7 @@ MODELS = {
     "context_tokens": 20,
     "memory_tokens": 7,
   },
-  # The series of a long period closes even at the query itself.
+  # The series of a long period hides a query even from itself.
   "closed waves": CLOSED,
   "closed integer waves": CLOSED | {"period": "integer", "vocab_size": 300},
 }
@@ -100,7 +103,7 @@ MODELS = {
 
 @functools.cache
 def model_of(name):
-  """(config, params, logits of TEXT) of one of MODELS."""
+  """Returns (config, params, logits of TEXT) of one of MODELS."""
   config = changed(**MODELS[name])
   params = parameters(config)
   return config, params, all_logits(config, params)

@@ -11,17 +11,18 @@ from adaptive_attention.attention import blocked_bias
 from adaptive_attention.attention.blocked_head import Head, KeyBlock
 from adaptive_attention.attention.layout import BLOCK, put, take
 
-LOW = -1e30  # of a row without an open key so far; finite, unlike hidden logits
+LOW = -1e30  # the highest logit before an open key; finite, unlike hidden ones
 
 
 class Queries(NamedTuple):
-  """What a query block brings to its gradients.
+  """What the gradients of a query block are made of.
 
   Attributes:
-    q_BQK: divided by sqrt(K).
-    d_out_BQK: gradient of the output.
-    mean_BQ1: what softmax takes off: the same with dropout as without.
-    lse_BQ1: log of the sum of the exponentials.
+    q_BQK: the queries, divided by sqrt(K).
+    d_out_BQK: the gradient of the output.
+    mean_BQ1: the mean that the gradient of a softmax takes off. It is the sum
+      of d_out out over K, with dropout and without.
+    lse_BQ1: the log of the sum of exp(logit) over the keys.
   """
 
   q_BQK: jax.Array
@@ -31,13 +32,13 @@ class Queries(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """What `attend` is differentiated by, all heads together.
+  """The gradients of what `attend` takes, for all heads together.
 
   Attributes:
-    dq_BTHK: of queries.
-    dk_BNHK, dv_BNHK: of the keys and values that are not memory.
-    table_HS: of log weights by distance.
-    relative_RK: of the vectors of distances, or None.
+    dq_BTHK: those of the queries.
+    dk_BNHK, dv_BNHK: those of the keys and values that are not memory.
+    table_HS: those of the log weights by distance.
+    relative_RK: those of the vectors of distances, or None.
   """
 
   dq_BTHK: jax.Array
@@ -51,9 +52,10 @@ class Sums(NamedTuple):
   """Gradients that all query blocks of a head add to.
 
   Attributes:
-    dk, dv: local arrays of the keys that are not memory.
-    table: (S,) of the head's log weights by distance.
-    relative: of the vectors of distances, all heads together; or None.
+    dk, dv: local arrays for the keys and values that are not memory.
+    table: (S,) the gradient of the head's log weights by distance.
+    relative: the gradient of the vectors of distances, summed over this head
+      and those before; or None.
   """
 
   dk: jax.Array
@@ -66,12 +68,12 @@ def add_head(head: Head, local, relative, seed, zero, gradients: Gradients):
   """Returns (gradients, local) with the gradients of one head written.
 
   Args:
-    head: its walk.
-    local: local arrays by name, loaded; those of gradients are written over.
-    relative: vectors of distances, or None.
-    seed: of dropout.
-    zero: 0.0, which is not known before the arrays are there.
-    gradients: those of the heads before.
+    head: the head with its walk.
+    local: loaded local arrays by name; those of gradients are written over.
+    relative: the vectors of distances, or None.
+    seed: the seed of dropout.
+    zero: 0.0, which the compiler does not know before the arrays are there.
+    gradients: the gradients with those of the heads before written.
   """
   h, first_x = head.h, head.first_new_y * head.stride
   dk, dv = (
@@ -91,7 +93,7 @@ def add_head(head: Head, local, relative, seed, zero, gradients: Gradients):
 
 
 def _of_head(head: Head, local, relative, seed, zero, sums: Sums):
-  """Returns (dq, sums) of one head: dq as a local array."""
+  """Returns (dq as a local array, sums) of one head."""
   B, _, K = local["q"].shape
 
   def one_block(queries, carry):
@@ -114,14 +116,15 @@ def _of_head(head: Head, local, relative, seed, zero, sums: Sums):
 
 
 def _brought(head, local, queries) -> Queries:
+  """Returns what the gradients of a query block are made of."""
   q_BQK, out_BQK, d_out_BQK, lse_BQ1 = (
     take(local[name], queries.row, BLOCK)
     for name in ("q", "out", "d_out", "lse")
   )
-  # (In one sum over all queries XLA's CPU backend takes as long for it as for
-  # two products.)
+  # It is summed block by block: one sum over all queries would take XLA's CPU
+  # backend as long as two products.
   mean_BQ1 = jnp.sum(d_out_BQK * out_BQK, axis=-1, keepdims=True)
-  # Beyond the end of the class these are the rows of others.
+  # Rows beyond the end of the class belong to other classes.
   exists_1Q1 = (queries.x < head.sizes.T)[None, :, None]
   lse_BQ1 = jnp.where(exists_1Q1, lse_BQ1, -LOW)
   q_BQK = q_BQK / math.sqrt(q_BQK.shape[-1])
@@ -168,7 +171,7 @@ def _add_block(
 
 def _added_to_keys(static, sums, keys, dk_BCK, dv_BCK) -> Sums:
   """Returns the sums with the gradients of a key block added."""
-  if static.memory:  # before the first new key are the rows of others
+  if static.memory:  # rows before the first new key belong to other classes
     new_C = keys.x >= static.memory - static.sizes.older
     dk_BCK, dv_BCK = (
       jnp.where(new_C[None, :, None], x_BCK, 0.0) for x_BCK in (dk_BCK, dv_BCK)

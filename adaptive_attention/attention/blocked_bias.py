@@ -11,11 +11,11 @@ from adaptive_attention.attention.layout import BLOCK
 
 
 def skew(x):
-  """Returns (..., BLOCK, BLOCK) of (..., BLOCK, 2 BLOCK - 1), row by row.
+  """Returns (..., BLOCK, BLOCK) from (..., BLOCK, 2 BLOCK - 1), row by row.
 
-  [u, w] = x[u, BLOCK - 1 - u + w]: with the distances of a block along the
-  last axis of x, descending, each pair gets what stands at its own. In rows one
-  longer and laid end to end that is a slice.
+  The result at [u, w] is x[u, BLOCK - 1 - u + w]: where the last axis of x is
+  by the distances of a block, descending, each pair gets what stands at its
+  distance. It is one slice of x with one more column and its rows end to end.
   """
   lead = x.shape[:-2]
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
@@ -25,7 +25,10 @@ def skew(x):
 
 
 def unskew(y):
-  """`skew` transposed: each pair's number goes to its distance."""
+  """Returns (..., BLOCK, 2 BLOCK - 1) numbers of pairs by their distance.
+
+  It is the transpose of `skew`.
+  """
   lead = y.shape[:-2]
   y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, BLOCK - 1)])
   y = y.reshape(*lead, BLOCK * (2 * BLOCK - 1))
@@ -50,10 +53,10 @@ def of_partial_block(table_HS, h, distance, exists_C):
 
 
 def added_to_table(d_table_S, bias, distance, stride, d_logits_BQC):
-  """Returns the gradient of a head's table with that of a block added."""
-  if bias is None:  # the table has no slope there
+  """Returns the gradient of a head's table with a block's gradient added."""
+  if bias is None:  # the log weight is zero there, and has no slope
     return d_table_S
-  if bias.ndim == 0:  # of a full block, the entry of its residue
+  if bias.ndim == 0:  # a full block reads only the entry of its residue
     rho = distance[-1] % stride
     return d_table_S.at[rho].add(jnp.sum(d_logits_BQC))
   line = jnp.sum(unskew(jnp.sum(d_logits_BQC, axis=0)), axis=0)
@@ -61,7 +64,7 @@ def added_to_table(d_table_S, bias, distance, stride, d_logits_BQC):
 
 
 def at_distances(relative_RK, distance):
-  """Returns (2 BLOCK - 1, K) the vectors of distances; zeros beyond R."""
+  """Returns (2 BLOCK - 1, K), the vectors of distances; zeros beyond R."""
   if relative_RK is None:
     return None
   R = len(relative_RK)
@@ -70,15 +73,16 @@ def at_distances(relative_RK, distance):
 
 
 def added_at(x, distance, rows):
-  """Returns x with rows added at their distances, but for those it lacks.
+  """Returns x with rows added at their distances, if x has these.
 
-  Of negative distances, which no pair has, the rows are zeros.
+  A negative distance counts from the end of x. It is harmless, as no pair has
+  one and its row is zero.
   """
   return x.at[distance].add(rows, mode="drop")
 
 
 def logits(q_BQK, k_BCK, bias, relative_DK):
-  """Returns q (k + p) + log m + log w, of queries divided by sqrt(K)."""
+  """Returns q (k + p) + log m + log w, for queries divided by sqrt(K)."""
   logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
   if relative_DK is not None:
     logits_BQC += skew(jnp.einsum("bqk,dk->bqd", q_BQK, relative_DK))

@@ -1,4 +1,4 @@
-"""One head as `blocked` computes it: its walk, and what each block brings."""
+"""One head of `blocked`: its walk over blocks, and what each block holds."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,9 @@ class Static(NamedTuple):
   """What is known when the function is traced.
 
   Attributes:
-    memory: how many of the first keys take no gradient.
+    memory: how many of the first keys get no gradient.
     ring: whether keys are read out of a `Ring`.
-    precision: of products: what jax.default_matmul_precision is where `attend`
-      is called.
+    precision: the jax.default_matmul_precision under which `attend` was called.
   """
 
   sizes: walk.Sizes
@@ -30,8 +29,8 @@ class QueryBlock(NamedTuple):
   """BLOCK queries of one class.
 
   Attributes:
-    a, y: their class, and the y of the first.
-    row: of the first in a local array.
+    a, y: their class, and the y of the first query.
+    row: the row of the first query in a local array.
     x: (BLOCK,) their positions.
   """
 
@@ -45,13 +44,13 @@ class KeyBlock(NamedTuple):
   """BLOCK keys of one class, and what the masks add to their logits.
 
   Attributes:
-    row: of the first in a local array.
-    new_row: the same in one of newer keys alone.
+    row: the row of the first key in a local array of all keys.
+    new_row: its row in a local array of the keys that are not memory.
     x: (BLOCK,) their positions.
-    bias: (BLOCK, BLOCK) log m + log w; -inf for keys that do not exist. Of a
-      full block one number for all pairs; None for zero.
+    bias: (BLOCK, BLOCK) log m + log w; -inf for keys that do not exist. For a
+      full block it is one number for all pairs, or None for zero.
     distance: (2 BLOCK - 1,) the distances of the diagonals, descending.
-    older: static; whether there are keys of the memory alone.
+    older: static; whether all keys of the block are memory.
   """
 
   row: jax.Array
@@ -63,7 +62,7 @@ class KeyBlock(NamedTuple):
 
 
 def layouts(static, stride=1):
-  """Returns those of queries, of keys, and of the keys that are not memory."""
+  """Returns the layouts of queries, keys, and keys that are not memory."""
   T, older, strided = static.sizes.T, static.sizes.older, static.sizes.strided
   return (
     Layout(stride, 0, T, strided),
@@ -81,18 +80,19 @@ class Head:
     self.walked = jax.tree.map(lambda x: x[h], heads)
     self.stride = self.walked.stride
     self.queries, self.keys, self.new_keys = layouts(static, self.stride)
-    # No block goes further back from the first query than the last distance.
+    # No block is further back from the first query than that of `last`.
     back = walk.ceil_div(self.walked.last // self.stride + 1, BLOCK) * BLOCK
-    self.first_key_y = self.keys.reach(-back)
-    self.first_new_y = self.new_keys.reach(-back)
+    self.first_key_y = self.keys.existing(-back)
+    self.first_new_y = self.new_keys.existing(-back)
 
   def loaded(self, scratch, queries, ring):
-    """Returns the scratch with this head's rows of queries and of a ring.
+    """Returns the scratch with this head's rows loaded.
 
     Args:
       scratch: local arrays by name.
-      queries: by name, those to load.
-      ring: has the rows of k and v.
+      queries: arrays (B, T, H, ...) by name; each goes to the local array of
+        its name.
+      ring: a `Ring` whose keys and values go to the local arrays k and v.
     """
     local = dict(scratch)
     for name, array in queries.items():
@@ -105,10 +105,10 @@ class Head:
     return local
 
   def over_query_blocks(self, body, carry):
-    """Returns the carry after body(QueryBlock, carry) over all queries.
+    """Returns the carry after body(QueryBlock, carry) for all query blocks.
 
     Those of a class come in ascending y. The last block of a class goes beyond
-    its end, into the rows of the next, which come later.
+    the end of the class, into rows of the next, which are computed later.
     """
 
     def of_class(a, carry):
@@ -124,7 +124,7 @@ class Head:
     return self.queries.over_classes(of_class, carry)
 
   def over_key_blocks(self, queries: QueryBlock, body, carry):
-    """Returns the carry after body(KeyBlock, carry) over what they meet."""
+    """Returns the carry after body(KeyBlock, carry) for blocks they meet."""
     static, sizes = self.static, self.sizes
 
     def residue(rho, carry):
@@ -154,7 +154,7 @@ class Head:
     return walk.ceil_div(first_x - c, self.stride)
 
   def key_block(self, queries, rho, j, is_full, older) -> KeyBlock:
-    """Returns key block j of the class that the queries meet at rho."""
+    """Returns key block j of the class that the queries meet at residue rho."""
     c, b = walk.key_class(self.walked, queries.a, rho, self.sizes)
     y = j * BLOCK
     x = c + self.stride * (y + jnp.arange(BLOCK, dtype=jnp.int32))
@@ -172,7 +172,10 @@ class Head:
     return KeyBlock(*rows, x, bias, distance, older)
 
   def kept(self, seed, B, queries: QueryBlock):
-    """Returns a function of a KeyBlock: (B, Q, C) what dropout leaves."""
+    """Returns a function of a KeyBlock that gives (B, Q, C) booleans.
+
+    They say which weights dropout leaves.
+    """
     b_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
     row_BQ1 = dropout.row_hash(
       dropout.stream_hash(seed, b_B11), self.h, queries.x[None, :, None]

@@ -1,9 +1,9 @@
-"""One query of each head against what that head can still see.
+"""Attention of one query to the KV cache of each head.
 
-The keys and values of a head stand in a ring of as many rows as its reach,
-ceil(z + R) tokens. Under a wave of an integer period P the rows are dealt into
-P residue classes by position, and only the classes that stand at an open
-distance are read. That is exact: what is not kept has the weight zero.
+The keys and values of a head stand in a ring of at least as many rows as its
+reach, ceil(z + R) tokens. Under a wave of an integer period P the rows are
+dealt into P residue classes by position, and only the classes at an open
+distance are read. That is exact: the weight of what is not read is zero.
 
 Axes: G heads of one group, P residue classes, Y rows of each, r open residues.
 """
@@ -18,17 +18,17 @@ from jax import lax
 
 from adaptive_attention import masks
 
-_WASTE = 1.08  # rows of all rings, at most, against the reach of the heads
+_WASTE = 1.08  # rings have at most so many times the rows that reaches need
 
 
 class Group(NamedTuple):
   """Heads whose rings are of one size; static.
 
   Attributes:
-    heads: which of the layer.
-    period: P; 1 where no wave can be skipped.
+    heads: their indices in the layer.
+    period: P; 1 where all keys of a ring are read.
     rows: Y.
-    residues: the residues of distances mod P that any of the heads has open.
+    residues: the open residues of distances mod P, the same for all its heads.
   """
 
   heads: tuple[int, ...]
@@ -38,29 +38,36 @@ class Group(NamedTuple):
 
   @property
   def ring_rows(self) -> int:
+    """Rows of a head's ring."""
     return self.period * self.rows
 
   @property
   def reads(self) -> int:
-    """Rows that a query reads, of each head."""
+    """Rows of a head's ring that a query reads."""
     return len(self.residues) * self.rows
 
   def distances(self) -> np.ndarray:
-    """(r, Y) ascending along Y."""
+    """Returns (r, Y) the distances that are read, ascending along Y."""
     return np.add.outer(self.residues, self.period * np.arange(self.rows))
 
 
 def reach(mask: masks.Mask, longest: int) -> np.ndarray:
-  """Returns (H,) over how many tokens a head looks back, itself included.
+  """Returns (H,) the reach of each head in tokens, the query itself included.
 
-  That is ceil(z + R), as m(d) > 0 where d < z + R, and at most `longest`.
+  It is ceil(z + R), as m(d) > 0 where d < z + R, and at most `longest`. A last
+  token whose weight is hidden, m(d) <= 1e-6, does not count.
   """
   spans = masks.Mask(mask.span, mask.ramp)
   return np.asarray(masks.is_open(spans, np.arange(longest))).sum(axis=1)
 
 
 def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
-  """Returns a layer's heads in as few groups as waste few rows."""
+  """Returns a layer's heads in as few groups as _WASTE allows.
+
+  Args:
+    mask: concrete.
+    longest: the longest reach that a head gets.
+  """
   reach_H = reach(mask, longest)
   strides = [(1, (0,))] * len(reach_H)
   if mask.wave is not None and mask.wave.integer:
@@ -76,12 +83,15 @@ def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
 
 
 def dense_groups(heads: int, longest: int) -> tuple[Group, ...]:
-  """Returns one group whose rings are as long as any head could look."""
+  """Returns one group of all heads, whose rings are of the `longest` reach."""
   return (Group(tuple(range(heads)), 1, longest, (0,)),)
 
 
 def _strides(wave):
-  """Returns (P, open residues) of each head; (1, (0,)) where all are open."""
+  """Returns (P, open residues) of each head.
+
+  It is (1, (0,)) where all residues are open, or none.
+  """
   period_H = np.round(np.asarray(wave.period)).astype(int)
   open_HR = np.asarray(
     masks.wave_weight(np.arange(period_H.max()), wave) > masks.HIDDEN
@@ -96,8 +106,9 @@ def _strides(wave):
 def _parted(heads, rows):
   """Returns heads, ascending by rows, cut into the fewest parts.
 
-  Each head of a part takes the rows of the last one. Of all cuts into as many
-  parts it is the one that takes the fewest rows, within _WASTE of those needed.
+  Each head of a part takes as many rows as the part's last one. Altogether they
+  take at most _WASTE times the rows that are needed. Of all cuts into as many
+  parts the one with the fewest rows is taken.
   """
   needed = sum(rows[h] for h in heads)
 
@@ -124,7 +135,7 @@ def _parted(heads, rows):
 
 
 def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:
-  """Returns of each group (G, r, Y) log m + log w by distance."""
+  """Returns, for each group, (G, r, Y) log m + log w by distance."""
   return tuple(
     masks.log_weight(mask, group.distances())[np.array(group.heads)]
     for group in groups
@@ -132,17 +143,17 @@ def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:
 
 
 def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
-  """Returns the ring with T tokens in the rows of its oldest.
+  """Returns the ring with T tokens written over its oldest.
 
-  The tokens stand at the positions from `tokens_read` on. One token is written
-  in place.
+  The tokens have the positions from `tokens_read` on. One token is written in
+  place where the ring is donated.
   """
   first = jnp.asarray(tokens_read).astype(jnp.int32)
   new_BGTK = new_BTGK.swapaxes(1, 2).astype(ring_BGPYK.dtype)
   if new_BGTK.shape[2] == 1:
     return _put_one(group, ring_BGPYK, new_BGTK, first)
   P, Y, T = group.period, group.rows, new_BGTK.shape[2]
-  # The newest position of each class and row.
+  # The newest position of each class and row, counted from the first new token.
   c_P1, y_1Y = np.arange(P)[:, None], np.arange(Y)[None]
   newest_P1 = (first + T - 1 - c_P1) // P
   t_PY = P * (newest_P1 - (newest_P1 - y_1Y) % Y) + c_P1 - first
@@ -151,6 +162,7 @@ def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
 
 
 def _put_one(group, ring_BGPYK, new_BG1K, position):
+  """Returns the ring with the token at `position` written over its oldest."""
   P, Y = group.period, group.rows
   at = (0, 0, position % P, (position // P) % Y, 0)
   return lax.dynamic_update_slice(
@@ -161,9 +173,9 @@ def _put_one(group, ring_BGPYK, new_BG1K, position):
 
 
 def in_order(group: Group, ring_BGPYK, tokens_read):
-  """Returns (B, P Y, G, K): the rows of the ring from the oldest to the newest.
+  """Returns (B, P Y, G, K), the rows of the ring from the oldest to the newest.
 
-  What stands before the first token of the text may be anything.
+  Rows that stand for positions before the text hold anything.
   """
   P, Y = group.period, group.rows
   first = jnp.asarray(tokens_read).astype(jnp.int32)
@@ -175,14 +187,15 @@ def in_order(group: Group, ring_BGPYK, tokens_read):
 def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
   """Returns out_B1HK of one query a sequence, whose key is in the rings.
 
-  softmax(q (k + p) / sqrt(K) + log m + log w) v over what the rings hold, or
-  zeros where that is nothing.
+  out = softmax(q (k + p) / sqrt(K) + log m + log w) v over the open keys in the
+  rings. It is zero where no key is open.
 
   Args:
-    groups: of the layer's heads.
+    groups: the groups of the layer's heads.
     q_B1HK: the queries of the token at the position `tokens_read`.
-    k, v, bias: of each group, as in `state.KVCache`.
-    relative_RK: a vector for each distance 0 .. R - 1; zero beyond.
+    k, v, bias: for each group, as in `kv_cache.KVCache`.
+    tokens_read: how many tokens came before this one.
+    relative_RK: p, a vector for each distance 0 .. R - 1; zero beyond.
   """
   B, _, H, K = q_B1HK.shape
   position = jnp.asarray(tokens_read).astype(jnp.int32)
@@ -195,14 +208,14 @@ def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
 
 
 def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
-  """(B, G, K) of the query at `position`, whose key is in the ring."""
+  """Returns (B, G, K) of the query at `position`, whose key is in the ring."""
   P, K = group.period, q_BGK.shape[-1]
   q_BGK = q_BGK.astype(jnp.float32) / np.sqrt(K).astype(np.float32)
   distance = group.distances()
   exists = distance <= position
   logits, values = [], []
   for i, rho in enumerate(group.residues):
-    # A class of which no token has come yet holds nothing that exists.
+    # A class that no token has come to yet holds no key that exists.
     newest = jnp.maximum(position - rho, 0)
     c = newest % P
     k_BGYK = lax.dynamic_index_in_dim(k, c, axis=2, keepdims=False)
@@ -225,7 +238,7 @@ def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
 
 
 def _softmax(logits_BGY):
-  """Over the rows of a ring; zeros where all of them are hidden."""
+  """Returns weights over the rows of a ring; zeros where all are hidden."""
   highest_BG1 = jnp.max(logits_BGY, axis=-1, keepdims=True)
   highest_BG1 = jnp.where(jnp.isfinite(highest_BG1), highest_BG1, 0.0)
   weights_BGY = jnp.exp(logits_BGY - highest_BG1)
@@ -234,6 +247,7 @@ def _softmax(logits_BGY):
 
 
 def _of_distances(q_BGK, relative_RK, distance_Y):
+  """Returns (B, G, Y) q p, p the vector of each distance; zero beyond R."""
   R = len(relative_RK)
   vectors_YK = relative_RK[np.minimum(distance_Y, R - 1)].astype(jnp.float32)
   vectors_YK = jnp.where((distance_Y < R)[:, None], vectors_YK, 0.0)
@@ -241,7 +255,10 @@ def _of_distances(q_BGK, relative_RK, distance_Y):
 
 
 def _by_row(by_age, newest):
-  """(..., Y) by how many rows back from the newest -> by row of the ring."""
+  """Returns (..., Y) by row of the ring, from (..., Y) by age.
+
+  An age is how many rows of its class a row is older than the `newest`.
+  """
   Y = by_age.shape[-1]
   # back[i] = by_age[-i mod Y]; row r is (newest - r) mod Y rows back.
   back = jnp.concatenate([by_age[..., :1], by_age[..., :0:-1]], axis=-1)

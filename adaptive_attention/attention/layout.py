@@ -1,8 +1,8 @@
-"""Where the rows of one head stand while it is computed.
+"""Places the rows of one head in local arrays while the head is computed.
 
-Positions are dealt into P classes, x = P y + a. A head's rows of each class are
-brought together, so that a block of consecutive y is one contiguous slice
-whatever the stride is; of the keys only as many as the head can see.
+Positions are dealt into P residue classes, x = P y + a. The rows of each class
+are brought together, so that a block of consecutive y is one contiguous slice
+whatever the stride is. Keys beyond the head's reach need not be brought.
 """
 
 import jax.numpy as jnp
@@ -11,34 +11,36 @@ from jax import lax
 from adaptive_attention.attention.walk import MAX_STRIDE, ceil_div
 
 BLOCK = 64  # queries and keys of a block
-_ROWS = 256  # how many are moved at a time
+_ROWS = 256  # rows that are moved at a time
 
 
 def at(*index):
-  """The place where a slice begins, in integers of one type as JAX wants it."""
+  """Returns the start of a slice in int32, as JAX wants indices of one type."""
   return tuple(jnp.asarray(i, jnp.int32) for i in index)
 
 
 def take(local_BRK, row, count):
+  """Returns `count` rows of a local array, from `row` on."""
   B, _, K = local_BRK.shape
   return lax.dynamic_slice(local_BRK, at(0, row, 0), (B, count, K))
 
 
 def put(local_BRK, row, rows_BYK):
+  """Returns a local array with these rows written from `row` on."""
   return lax.dynamic_update_slice(local_BRK, rows_BYK, at(0, row, 0))
 
 
 class Layout:
-  """Where one head keeps its positions: class by class, each in a row.
+  """The rows of one head's positions in a local array, class by class.
 
-  x = P y + a, from -front to T, stands in row(a, y) of a local array
+  The position x = P y + a in [-front, T) stands in row(a, y) of a local array
   (B, rows, K) in float32, which has room for a block beyond either end.
 
   Args:
-    stride: P, at run time, from 1 to MAX_STRIDE.
-    front, T: static.
-    strided: static; whether P may be another than one.
-    ring: static; whether arrays to load are those of a `Ring`.
+    stride: P, a run-time integer from 1 to MAX_STRIDE.
+    front, T: static; how many positions stand before zero, and from zero on.
+    strided: static; whether P may be other than one.
+    ring: static; whether `load` reads arrays of a `Ring`.
   """
 
   def __init__(self, stride, front, T, strided, ring=False):
@@ -47,32 +49,40 @@ class Layout:
     self.fill = ceil_div(front, stride)  # y of each class before zero
     self.end = ceil_div(T, stride)  # y of each class from zero on
     size = front + T
-    # Moved all at once, unless a short span can do with much less.
+    # All rows are moved at once, unless a short span needs much fewer.
     self.whole = not strided and not ring and front <= T
     self.block = size if self.whole else min(_ROWS, size)
 
   def filled(self, B, K, value):
-    """A local array. What is not written is read beside what counts."""
+    """Returns a local array that holds the value in every row.
+
+    Blocks also read rows that are never written; what these hold must be
+    finite.
+    """
     spare = 2 * MAX_STRIDE if self.strided else 0
     rows = BLOCK + self.front + self.T + spare + max(BLOCK, _ROWS)
     return jnp.full((B, rows, K), value)
 
   def row(self, a, y):
+    """Returns the row of the position P y + a."""
     return BLOCK + a * (self.fill + self.end) + self.fill + y
 
-  def reach(self, y):
-    """The first y that there is, of those from y on."""
+  def existing(self, y):
+    """Returns the first y that a class has, of those from y on."""
     return jnp.maximum(y, -self.fill)
 
   def _over_blocks(self, y_from, one, local_BRK):
-    """one(a, y, local) for blocks of y from y_from on, of all classes."""
+    """Returns the array after one(a, y, local) for blocks from y_from on.
+
+    A block has `self.block` consecutive y of one class.
+    """
     blocks = ceil_div(self.end - y_from, self.block)
 
     def of_class(a, local_BRK):
       def of_block(j, local_BRK):
-        # The last block is moved back, lest it go beyond the end.
+        # The last block is moved back, so that it ends with its class.
         y = jnp.minimum(y_from + j * self.block, self.end - self.block)
-        return one(a, self.reach(y), local_BRK)
+        return one(a, self.existing(y), local_BRK)
 
       return lax.fori_loop(0, blocks, of_block, local_BRK)
 
@@ -81,7 +91,7 @@ class Layout:
     return self.over_classes(of_class, local_BRK)
 
   def over_classes(self, body, carry):
-    """body(a, carry) for each class a."""
+    """Returns the carry after body(a, carry) for each class a."""
     if not self.strided:
       return body(0, carry)
     return lax.fori_loop(0, self.stride, body, carry)
@@ -89,11 +99,11 @@ class Layout:
   def load(
     self, local_BRK, array_NXHK, h, y_from, first_x=None, first_row=0, batch=0
   ):
-    """The local array with the positions from y_from on of head h.
+    """Returns the local array with head h's rows from y_from on.
 
     Args:
-      first_x: zeros stand for what is before it, if given.
-      first_row, batch: of the `Ring` that the array belongs to.
+      first_x: if given, positions before it get zeros.
+      first_row, batch: those of the `Ring` that the array belongs to.
     """
     B, _, K = local_BRK.shape
     X, block = array_NXHK.shape[1], self.block
@@ -128,7 +138,7 @@ class Layout:
     return self._over_blocks(y_from, one, local_BRK)
 
   def clear(self, local_BRK, y_from):
-    """The local array with zeros from y_from on."""
+    """Returns the local array with zeros from y_from on."""
     B, _, K = local_BRK.shape
     zeros_BYK = jnp.zeros((B, self.block, K), jnp.float32)
 
@@ -138,7 +148,10 @@ class Layout:
     return self._over_blocks(y_from, one, local_BRK)
 
   def store(self, local_BRK, array_BXHK, h, x_from):
-    """`load` the other way: head h's positions from x_from on."""
+    """Returns array_BXHK with head h's rows from the local array.
+
+    It is the inverse of `load`, for positions from x_from on.
+    """
     T, P, block = self.T, self.stride, self.block
 
     def one(j, array_BXHK):

@@ -1,7 +1,7 @@
-"""Attention under learned masks, dense and obvious: the definition.
+"""The reference: attention under learned masks by its definition.
 
-All T x S pairs are computed, then hidden. It is what the other
-implementations are held against, and its time and memory are what they save.
+All T x S pairs are computed, and those that are not open are then hidden. The
+other implementations are tested against it, and save its time and memory.
 """
 
 import math
@@ -27,7 +27,7 @@ def attend(
   dropout_rate,
   dropout_seed,
 ):
-  """softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attention.attend`."""
+  """Returns softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attend`."""
   del memory  # the gradient is stopped already
   B, T, H, K = q_BTHK.shape
   if ring is not None:
@@ -55,8 +55,8 @@ def attend(
   if dropout_rate:
     kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
     weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
-  # In float32 for the gradient's sake: of a product that gives bfloat16 the
-  # weights' gradient is one too, and XLA's CPU backend may sum it in bfloat16.
+  # The product gives float32 for the gradient's sake: the weights' gradient is
+  # a product of the same dtype, and XLA's CPU may sum bfloat16 in bfloat16.
   return jnp.einsum(
     "bhts,bshk->bthk",
     weights_BHTS.astype(v_BSHK.dtype),
@@ -66,7 +66,7 @@ def attend(
 
 
 def _kept(seed, shape_BHT, x_S, rate):
-  """(B, H, T, S) which weights dropout leaves."""
+  """Returns (B, H, T, S) whether dropout leaves a weight."""
   b_B, h_H, t_T = (jnp.arange(n, dtype=jnp.int32) for n in shape_BHT)
   return dropout.keep(
     seed,
@@ -79,7 +79,7 @@ def _kept(seed, shape_BHT, x_S, rate):
 
 
 def _bias(mask, distance_TS, exists_S):
-  """(H or 1, T, S) log m + log w; -inf for later keys and missing ones."""
+  """Returns (H or 1, T, S) log m + log w; -inf for later and missing keys."""
   exists_TS = (distance_TS >= 0) & exists_S[None]
   if mask is None:
     bias_HTS = jnp.zeros((1, *distance_TS.shape), jnp.float32)
@@ -89,7 +89,7 @@ def _bias(mask, distance_TS, exists_S):
 
 
 def _softmax(logits_BHTS):
-  """Weights of each row; zeros, and not nan, where all logits are -inf."""
+  """Returns the weights of each row; zeros where all its logits are -inf."""
   highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
   highest_BHT1 = jnp.where(jnp.isfinite(highest_BHT1), highest_BHT1, 0.0)
   weights_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(highest_BHT1))
@@ -98,7 +98,7 @@ def _softmax(logits_BHTS):
 
 
 def _of_distances(q_BTHK, relative_RK, distance_TS):
-  """(B, H, T, S) q p of the vector p of each distance; 0 beyond the last."""
+  """Returns (B, H, T, S) q p, p the vector of each distance; zero beyond R."""
   R = len(relative_RK)
   products_BHTR = jnp.einsum(
     "bthk,rk->bhtr",

@@ -1,4 +1,4 @@
-"""Keys and values of a stream in rows that are written round and round."""
+"""Rings: keys and values of streams in rows written round and round."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,15 @@ from jax import lax
 
 
 class Ring(NamedTuple):
-  """The keys and values of S positions of a stream, the newest T among them.
+  """The keys and values of the newest S positions of N streams.
 
-  Index s, the oldest at 0, stands in row (first_row + s) mod S: the rows of T
-  new tokens take the place of the oldest T, and nothing else moves.
+  Index s, from the oldest at 0 on, stands in row (first_row + s) mod S. So T
+  new tokens are written over the oldest T, and nothing else moves.
 
   Attributes:
-    k_NSHK, v_NSHK: of N >= B streams.
-    first_row: runtime integer in [0, S).
-    batch: runtime integer; the streams of a call are those from this one on.
+    k_NSHK, v_NSHK: keys and values of N >= B streams.
+    first_row: runtime integer in [0, S); the row of the oldest position.
+    batch: runtime integer; a call is about the B streams from this one on.
   """
 
   k_NSHK: jax.Array
@@ -26,16 +26,16 @@ class Ring(NamedTuple):
 
 
 def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
-  """Writes T <= S new tokens over the oldest; no gradient flows into a ring.
+  """Returns the ring with T <= S new tokens written over the oldest.
 
-  It is done in place where the ring is donated. The rows may go beyond the last
-  one and on from the first.
+  They are written in place where the ring is donated. Rows that would pass the
+  last one go on from row 0. No gradient flows into a ring.
   """
   B, T, H, K = k_BTHK.shape
   S = ring.k_NSHK.shape[1]
   first_row = jnp.asarray(ring.first_row, jnp.int32)
   start = jnp.minimum(first_row, S - T)
-  beyond = first_row - start  # how many go on from the first row
+  beyond = first_row - start  # how many tokens are written from row 0 on
   row_T = jnp.arange(T, dtype=jnp.int32)
 
   def written(old_NSHK, new_BTHK):
@@ -59,6 +59,6 @@ def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
 
 
 def in_order(x_NSHK, ring: Ring, B):
-  """(B, S, H, K): the rows of a ring's array from the oldest to the newest."""
+  """Returns (B, S, H, K), a ring's array from the oldest to the newest."""
   x_BSHK = lax.dynamic_slice_in_dim(x_NSHK, ring.batch, B, axis=0)
   return jnp.roll(x_BSHK, -jnp.asarray(ring.first_row), axis=1)

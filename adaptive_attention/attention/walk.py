@@ -1,11 +1,11 @@
-"""Which blocks of queries and keys hold an open pair: integers alone.
+"""Tells which blocks of queries and keys hold an open pair, in integers alone.
 
 Positions are counted as x = t for queries and x = s - (S - T) for keys, so that
 a distance is a difference of x. A head with the stride P deals them into P
-residue classes, x = P y + a, and a block is made of consecutive y of one class:
+residue classes, x = P y + a. A block is made of consecutive y of one class:
 `block_q` of queries by `block_k` of keys. Blocks begin at multiples of their
-size in y, those of keys below zero too. Between a query of class a and a key of
-class c the distance is
+size in y, also those of keys below zero. The distance between a query of class
+a and a key of class c is
 
   d = P (y_q - y_k - b) + rho,  rho = (a - c) mod P,  b = 1 if a < rho else 0
 
@@ -14,13 +14,14 @@ so a head with the stride P walks the open residues alone. P = 1 is the band.
 
 An implementation reads a head's integers (`Heads`) and asks `key_blocks` or
 `query_blocks` between which ends it has to walk. Both give each block that
-holds an open pair of an existing query and an existing key, and no other; but
-for a head of stride 1 under a wave all distances up to its last open one count
-as open. Spans, periods and the first key are run-time values.
+holds an open pair of an existing query and an existing key, and no other. There
+is one exception: for a head of stride 1 under a wave all distances up to its
+last open one count as open. Spans, periods and the first key are run-time
+values.
 
 These functions work on scalars, and serve in a Pallas kernel as well as in XLA:
-there is no constant array in them, what is a Python integer stays one, and
-`lax.div`, which rounds to zero, is all the division that there is.
+they have no constant arrays, Python integers stay Python integers, and the only
+division is `lax.div`, which rounds to zero.
 """
 
 from typing import NamedTuple
@@ -30,11 +31,11 @@ import jax.numpy as jnp
 from jax import lax
 
 MAX_STRIDE = 16  # integer waves of longer periods run as a band
-_STRIDE_COST = 1.1  # of a block under a stride, against one of the band
+_STRIDE_COST = 1.1  # a block under a stride costs as much as 1.1 of the band
 
 
 class Sizes(NamedTuple):
-  """What is static: T queries, S keys, rows of blocks.
+  """Static sizes: T queries, S keys, the rows of a block of either.
 
   Attributes:
     strided: whether a head may have a stride other than one. Where it may not,
@@ -54,16 +55,16 @@ class Sizes(NamedTuple):
 
 
 class Heads(NamedTuple):
-  """How heads are walked; of one head, without the leading axis.
+  """How heads are walked; for one head, without the leading axis.
 
   Attributes:
     stride: (H,) P.
     last: (H,) the largest open distance; -1 if there is none.
     full: (H,) the distance up to which all open pairs of one residue have one
-      log weight, which has no slope by distance; -1 if there is none.
+      log weight without a slope by distance; negative if there is none.
     first: (H,) the x of the first key that exists.
-    residues: (H, MAX_STRIDE) the open residues, in front.
-    residue_count: (H,) how many these are.
+    residues: (H, MAX_STRIDE) first the open residues, then the others.
+    residue_count: (H,) how many residues are open.
   """
 
   stride: jax.Array
@@ -75,7 +76,7 @@ class Heads(NamedTuple):
 
 
 def floor_div(x, y):
-  """Returns x // y for y > 0; of Python's integers one of these."""
+  """Returns x // y for y > 0, a Python integer if both are."""
   if isinstance(y, int) and (y == 1 or isinstance(x, int)):
     return x // y if y > 1 else x
   # Python's integers take the other's type, whatever JAX's default is.
@@ -85,6 +86,7 @@ def floor_div(x, y):
 
 
 def _like(other, n):
+  """Returns a Python integer in the type of the other; an array as it is."""
   return other.dtype.type(n) if isinstance(n, int) else n
 
 
@@ -94,7 +96,7 @@ def ceil_div(x, y):
 
 
 def to_int(condition):
-  """Returns 1 or 0."""
+  """Returns 1 for true and 0 for false."""
   if isinstance(condition, bool):
     return int(condition)
   return condition.astype(jnp.int32)
@@ -106,27 +108,27 @@ def stride_of(head: Heads, sizes: Sizes):
 
 
 def key_class(head: Heads, a, rho, sizes: Sizes):
-  """Returns (c, b) of the keys that class a of queries meets at rho."""
+  """Returns (c, b) of the keys that queries of class a meet at residue rho."""
   b = to_int(a < rho)
   return a - rho + stride_of(head, sizes) * b, b
 
 
 def query_class(head: Heads, c, rho, sizes: Sizes):
-  """Returns (a, b) of the queries that class c of keys meets at rho."""
+  """Returns (a, b) of the queries that keys of class c meet at residue rho."""
   P = stride_of(head, sizes)
   b = to_int(c + rho >= P)
   return c + rho - P * b, b
 
 
 def _ordered(start, full_start, full_stop, stop):
-  """The ends, so that what is full lies within what is walked."""
+  """Returns the ends with the full blocks cut down to the walked ones."""
   full_start = jnp.minimum(jnp.maximum(full_start, start), stop)
   full_stop = jnp.minimum(jnp.maximum(full_stop, full_start), stop)
   return start, full_start, full_stop, stop
 
 
 def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
-  """Returns between which ends a query block walks the keys of a residue.
+  """Returns the ends between which a query block walks the keys of a residue.
 
   Args:
     head: the integers of one head.
@@ -135,15 +137,17 @@ def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
     sizes: static.
 
   Returns:
-    (start, full_start, full_stop, stop): key block j, from y = j block_k on, is
-    walked for j in [start, stop). In [full_start, full_stop) it is full: all
-    its pairs (of queries that exist) are open and have one log weight.
+    (start, full_start, full_stop, stop). Key block j, which begins at
+    y = j block_k, is walked for j in [start, stop). It is full for j in
+    [full_start, full_stop): all its pairs (of queries that exist) are open and
+    have one log weight.
   """
   P, block_k = stride_of(head, sizes), sizes.block_k
   c, b = key_class(head, a, rho, sizes)
   y_first = ceil_div(head.first - c, P)
   newest = ceil_div(sizes.T - a, P)
-  newest = jnp.minimum(y_q + sizes.block_q, newest) - 1  # query of the block
+  # The y of the newest query in the block.
+  newest = jnp.minimum(y_q + sizes.block_q, newest) - 1
   low = jnp.maximum(y_q - b - floor_div(head.last - rho, P), y_first)
   high = newest - b
   there = (head.last >= rho) & (y_q <= newest) & (low <= high) & (a < P)
@@ -155,16 +159,16 @@ def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
 
 
 def query_blocks(head: Heads, c, y_k, rho, sizes: Sizes):
-  """Returns between which ends a key block walks the queries of a residue.
+  """Returns the ends between which a key block walks the queries of a residue.
 
-  These are the blocks of `key_blocks` from the side of the keys: query block i,
-  from y = i block_q on, is walked for i in [start, stop) and full in
-  [full_start, full_stop).
+  These are the blocks of `key_blocks` from the side of the keys. Query block i,
+  which begins at y = i block_q, is walked for i in [start, stop) and full for i
+  in [full_start, full_stop).
   """
   P, block_q = stride_of(head, sizes), sizes.block_q
   a, b = query_class(head, c, rho, sizes)
   y_first = ceil_div(head.first - c, P)
-  newest = y_k + sizes.block_k - 1  # key of the block
+  newest = y_k + sizes.block_k - 1  # the y of the newest key in the block
   last_query = ceil_div(sizes.T - a, P) - 1
   low = jnp.maximum(jnp.maximum(y_k, y_first) + b, 0)
   high = newest + b + floor_div(head.last - rho, P)
@@ -193,8 +197,8 @@ def over_residues(head: Heads, body, carry, sizes: Sizes):
 def over_blocks(ends, body, carry):
   """Returns the carry after body(block, is_full, carry) between the ends.
 
-  `is_full` is static: first come the partial blocks, then the full ones, each
-  from the last to the first.
+  `is_full` is static: the partial blocks come before the full ones. Each kind
+  comes from the last block to the first.
   """
   start, full_start, full_stop, stop = ends
   after, full = stop - full_stop, full_stop - full_start
@@ -215,12 +219,12 @@ def over_blocks(ends, body, carry):
 def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
   """Returns the integers of all heads.
 
-  A head under an integer wave gets the stride of its period if that makes less
-  work than the band, by the number of blocks.
+  A head under an integer wave gets the stride of its period if its blocks then
+  cost less than those of the band; see _STRIDE_COST.
 
   Args:
     mask: a `masks.Mask`.
-    table_HS: log m + log w by distance; -inf where hidden.
+    table_HS: (H, S) log m + log w by distance; -inf where hidden.
     first_key: keys before this index do not exist.
     sizes: static.
   """
@@ -229,7 +233,7 @@ def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
   distance_S = jnp.arange(S, dtype=jnp.int32)
   last_H = jnp.max(jnp.where(open_HS, distance_S[None], -1), axis=-1)
   first = jnp.clip(first_key, 0, S).astype(jnp.int32) - sizes.older
-  # There m = 1 and without a slope; a token less, as m is rounded.
+  # m is 1 without a slope at d < z; this is one token less, as m is rounded.
   full_H = jnp.ceil(lax.stop_gradient(mask.span)).astype(jnp.int32) - 2
   # m falls with the distance: a residue is open if its least distance is.
   least_HR = open_HS[:, :MAX_STRIDE]
@@ -265,11 +269,11 @@ def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
 
 
 class Rows(NamedTuple):
-  """Blocks of one side, class by class, each class from a whole block on.
+  """The blocks of queries or of keys, class by class; no block has two classes.
 
   Attributes:
-    group: class a of queries or c of keys; P and more where there is none.
-    y: of the first row.
+    group: the class, a of queries or c of keys; P or more in spare blocks.
+    y: the y of the block's first row.
   """
 
   group: jax.Array
@@ -277,9 +281,9 @@ class Rows(NamedTuple):
 
 
 def row_count(sizes: Sizes, rows) -> int:
-  """Returns N, as many blocks of queries ("q") or keys ("k") as there can be.
+  """Returns N, the most blocks of queries ("q") or keys ("k") of any stride.
 
-  Each class begins at a whole block, on either side of zero.
+  Each class has whole blocks, on either side of zero.
   """
   spare = MAX_STRIDE if sizes.strided else 0
   if rows == "q":
@@ -291,7 +295,8 @@ def row_count(sizes: Sizes, rows) -> int:
 def rows_of(stride, sizes: Sizes, rows) -> Rows:
   """Returns (N,) the blocks of queries (rows="q") or keys ("k") of one head.
 
-  All classes have as many, the keys' from the same y below zero on.
+  All classes have the same number of blocks, from the same y on. Those of keys
+  begin below zero where there are older keys.
   """
   P = stride if sizes.strided else 1
   block = sizes.block_q if rows == "q" else sizes.block_k
@@ -304,11 +309,11 @@ def rows_of(stride, sizes: Sizes, rows) -> Rows:
 
 
 def ends_of(heads: Heads, sizes: Sizes, rows="q"):
-  """Returns (ends, Rows): what each block of `rows_of` walks, of all heads.
+  """Returns (ends, Rows): what each block of `rows_of` walks, for all heads.
 
   The ends are those of `key_blocks` for rows="q" and of `query_blocks` for
-  "k", each (H, N, R); R is the rank among a head's open residues. Beyond these
-  nothing is walked.
+  "k". Each is (H, N, R), by the rank of a residue among a head's open residues.
+  At ranks beyond these nothing is walked.
   """
   walk = key_blocks if rows == "q" else query_blocks
   rank_R = jnp.arange(MAX_STRIDE if sizes.strided else 1, dtype=jnp.int32)
@@ -327,7 +332,7 @@ def ends_of(heads: Heads, sizes: Sizes, rows="q"):
 
 
 def counts(heads: Heads, sizes: Sizes, rows="q"):
-  """Returns (H, N, R) how many blocks are walked; see `ends_of`."""
+  """Returns (H, N, R) how many blocks each block walks; see `ends_of`."""
   (start, _, _, stop), _ = ends_of(heads, sizes, rows)
   return stop - start
 

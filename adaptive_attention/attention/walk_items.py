@@ -1,7 +1,7 @@
-"""A list of the blocks of a walk, for a grid that needs one (a TPU's).
+"""Lists the blocks of a walk, for a grid that needs a list (a TPU's).
 
-It is made from the counts of `walk.counts`, so that beside the list itself
-memory is linear in the numbers of query blocks and key blocks.
+The list is made from counts of blocks, so that all memory beside it is linear
+in the numbers of query blocks and key blocks.
 """
 
 from typing import NamedTuple
@@ -22,15 +22,15 @@ FIRST, LAST, FULL, EMPTY = 1, 2, 4, 8  # flags of an `Item`
 
 
 class Items(NamedTuple):
-  """A list of blocks, head by head, for a grid that needs one.
+  """A list of blocks, head by head.
 
-  Items of one query block (or of one key block) follow each other, and each
-  block of `rows_of` whose class there is has at least one. See `item` for what
-  an entry holds.
+  Items of one query block (or of one key block) follow each other. Each block
+  of `walk.rows_of` has at least one item, but for the spare blocks. See `item`
+  for what an entry holds.
 
   Attributes:
-    count: () how many there are.
-    words: two of (N,); N is static and the most that there can be.
+    count: () the number of items.
+    words: two arrays (N,); N is static, the most items that there can be.
   """
 
   count: jax.Array
@@ -38,12 +38,12 @@ class Items(NamedTuple):
 
 
 class Item(NamedTuple):
-  """One entry: query block i of class a and key block j, at rho, of a head.
+  """One entry: a head's query block i of class a and key block j, at rho.
 
   Attributes:
-    flags: FIRST and LAST of the items that follow each other for one query
-      block (or key block); FULL; EMPTY where there is nothing to compute, but
-      a result of zeros to write.
+    flags: FIRST and LAST mark the first and the last item of one query block
+      (or key block); FULL marks a full block; EMPTY marks an item that has
+      nothing to compute, but a result of zeros to write.
   """
 
   head: jax.Array
@@ -55,7 +55,7 @@ class Item(NamedTuple):
 
 
 def item(words) -> Item:
-  """Returns what the two words of an item say; in a kernel too."""
+  """Returns the item that two words hold; it serves in a kernel too."""
   who, where = words
   return Item(
     head=who >> 16,
@@ -68,9 +68,11 @@ def item(words) -> Item:
 
 
 def most_items(H, sizes: Sizes, rows) -> int:
-  """Returns the length of a list: a band without a mask, and empty items.
+  """Returns the length N of a list.
 
-  A stride is taken only where it makes less work than the band.
+  It has room for a band that hides nothing, and for one empty item in each
+  block of rows. A stride needs no more: it is taken only where it has fewer
+  blocks than the band.
   """
   causal = sum(
     floor_div(min(y + sizes.block_q, sizes.T) - 1, sizes.block_k)
@@ -82,12 +84,12 @@ def most_items(H, sizes: Sizes, rows) -> int:
 
 
 def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
-  """Returns the list of all blocks.
+  """Returns the list of all blocks that are walked.
 
   Args:
-    heads: of all H heads.
+    heads: the integers of all H heads.
     sizes: static.
-    rows: static; "q" for items sorted by query block, "k" by key block.
+    rows: static; "q" sorts the items by query block, "k" by key block.
 
   Raises:
     ValueError: more heads or blocks than two words can name.
@@ -131,9 +133,10 @@ def _expanded(count_HNR, total):
   """Numbers the items of all counts, in order.
 
   Returns:
-    (at, place, place_in_row, count): of each of `total` items at which count it
-    stands, flat; its place within that one, and within the counts of one block
-    of rows; and how many items there are.
+    (at, place, place_in_row, count). `at` is the flat index of the count that
+    each of `total` items belongs to. `place` is the item's place in that count,
+    `place_in_row` its place in the counts of one block of rows. `count` is the
+    number of items.
   """
   R = count_HNR.shape[-1]
   count = count_HNR.reshape(-1)

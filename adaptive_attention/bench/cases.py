@@ -215,7 +215,7 @@ _LONG = {
   "spans, wave": (_INTEGER_WAVE, "spans", 20_000),
   "dense": ({}, "dense", 20_000),
 }
-_SHORT = {"spans": ({}, "spans", 512), "window anew": ({}, None, 512)}
+_SHORT = {"spans": ({}, "spans", 512), "context read again": ({}, None, 512)}
 DECODES = tuple(
   Decode(f"decode {B} x {context}", B, context, spans, runs)
   for context, spans, runs in (

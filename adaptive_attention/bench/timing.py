@@ -19,7 +19,7 @@ _BASELINES = (
   "torch dense causal",
   "dense, memory 8192",
   "dense",
-  "window anew",
+  "context read again",
 )
 
 

@@ -1,6 +1,6 @@
-"""The cases every implementation of attention is held to.
+"""The cases that every implementation of attention is tested on.
 
-Each is named for what it brings in.
+Each is named after what is special about it.
 """
 
 from adaptive_attention.bench.cases import (
@@ -15,7 +15,7 @@ __all__ = ["CASES", "SEED", "Case", "inputs", "relative_vectors"]
 
 
 def shortened(cases, T=200):
-  """What is timed, once each, so short that the oracle can compute it."""
+  """Returns the timed cases, each once, so short that the oracle can serve."""
   short = (
     case._replace(
       T=T,
@@ -29,8 +29,8 @@ def shortened(cases, T=200):
   return tuple({case._replace(name=""): case for case in short}.values())
 
 
-# With an integer period and a ratio that is a multiple of 1/4 all weights are
-# multiples of 1/4, the clips' ends are met exactly, and rounding plays no
+# Under an integer period and a ratio that is a multiple of 1/4 all weights are
+# multiples of 1/4. Then the clips' ends are met exactly, and rounding plays no
 # part. Real periods keep away from where slopes jump.
 CASES = (
   *shortened(SHAPES),

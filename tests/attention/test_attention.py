@@ -1,4 +1,4 @@
-"""Every implementation of attention on every case, against the oracle."""
+"""Every implementation of attention agrees with the oracle on every case."""
 
 import functools
 import inspect
@@ -30,7 +30,7 @@ from tests.attention.cases import (
   relative_vectors,
 )
 
-# (implementation, case name): what raises NotImplementedError, and may.
+# (implementation, case name) of those that may raise NotImplementedError.
 REFUSALS = frozenset()
 
 # The kernels are in test_pallas.
@@ -39,7 +39,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def exact_mask(case):
-  """The oracle's mask, of the same float32 numbers as ours."""
+  """Returns the oracle's mask of the same float32 numbers as ours."""
   if case.span is None:
     return None
   span, period, ratio = (
@@ -53,7 +53,7 @@ def exact_mask(case):
 
 @functools.cache
 def expected(case):
-  """What the oracle gives for a case."""
+  """Returns the oracle's value and gradients of a case."""
   keep = None
   if case.dropout_rate:
     shape_BHTS = (case.B, case.H, case.T, case.S)
@@ -67,7 +67,7 @@ def expected(case):
 
 
 def differentiated(case, implementation):
-  """A function of (q, k, v, mask, dout) -> out and its gradients by name."""
+  """Returns a function (q, k, v, mask, dout) -> out and gradients by name."""
 
   def run(q, k, v, mask, dout, ring=None):
     options = case.options | {"implementation": implementation}
@@ -111,16 +111,16 @@ def run(case, implementation):
 
 
 def check(actual, exact, case):
-  """Holds value and gradients of one call to the oracle's.
+  """Compares value and gradients of one call with the oracle's.
 
-  float32: 1e-5 in values; in gradients 1e-4 of the largest entry, and 16
-  roundings (2^-24 each) of the terms where these cancel.
+  In float32 values may differ by 1e-5. Gradients may differ by 1e-4 of the
+  largest entry and 16 roundings (2^-24 each) of the terms where these cancel.
 
   bfloat16 rounds by 2^-8. The inputs are exact and sums are float32, but the
   weights of a row and their gradients may each be rounded before they meet
   another array, and the result is rounded once.
 
-  What has no term at all, by the mask or as memory, is zero exactly.
+  An entry that has no term at all, by the mask or as memory, is zero exactly.
   """
   for name, value in actual.items():
     rounded = name in ("out", "dq", "dk", "dv")
@@ -176,9 +176,9 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
 )
 @pytest.mark.parametrize("turned", [0.0, 0.4, 0.95])
 def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
-  """Whatever the row of the oldest, and among the rows of other streams.
+  """The oldest position may stand in any row, among rows of other streams.
 
-  That row need not be a multiple of T: the new ones go on from the first row.
+  That row need not be a multiple of T: new rows may go on from row 0.
   """
   q, k, v, dout = inputs(case)
   first_row = int(turned * case.S)
@@ -305,7 +305,7 @@ def test_gradients_of_the_oracle_by_finite_differences(harmonics):
 def test_by_gradient_a_query_sees_its_open_keys_and_no_other(
   name, changes, implementation
 ):
-  """d out[t] / d v[s] is not zero where (t, s) is open, else exactly zero."""
+  """d out[t] / d v[s] is exactly zero, but where the pair (t, s) is open."""
   case = Case(name, 12, 15, B=2, K=2, **changes)
   q, k, v, _ = inputs(case)
 
@@ -329,7 +329,7 @@ def test_by_gradient_a_query_sees_its_open_keys_and_no_other(
   neighbours = expected_BTHBSH.sum((3, 4, 5)) > 1
   new = expected_BTHBSH.copy()
   new[..., : case.memory, :] = False
-  # A key on its own has the weight one whatever it is.
+  # A key that is a query's only open one has the weight one, whatever it is.
   alone = new & neighbours[..., None, None, None]
   itself = np.eye(12, dtype=bool)[None, :, None, None, :, None]
   heads = np.eye(2, dtype=bool)
@@ -461,17 +461,17 @@ def test_dropout_draws_the_bits_of_the_oracle(seed, rate):
   )
   if rate == 0:
     assert kept.all()
-  # A pure function of the indices: any part of it is the same part.
+  # It is a pure function of the indices, so that any part can be drawn alone.
   part = keep(np.uint32(seed), 1, h, t[..., 5:9, :], x[..., 30:], rate)
   np.testing.assert_array_equal(part[0], kept[1][:, 5:9, 30:])
-  # How many older keys there are changes no draw.
+  # The number of older keys changes no draw.
   fewer = oracle.dropout_keep(seed, (2, 3, 17, 20), rate)
   np.testing.assert_array_equal(fewer, kept[..., 45:])
 
 
 @pytest.fixture(scope="module")
 def drawn():
-  """(seeds, B, H, T, S) of what stays at the rate 0.3."""
+  """Returns (seeds, B, H, T, S) which weights dropout leaves at rate 0.3."""
   b, h, t, s = np.indices((4, 4, 64, 256), sparse=True)
   seeds = (0, 1, 2, SEED, SEED + 1)
   keep = jax.jit(lambda seed: dropout.keep(seed, b, h, t, s, 0.3))
@@ -491,8 +491,8 @@ def test_dropout_drops_its_share_everywhere(drawn):
     check_share(kept_BHTS, (0, 2, 3))
     check_share(kept_BHTS, (0, 1, 3))
     check_share(kept_BHTS, (0, 1, 2))
-  # There are 1024 rows to a seed and of their shares 1 in 16,000 is beyond 4
-  # standard errors by right, so only one of them may be.
+  # A seed has 1024 rows. By chance the share of 1 row in 16,000 is more than 4
+  # standard errors off, so that one of them may be.
   rows = np.abs(drawn.mean(-1) - 0.7) / np.sqrt(0.3 * 0.7 / 256)
   assert (rows > 4).sum() <= 1
   assert 0.9 < rows.std() / np.sqrt(1 - 2 / np.pi) < 1.1
@@ -513,7 +513,7 @@ def test_dropout_of_neighbours_and_seeds_is_unrelated(drawn):
 
 
 def arguments(**changes):
-  """Arguments of `attend` that fit each other, but for the changes."""
+  """Returns arguments of `attend` that fit each other, but for the changes."""
   keys = np.zeros((2, 7, 3, 4), np.float32)
   queries = keys[:, :5]
   span = np.ones(3, np.float32)
@@ -543,7 +543,7 @@ def test_what_follows_the_mask_has_a_name(function):
 
 @everywhere
 def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
-  """Segment by segment, whatever their lengths, as over the whole stream."""
+  """Segments of any length give what the whole stream gives."""
   random = np.random.default_rng(3)
   q, k, v = random.standard_normal((3, 2, 22, 3, 4)).astype(np.float32)
   mask = Mask(np.float32([3.5, 6.25, 1.0]), 2.0)
@@ -563,7 +563,7 @@ def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
 
 @everywhere
 def test_what_is_kept_changes_no_draw(implementation):
-  """Older keys that no head looks at, or that do not exist."""
+  """Draws do not depend on older keys that are hidden or do not exist."""
   random = np.random.default_rng(4)
   q, k, v = random.standard_normal((3, 1, 90, 2, 4)).astype(np.float32)
   mask = Mask(np.float32([3.5, 20.25]), 2.0)
@@ -663,7 +663,7 @@ def test_arguments_that_do_not_fit_are_named(changes, named):
 
 @pytest.mark.parametrize("wave", [False, True])
 def test_blocked_memory_is_linear_in_the_length(wave):
-  """Temporary bytes, forward and backward, at T and at 4 T."""
+  """Temporary bytes, forward and backward, are compared at T and 4 T."""
 
   def temporary(T):
     case = Case(
@@ -681,7 +681,7 @@ def test_blocked_memory_is_linear_in_the_length(wave):
 
 @pytest.mark.parametrize("memory", [0, 700])
 def test_band_and_stride_are_equal(memory, monkeypatch):
-  """Whichever the cost model picks, the result is the same."""
+  """The result is the same whichever of them the cost model picks."""
   case = Case(
     "band or stride",
     600,

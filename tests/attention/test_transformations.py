@@ -1,4 +1,4 @@
-"""Attention under JAX's transformations and switches, as `reference` is."""
+"""All implementations agree under JAX's transformations and switches."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import Case, inputs
 from tests.attention.test_attention import check, differentiated, expected
 
-# Two blocks of queries, and all that `attend` can be given at once.
+# There are two query blocks, and all options of `attend` at once.
 B, T, S, H, K, MEMORY = 2, 70, 80, 2, 4, 7
 # The kernels are in test_pallas.
 everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
@@ -24,13 +24,13 @@ everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
 
 @functools.cache
 def arguments():
-  """q, k, v, spans, periods, ratios and vectors of distances."""
+  """Returns q, k, v, spans, periods, ratios and vectors of distances."""
   random = np.random.default_rng(0)
 
   def normal(*shape):
     return jnp.asarray(random.standard_normal(shape), jnp.float32)
 
-  # Arrays, also where the first call is traced.
+  # These are arrays even if the first call is traced.
   with jax.ensure_compile_time_eval():
     return (
       *(normal(B, T, H, K), normal(B, S, H, K), normal(B, S, H, K)),
@@ -47,7 +47,7 @@ def mask_of(span_H, period_H, ratio_H, integer=True):
 
 
 def attention(implementation, dropout_rate=0.3, integer=True):
-  """A function of one tuple, `arguments`."""
+  """Returns a function of one tuple, that of `arguments`."""
 
   def call(arguments):
     q, k, v, *lengths, relative_RK = arguments
@@ -73,7 +73,7 @@ def tangents():
 
 
 def loss(call):
-  """A number that is not linear in what attention gives."""
+  """Returns a scalar function that is not linear in attention's output."""
   return lambda arguments: jnp.sum(jnp.sin(call(arguments)) ** 2)
 
 
@@ -82,7 +82,7 @@ def several():
 
 
 def repeated(call):
-  """The output becomes the queries, three times."""
+  """Returns a function that adds the output to the queries, three times."""
 
   def total(arguments):
     def again(q, _):
@@ -117,7 +117,7 @@ TRANSFORMED = {
 
 
 def assert_alike(found, expected, rtol=1e-4):
-  """To a share of the largest entry of each array."""
+  """Compares arrays up to a share of the largest entry of each."""
   for one, other in zip(
     jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
   ):
@@ -154,9 +154,9 @@ def test_what_blocked_cannot_is_refused_and_not_zero(name):
 
 
 def from_ring(implementation, absent=0.0):
-  """A function of `arguments` whose older keys stand in a ring.
+  """Returns a function of `arguments` whose older keys stand in a ring.
 
-  Those that do not exist yet hold `absent`.
+  Keys that do not exist yet hold `absent`.
   """
   random = np.random.default_rng(2)
   rows = random.standard_normal((2, B + 1, 2 * T, H, K)).astype(np.float32)
@@ -220,7 +220,7 @@ def test_switches_change_nothing(switch, made, implementation):
   arguments()  # which are to be float32 under any switch
   with SWITCHES[switch]():
     found = jax.jit(lambda: value_and_gradients(made(implementation)))()
-  # Under a precision products may be ordered otherwise.
+  # A precision may change the order of sums in products.
   assert_alike(found, expected, rtol=1e-6)
 
 
@@ -247,7 +247,7 @@ def test_switches_change_no_formula(switch):
 
 
 def test_a_precision_is_that_of_the_call_in_the_backward_pass_too():
-  """Not the one that is set when the gradient is traced."""
+  """It is not the one that is set when the gradient is traced."""
 
   def text(precision):
     def run(q, k, v):
@@ -266,7 +266,7 @@ def test_a_precision_is_that_of_the_call_in_the_backward_pass_too():
 @everywhere
 @pytest.mark.parametrize("sharded", ["batch", "heads"])
 def test_inside_shard_map(implementation, sharded):
-  """With its default checks; what all devices share takes all gradients."""
+  """Its default checks are on. Shared arrays get all devices' gradients."""
   P = PartitionSpec
   by_batch = (P("d"),) * 3 + (P(),) * 4
   by_head = (P(None, None, "d"),) * 3 + (P("d"),) * 3 + (P(),)
@@ -330,7 +330,7 @@ def test_a_batch_of_none(implementation):
 
 @everywhere
 def test_bfloat16_op_by_op(implementation):
-  """Each operation by itself, where XLA may sum a product in bfloat16."""
+  """Each operation runs by itself; XLA may then sum products in bfloat16."""
   case = Case("dense_bfloat16_batch", 96, 96, B=2, K=32, dtype="bfloat16")
   q, k, v, dout = inputs(case)
   found = differentiated(case, implementation)(q, k, v, None, dout)

@@ -1,4 +1,4 @@
-"""The walk against brute force: which blocks hold an open pair."""
+"""The walk finds the blocks that brute force finds to hold an open pair."""
 
 import functools
 import itertools
@@ -15,15 +15,16 @@ from adaptive_attention.masks import Mask, Wave
 
 
 def made(heads, integer=True):
-  """A mask of heads: (span,) or (span, period, ratio) each."""
+  """Returns a mask of heads, each (span,) or (span, period, ratio)."""
   span, *wave = (jnp.array(x, jnp.float32) for x in zip(*heads, strict=True))
   return Mask(span, 8.0, Wave(*wave, integer=integer) if wave else None)
 
 
-# 365 and, under a stride of 2, 495 are a little less than what a block of 64
-# or 128 wants to be full; 128 and, under that stride, 256 are just enough but
-# for the tokens that are left out, as m is rounded. With 92 and a stride of 3
-# the last open distance of residues 1 and 2 is 32 rows: a row more is a block.
+# Spans of 365, and of 495 under a stride of 2, are a little too short for a
+# last block of 64 or 128 to be full. Spans of 128, and of 256 under that
+# stride, are long enough but for the token that is left out, as m is rounded.
+# With 92 and a stride of 3 the last open distance of residues 1 and 2 is 32
+# rows: one row more would be one block more.
 MASKS = {
   "spans": made(
     [(z,) for z in (0.0, 0.4, 5.5, 40.5, 63.0, 128.0, 130.5, 365.0, 1e4)]
@@ -70,7 +71,7 @@ def _found(mask, first_key, sizes, cost):
 
 
 def found(mask, size):
-  """(heads, sizes, table_HS, ends, counts) as NumPy's arrays."""
+  """Returns (heads, sizes, table_HS, ends, counts) as NumPy's arrays."""
   T, S, first_key, block_q, block_k = size
   strided = mask.wave is not None and mask.wave.integer
   sizes = Sizes(T, S, block_q, block_k, strided)
@@ -81,7 +82,7 @@ def found(mask, size):
 
 
 def positions(stride, sizes, rows):
-  """{(class, block): x of those that exist} of one head, by looking at all."""
+  """Returns {(class, block): x of its rows that exist} of one head."""
   block = sizes.block_q if rows == "q" else sizes.block_k
   found = {}
   for x in range(0 if rows == "q" else -sizes.older, sizes.T):
@@ -91,11 +92,12 @@ def positions(stride, sizes, rows):
 
 
 def brute_force(mask, size, heads, sizes, table_HS):
-  """Of each head {(a, i, c, j): log weights of the pairs of a block}.
+  """Returns, for each head, {(a, i, c, j): log weights of the block's pairs}.
 
-  Only of blocks with an open pair, and of queries and keys that exist; a pair
-  of a key that is later than the query, or missing, is -inf. Under a wave that
-  a head does not stride all distances up to its last open one count as open.
+  Only blocks with an open pair are there, and only queries and keys that exist.
+  A pair whose key is later than the query, or missing, has -inf. Where a head
+  walks a wave with stride 1, all distances up to its last open one count as
+  open.
   """
   first = min(max(size[2], 0), sizes.S) - sizes.older
   of_heads = []
@@ -120,7 +122,7 @@ def brute_force(mask, size, heads, sizes, table_HS):
 
 
 def walked(heads, sizes, ends_of_rows, rows):
-  """Of each head the list of ((a, i, c, j), is full), in one direction."""
+  """Returns, for each head, the list of ((a, i, c, j), is full) as walked."""
   ends, blocks = ends_of_rows
   block = sizes.block_q if rows == "q" else sizes.block_k
   of_heads = []
@@ -145,7 +147,7 @@ def walked(heads, sizes, ends_of_rows, rows):
 def test_blocks_with_an_open_pair_are_walked_once_and_no_others(
   name, size, monkeypatch
 ):
-  """In both directions, under all strides whether they pay or not."""
+  """It is so in both directions, and under strides that do not pay too."""
   monkeypatch.setattr(walk, "_STRIDE_COST", 0.0)
   heads, sizes, table_HS, ends, counts = found(MASKS[name], size)
   expected = brute_force(MASKS[name], size, heads, sizes, table_HS)
@@ -206,7 +208,7 @@ def test_items_are_the_walk(name, size, rows):
 
 
 def test_a_band_has_as_many_full_blocks_as_it_can():
-  """Closed forms may not call full less than there is."""
+  """Closed forms find all the blocks that are full."""
   mask = MASKS["spans"]
   heads, sizes, _, ends, _ = found(mask, (500, 500, 0, 64, 64))
   full = [
@@ -214,8 +216,8 @@ def test_a_band_has_as_many_full_blocks_as_it_can():
     for blocks in walked(heads, sizes, ends["q"], "q")
   ]
   d = 64 * np.subtract.outer(np.arange(8), np.arange(8))
-  # Of the last block only 500 - 7 * 64 = 52 queries exist. A key that is as far
-  # as the span may be off by a rounding.
+  # In the last block only 500 - 7 * 64 = 52 queries exist. The weight of a key
+  # as far away as the span may be off by a rounding.
   last = np.where(np.arange(8) == 7, 51, 63)[:, None]
   spans = np.ceil(np.asarray(mask.span)) - 2
   assert full == [((d >= 64) & (d + last <= z)).sum() for z in spans]
@@ -247,7 +249,7 @@ def test_a_list_takes_memory_that_is_linear_beside_itself(rows):
     listed = walk_items.most_items(16, sizes, rows)
     return memory.temp_size_in_bytes / (listed + counted)
 
-  # Sixteen integers an entry of the list or of the counts, at any length.
+  # It is at most sixteen integers for each entry of the list and of the counts.
   assert temporary(4096) < 64
   assert temporary(32768) < 64
 

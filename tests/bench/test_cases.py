@@ -1,4 +1,4 @@
-"""The cases that are timed match their names."""
+"""The cases that are timed are what their names say."""
 
 import jax
 import numpy as np

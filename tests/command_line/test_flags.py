@@ -29,7 +29,7 @@ from tests.conftest import TINY
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = settings._flatten(base.get_config())
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
-# A value of each flag that differs from its defaults.
+# For each flag, a value that differs from its defaults.
 VALUES = {
   "workdir": "elsewhere",
   "config": BASE.split("=")[1],
@@ -174,7 +174,7 @@ def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text):
   tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
   for name in use.flags():
     if name == "config" and not use.given.startswith("--config"):
-      continue  # it only names the folder, see below
+      continue  # here it only names the folder; see below
     if name == "finetune_steps" and use.given == "--harden":
       continue  # that is the next use
     stubs.clear()
@@ -249,8 +249,11 @@ class Noting:
 
 
 def not_run(use):
-  """Tells whether a use is not run here: timing, which is run by the tests of
-  that mode, and the plan of a training, which has the settings of train."""
+  """Returns whether a use is not run here.
+
+  Timing is run by the tests of its mode. The plan of a training has the
+  settings of train.
+  """
   return use.mode == "bench" or use.name == "--mode=plan --config=FILE"
 
 
@@ -263,13 +266,13 @@ def acting(text, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("acting") / "w"
   flags = [f"--config.{name}={value}" for name, value in TINY.items()]
   flags += ["--config.model.n_layer=1", "--config.steps=3"]
-  flags += ["--config.model.implementation=reference"]  # soon compiled
+  flags += ["--config.model.implementation=reference"]  # it compiles fast
   flags += [f"--config.data.path={text}", BASE]
   read = {use.name: set() for use in USES}
   restored = prepare.saved_settings
 
   def start(sequences, **machine):
-    """Of `parallel.start` what it reads: the devices of tests are made."""
+    """Reads what `parallel.start` reads; the devices of tests exist already."""
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax.config, "update", lambda *_: None)
       patch.setattr(jax.distributed, "initialize", lambda **_: None)

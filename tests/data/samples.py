@@ -1,4 +1,4 @@
-"""Random content, and files that the tests make of it."""
+"""Random content, and functions that make files of it."""
 
 import hashlib
 import io

@@ -20,7 +20,7 @@ def test_the_splits_are_the_content(total):
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(98, 500))
-def test_explicit_sizes_are_kept(train, valid, test):
+def test_explicit_sizes_are_obeyed(train, valid, test):
   sizes = train, valid, test
   content = bytes(i % 251 for i in range(sum(sizes)))
   corpus = split("x", content, sizes)

@@ -29,8 +29,8 @@ class Server(http.server.ThreadingHTTPServer):
   def __init__(self, body):
     super().__init__(("127.0.0.1", 0), _Handler)
     self.body, self.ranges, self.sent = body, [], []
-    self.break_off_at = []  # of each request in turn
-    self.statuses = []  # likewise, other than 200
+    self.break_off_at = []  # for each request in turn, after how many bytes
+    self.statuses = []  # for each request in turn, the status to send
     self.honours_range = True
     self.redirect = None
 
@@ -305,7 +305,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
   with pytest.raises(CorpusError, match=refused_folder):
     load(tmp_path / "file", source("https://127.0.0.1:1/"))
   assert (tmp_path / "file").read_bytes() == b"good"
-  (tmp_path / "tiny.zip.part").mkdir()  # so that it cannot be written
+  (tmp_path / "tiny.zip.part").mkdir()  # then the file cannot be written
   with serve(ZIP) as server:
     refused(tmp_path, source(server.url), refused_folder)
     assert len(server.ranges) == 1

@@ -20,7 +20,7 @@ from adaptive_attention.training.checkpoint import Checkpoints
 from tests.training.test_checkpoint import flip
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLOCKED = ("tokens_per_second", "seconds")  # what equal runs may differ in
+CLOCKED = ("tokens_per_second", "seconds")  # equal runs may differ in these
 
 
 def metrics(workdir):
@@ -32,7 +32,7 @@ def metrics(workdir):
 
 
 def final(workdir):
-  """The last checkpoint's digests: of parameters and optimizer."""
+  """Returns the last step and its digests of parameters and optimizer."""
   with Checkpoints(workdir) as saved:
     meta = saved.read_meta(saved.resolve("latest"))
   return meta["step"], meta["sha256"]
@@ -45,7 +45,7 @@ def flags_with(flags, **changes):
 
 @pytest.fixture(scope="module")
 def whole_run(main, text, tmp_path_factory):
-  """A run from the first step to the last, dropout on: (workdir, stdout)."""
+  """Returns (workdir, stdout) of a run that ended well, with dropout on."""
   from tests.conftest import TINY
 
   workdir = tmp_path_factory.mktemp("runs") / "whole[1]*"
@@ -115,7 +115,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     "span_mean",
     "open_share",
   }
-  # The header: versions, what flags changed, data, size, and no made-up MFU.
+  # The header tells versions, changed settings, data, size, and no made-up MFU.
   assert "model.n_layer=2 (was 12)" in out
   assert "sha256" in out
   assert "parameters" in out
@@ -149,8 +149,8 @@ def test_it_learns(main, tiny_flags, tmp_path):
   )
   code, _, err = main(*flags, f"--workdir={tmp_path / 'w'}")
   assert code == 0, err
-  # Words of 7 drawn evenly: under 3 bits a word and its space, 5.3 bytes long;
-  # the order-0 entropy is above 3.
+  # One of 7 words has under 3 bits, and with its space about 5 bytes. The
+  # entropy of single bytes is above 3.
   assert metrics(tmp_path / "w")[-1]["bits_per_char"] < 2.0
 
 
@@ -166,9 +166,9 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   process.send_signal(number)
   _, err = process.communicate()
   stopped, _ = final(workdir)
-  if stopped < 12:  # it may have been through already
+  if stopped < 12:  # otherwise the run had ended already
     assert process.returncode == code, err
-    # On a slow machine a line says first that a step is being finished.
+    # On a slow machine an earlier line says that a step is being finished.
     said = [x for x in err.splitlines() if "finishing the step" not in x]
     assert len(said) == 1, err
     assert f"stopped by {signal.Signals(number).name} after step" in said[0]
@@ -316,7 +316,7 @@ def test_two_processes_do_what_one_does(request, memory, tmp_path):
   flags = flags_with(
     flags,
     cpu_devices=1,
-    eval_batch_size=4,  # on each of them, as many as one has on both
+    eval_batch_size=4,  # on each of the two, for 8 on the one process
     distributed=True,
     coordinator_address=f"127.0.0.1:{port}",
     process_count=2,
@@ -343,7 +343,7 @@ def test_two_processes_do_what_one_does(request, memory, tmp_path):
 
 @pytest.fixture(scope="module")
 def memory_flags(text, tmp_path_factory):
-  """A run on streams of nine segments, through their end at step nine."""
+  """Returns flags of a run on streams of nine segments, one for each step."""
   from tests.conftest import TINY
 
   path = tmp_path_factory.mktemp("data") / "short.txt"
@@ -373,11 +373,11 @@ def memory_run(main, memory_flags, tmp_path_factory):
 def test_streams_and_their_memory_go_on_to_the_bit(
   main, memory_run, memory_flags, tmp_path, step
 ):
-  """From the middle of the streams, and from their end."""
+  """The run goes on from the middle of its streams, and from their end."""
   import shutil
 
   workdir = shutil.copytree(memory_run, tmp_path / "copy")
-  # Of the newest two checkpoints and the best the steps before may be gone.
+  # Older steps than the newest two and the best may be gone.
   for path in (workdir / "checkpoints").iterdir():
     if path.name.isdigit() and int(path.name) > step:
       shutil.rmtree(path)
@@ -402,7 +402,7 @@ def test_streams_and_their_memory_go_on_to_the_bit(
 
 
 def test_streams_start_again_at_their_ends(memory_run):
-  """A stream has nine segments: three of twelve steps are a second pass."""
+  """A stream has nine segments, so three of twelve steps are a second pass."""
   with Checkpoints(memory_run) as saved:
     leaves = saved.read_meta(12)["leaves"]["memory"]
     memory = saved.restore_memory(
@@ -426,14 +426,14 @@ def test_other_streams_start_again_and_say_so(
   assert code == 0, err
   assert out.count("the streams restart") == 1
   assert final(workdir)[0] == 15
-  # What is kept is now of these streams.
+  # The saved memory is now that of these streams.
   code, out, err = main(*flags_with(flags, steps=18), f"--workdir={workdir}")
   assert code == 0, err
   assert "restart" not in out
 
 
 def test_memory_is_evaluated_as_a_stream(main, memory_run, text):
-  """One stream says what several do, which are warmed on a longer text."""
+  """One stream gives the figure of several, which are warmed up before."""
   figures = []
   for devices, batch_size in ((1, 1), (1, 8), (2, 8)):
     code, out, err = main(
@@ -492,7 +492,7 @@ def test_tensorboard_and_wandb(main, tiny_flags, tmp_path):
 
 
 def test_start_from_other_parameters(main, tiny_flags, tmp_path):
-  """The file's parameters are those of step 0: nothing learned, rate 0."""
+  """At rate 0 nothing is learned: the parameters stay those of the file."""
 
   from configs import base
   from tests.conftest import TINY

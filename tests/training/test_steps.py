@@ -32,7 +32,7 @@ def parts(config):
 
 
 def init_state(config):
-  """The state at step 0, on the host."""
+  """Returns the train state of step 0, on the host."""
   return jax.device_get(steps.init_state(*parts(config)))
 
 
@@ -60,7 +60,10 @@ def windows(config, step, draw=batches.train_batch):
 
 
 def train(config, count, draw=windows):
-  """`count` steps, each on the same rows however these are dealt out."""
+  """Returns (train state, metrics) of `count` steps.
+
+  The rows of a step do not depend on how they are dealt out.
+  """
   N, A = parallel.local_device_count(), config.accumulation_steps
   T = config.model.context_tokens
   state = parallel.replicate(init_state(config))
@@ -140,7 +143,7 @@ def test_accumulation_is_the_whole_batch(tiny):
 
 
 def remembering(tiny):
-  """The same with a memory; positions tell tokens apart across segments."""
+  """Returns the config with a memory and positions that go on in segments."""
   tiny.model.update(
     memory_tokens=30, position="rotary", max_span=48, dropout=0.0
   )
@@ -159,7 +162,7 @@ def test_accumulation_keeps_memories_apart(tiny):
   parts, parts_history = train(config, 3, draw=stream)
   check_equal(parts.params, whole.params, rtol=1e-4, atol=1e-6)
   check_equal(parts_history, whole_history, rtol=1e-5, atol=1e-6)
-  # They are not what the last segment says alone.
+  # The losses of the last segments alone are others.
   config.model.memory_tokens = 0
   _, alone = train(config, 3, draw=stream)
   assert alone[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-5)
@@ -225,8 +228,8 @@ def test_the_memory_stays_in_its_place(tiny):
     start_memory(config),
     batch_shapes(config),
   )
-  # One head's keys and values at a time are brought together: with H = 2 as
-  # much as the keys of one layer, for all layers.
+  # The keys and values of one head at a time are brought together. With H = 2
+  # they take as much as the keys of one layer.
   assert sizes["temporary"] - short["temporary"] < 1.5 * layer
 
 
