@@ -27,6 +27,7 @@ from adaptive_attention.attention import (
 from adaptive_attention.attention.blocked_backward import LOW, Gradients
 from adaptive_attention.attention.blocked_head import Head, Static, layouts
 from adaptive_attention.attention.layout import BLOCK, put, take
+from adaptive_attention.attention.on_devices import varying_alike
 from adaptive_attention.attention.ring import Ring
 
 
@@ -57,7 +58,7 @@ def attend(
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
   arrays = heads, table_HS, relative_RK, q_BTHK, k_BSHK, v_BSHK, ring, seed
-  return _attend(static, *_varying_alike(*arrays))
+  return _attend(static, *varying_alike(*arrays))
 
 
 def sizes_of(mask, T, S) -> walk.Sizes:
@@ -245,20 +246,3 @@ def _attend_backward(static, residuals, d_out):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _varying_alike(*trees):
-  """The trees, each array as varying over the devices as all together are.
-
-  Under `jax.shard_map` an array is marked with the axes over which it differs
-  from device to device, and what a loop carries must keep its marks.
-  """
-  axes = frozenset().union(
-    *(jax.typeof(x).mat.varying for x in jax.tree.leaves(trees))
-  )
-  return jax.tree.map(
-    lambda x: lax.pcast(
-      x, tuple(axes - jax.typeof(x).mat.varying), to="varying"
-    ),
-    trees,
-  )

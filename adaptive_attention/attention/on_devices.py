@@ -1,11 +1,9 @@
-"""A function of arrays on several devices, and under `vmap`.
-
-A Pallas call is opaque to XLA, which would bring all arrays to each device.
-"""
+"""Arrays on several devices: under `jit`, and under `jax.shard_map`."""
 
 import functools
 
 import jax
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 def on_devices(function, args, axes, results):
   """Returns function(*args), computed by each device for its own part.
 
+  A Pallas call is opaque to XLA, which would bring all arrays to each device.
   Where arrays are dealt to devices by streams ("b") or heads ("h"), as by a
   NamedSharding under `jit`, nothing is moved. Along other axes arrays are put
   together first. Under `vmap` Pallas has its own rule, by one more axis of the
@@ -67,3 +66,20 @@ def _partition(whole, letters, results, mesh, args, _):
 
   given = tuple(sharding(x) for x in letters)
   return mesh, whole, tuple(sharding(x) for x in results), given
+
+
+def varying_alike(*trees):
+  """Returns the trees, each array varying over devices as all together do.
+
+  Under `jax.shard_map` an array is marked with the axes over which it differs
+  from device to device, and what a loop carries must keep its marks.
+  """
+  axes = frozenset().union(
+    *(jax.typeof(x).mat.varying for x in jax.tree.leaves(trees))
+  )
+  return jax.tree.map(
+    lambda x: lax.pcast(
+      x, tuple(axes - jax.typeof(x).mat.varying), to="varying"
+    ),
+    trees,
+  )

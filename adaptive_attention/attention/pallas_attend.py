@@ -16,7 +16,10 @@ from jax.experimental import pallas as pl
 
 from adaptive_attention import masks
 from adaptive_attention.attention import checks, dropout, walk
-from adaptive_attention.attention.on_devices import on_devices
+from adaptive_attention.attention.on_devices import (
+  on_devices,
+  varying_alike,
+)
 from adaptive_attention.masks import Mask
 
 # Below all logits, yet finite: exp(-inf - LOW) is zero.
@@ -162,7 +165,7 @@ def attend(
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
   arrays = mask, q_BTHK, k_BSHK, v_BSHK, ring, first_key, seed
-  return _attend(kernels, static, *arrays)
+  return _attend(kernels, static, *varying_alike(*arrays))
 
 
 MOST_WIDTH = 256  # of a head
@@ -216,6 +219,15 @@ def slopes_of(inputs: Inputs, distance_HX, S: int):
     return jnp.where(is_one & jnp.isfinite(slope_HX), slope_HX, 0.0)
 
   return [by(g) for g in range(len(leaves))]
+
+
+def result(inputs: Inputs, shape, dtype=jnp.float32):
+  """Returns the shape and dtype of what a kernel writes.
+
+  Under `jax.shard_map` it varies over the devices as the queries do.
+  """
+  of_queries = jax.typeof(inputs.q_BTHK).mat
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=of_queries)
 
 
 def heads_of(inputs: Inputs, static: Static, sizes) -> walk.Heads:

@@ -8,7 +8,6 @@ spans or periods recompiles nothing. `pallas_gpu_kernels` has the kernels, and
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -23,6 +22,7 @@ from adaptive_attention.attention.pallas_attend import (
   cost,
   heads_of,
   refusal_of_rows,
+  result,
   slopes_of,
   table_of,
 )
@@ -127,8 +127,8 @@ def forward(static: Static, inputs: Inputs):
     walk.row_count(static.sizes(blocks.block_q, blocks.block_k), "q"),
     [*_common(inputs, static, blocks), *((x, "rows") for x in arrays)],
     [
-      (jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), "rows"),
-      (jax.ShapeDtypeStruct((B, H, T), jnp.float32), "line"),
+      (result(inputs, q_BTHK.shape, q_BTHK.dtype), "rows"),
+      (result(inputs, (B, H, T), jnp.float32), "line"),
     ],
     "adaptive_attention_forward",
   )
@@ -158,13 +158,13 @@ def _dq(static, inputs, outputs):
   given = _common(inputs, static, blocks)
   given += [(inputs.k_BSHK, "rows"), (inputs.v_BSHK, "rows")]
   given += _of_queries(inputs, outputs)
-  found = [(jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), "rows")]
+  found = [(result(inputs, q_BTHK.shape, q_BTHK.dtype), "rows")]
   if static.masked:
     distance_HL = _distances(inputs, static, blocks)
     slopes_HGL = jnp.stack(slopes_of(inputs, distance_HL, static.S), axis=1)
     given.append((slopes_HGL, "head"))
     shares = B, H, programs, slopes_HGL.shape[1]
-    found.append((jax.ShapeDtypeStruct(shares, jnp.float32), "share"))
+    found.append((result(inputs, shares, jnp.float32), "share"))
   dq, *shares = _call(
     *(pallas_gpu_kernels.dq, static, blocks, programs, given, found),
     "adaptive_attention_dq",
@@ -181,7 +181,7 @@ def _dkv(static, inputs, outputs):
   newer = static.sizes(blocks.block_q, blocks.block_k)
   newer = newer._replace(S=S - static.memory)
   shape = B, S - static.memory, H, K
-  found = jax.ShapeDtypeStruct(shape, inputs.k_BSHK.dtype), "rows"
+  found = result(inputs, shape, inputs.k_BSHK.dtype), "rows"
   return _call(
     *(pallas_gpu_kernels.dkv, static, blocks, walk.row_count(newer, "k")),
     [

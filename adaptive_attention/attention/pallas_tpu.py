@@ -8,7 +8,6 @@ around both.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,7 +19,6 @@ from adaptive_attention.attention import (
   walk_items,
 )
 from adaptive_attention.attention.pallas_attend import (
-  LOW,
   Gradients,
   Inputs,
   Kernels,
@@ -29,6 +27,7 @@ from adaptive_attention.attention.pallas_attend import (
   cost,
   heads_of,
   refusal_of_rows,
+  result,
   slopes_of,
   table_of,
 )
@@ -145,7 +144,7 @@ class _Plan:
       "number": (1, geometry.query_rows),
       "table": (geometry.lines, 1, geometry.length),
     }[kind]
-    return jax.ShapeDtypeStruct((self.B, self.H, *shape), dtype)
+    return result(self.inputs, (self.B, self.H, *shape), dtype)
 
   def call(self, kernel, walked, given, found, scratch, vmem_bytes=None):
     """Calls a kernel for each stream and item.
@@ -246,9 +245,8 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
     (layout.keys(inputs.k_BSHK), "k"),
     (layout.keys(inputs.v_BSHK), "k"),
     (layout.queries(outputs.d_out_BTHK), "qT"),
-    # A query that does not exist weighs nothing.
-    (layout.numbers(outputs.lse_BHT, -LOW), "number"),
-    (layout.numbers(outputs.mean_BHT, 0.0), "number"),
+    (layout.numbers(outputs.lse_BHT), "number"),
+    (layout.numbers(outputs.mean_BHT), "number"),
     (plan.table(), "table"),
   ]
   needed = _one_pass_bytes(plan)

@@ -88,15 +88,18 @@ class Layout:
       self.x_q_HR = _positions(blocks_q, heads.stride, geometry.block_q)
       self.x_k_HR = _positions(blocks_k, heads.stride, geometry.block_k)
 
-  def queries(self, x_BTHK, beyond=0.0):
-    """Returns (B, H, K, rows); `beyond` stands where there is no query."""
+  def queries(self, x_BTHK):
+    """Returns (B, H, K, rows): zeros where there is no query.
+
+    Of these the gradient of the output is zero too, and so is all that they
+    would add.
+    """
     x_BHTK = jnp.swapaxes(_whole_sublanes(x_BTHK), 1, 2)
     if self.static.strided:
-      x_BHRK = _gathered(x_BHTK, self.x_q_HR, self.static.T, beyond)
+      x_BHRK = _gathered(x_BHTK, self.x_q_HR, self.static.T)
     else:
       after = self.geometry.query_rows - x_BHTK.shape[2]
-      ends = (0, 0), (0, 0), (0, after), (0, 0)
-      x_BHRK = jnp.pad(x_BHTK, ends, constant_values=beyond)
+      x_BHRK = jnp.pad(x_BHTK, ((0, 0), (0, 0), (0, after), (0, 0)))
     return jnp.swapaxes(x_BHRK, 2, 3)
 
   def keys(self, x_BSHK):
@@ -109,20 +112,19 @@ class Layout:
     x_BSHK = jnp.where(exists_S, x_BSHK, jnp.zeros((), x_BSHK.dtype))
     x_BHSK = jnp.swapaxes(_whole_sublanes(x_BSHK), 1, 2)
     if self.static.strided:
-      return _gathered(x_BHSK, self.x_k_HR + older, self.static.S, 0.0)
+      return _gathered(x_BHSK, self.x_k_HR + older, self.static.S)
     before = self._before_keys()
     after = self.geometry.key_rows - before - x_BHSK.shape[2]
     return jnp.pad(x_BHSK, ((0, 0), (0, 0), (before, after), (0, 0)))
 
-  def numbers(self, x_BHT, beyond):
+  def numbers(self, x_BHT):
     """Returns (B, H, 1, rows) of one number a query."""
     x_BH1T = x_BHT[:, :, None]
     if not self.static.strided:
       after = self.geometry.query_rows - self.static.T
-      ends = (0, 0), (0, 0), (0, 0), (0, after)
-      return jnp.pad(x_BH1T, ends, constant_values=beyond)
+      return jnp.pad(x_BH1T, ((0, 0), (0, 0), (0, 0), (0, after)))
     x_BHT1 = x_BHT[..., None]
-    x_BHR1 = _gathered(x_BHT1, self.x_q_HR, self.static.T, beyond)
+    x_BHR1 = _gathered(x_BHT1, self.x_q_HR, self.static.T)
     return jnp.swapaxes(x_BHR1, 2, 3)
 
   def from_queries(self, x_BHKR, K):
@@ -180,11 +182,11 @@ def _positions(blocks: walk.Rows, stride_H, block):
   return x_HNU.reshape(len(stride_H), -1)
 
 
-def _gathered(x_BHXK, at_HR, length, beyond):
-  """Returns (B, H, rows, K): rows from their places, `beyond` at others."""
+def _gathered(x_BHXK, at_HR, length):
+  """Returns (B, H, rows, K): rows from their places, zeros at others."""
   there = ((at_HR >= 0) & (at_HR < length))[None, :, :, None]
   x_BHRK = _rows(x_BHXK, jnp.clip(at_HR, 0, length - 1))
-  return jnp.where(there, x_BHRK, jnp.asarray(beyond, x_BHXK.dtype))
+  return jnp.where(there, x_BHRK, jnp.zeros((), x_BHXK.dtype))
 
 
 def _rows(x_BHXK, at_HR):

@@ -145,6 +145,7 @@ def test_out_of_a_ring(kernel, turned):
   first_row, older = int(turned * case.S), case.S - case.T
 
   def rows(x):
+    x = x.at[:, : case.first_key].set(jnp.nan)  # what does not exist yet
     x = jnp.concatenate([jnp.full_like(x[:, older:], 7.0), x[:, :older]], 1)
     others = (2, 1), (0, 0), (0, 0), (0, 0)
     return jnp.pad(
@@ -271,6 +272,29 @@ def test_dealt_to_devices_it_is_what_one_computes(kernel, axis):
   exact_value, exact = run(*six())
   np.testing.assert_allclose(value, exact_value, rtol=1e-5)
   assert_alike(found, exact)
+
+
+@everywhere
+def test_inside_shard_map(kernel):
+  """Each device has a stream, and all have the same masks."""
+  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+  specs = (PartitionSpec("devices"),) * 3 + (PartitionSpec(),) * 3
+  arrays = [jnp.concatenate([x[:1]] * 2) for x in six()[:3]] + [*six()[3:]]
+
+  def total(*arrays):
+    out = jax.shard_map(
+      functools.partial(attended, kernel),
+      mesh=mesh,
+      in_specs=specs,
+      out_specs=specs[0],
+      check_vma=False,  # of what is interpreted, not of a kernel
+    )(*arrays)
+    return jnp.sum(jnp.sin(out[:1]) ** 2)
+
+  found = jax.jit(jax.grad(total, range(6)))(*arrays)
+  one = [x[:1] for x in arrays[:3]] + arrays[3:]
+  exact = jax.jit(jax.grad(loss("blocked"), range(6)))(*one)
+  assert_alike([x[:1] for x in found[:3]] + [*found[3:]], exact)
 
 
 @everywhere
