@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
+from adaptive_attention.attention.choice import device
 
 
 def defaults(settings: type) -> dict[str, Any]:
@@ -296,7 +296,7 @@ class ModelConfig:
     """The dtype of activations; "auto" is bfloat16 on GPU and TPU."""
     if self.dtype != "auto":
       return jnp.dtype(self.dtype)
-    cpu = jax.default_backend() == "cpu"
+    cpu = device().platform == "cpu"
     return jnp.dtype(jnp.float32 if cpu else jnp.bfloat16)
 
 

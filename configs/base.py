@@ -62,6 +62,9 @@ def _of_a_run() -> ConfigDict:
   # Whether metrics.jsonl is copied to TensorBoard and to Weights & Biases.
   config.tensorboard = False
   config.wandb = False
+  # A device that --mode=plan compiles for, though it is not here: "v5e", "v5p",
+  # "v6e", "h100" or "a100"; the devices of this machine if empty.
+  config.target = ""
   return config
 
 

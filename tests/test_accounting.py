@@ -60,7 +60,7 @@ def test_the_text_says_why_more_is_computed_than_dense(
   config = dataclasses.replace(CONFIG, implementation=implementation)
   masks_ = [masks.Mask(jnp.array([0.0, 9.5]), 4.0)] * 3
   macs = accounting.attention_macs_per_token(masks_, config, T)
-  text = console.macs_text(macs, config)
+  text = console.macs_text(macs, accounting.attention_choice(config))
   assert (macs["computed"] > macs["dense"]) == (reason is not None)
   assert ("more than dense" in text) == (reason is not None)
   assert (reason or "multiply-adds") in text

@@ -38,7 +38,9 @@ OWNERS = {
   "tensorboardX": ("training/logbook.py",),
   "absl": ("command_line/",),
   "ml_collections": ("training/settings.py", "command_line/"),
-  "importlib": ("command_line/uses.py", "training/logbook.py"),
+  "importlib": (
+    *("command_line/uses.py", "training/logbook.py", "training/targets.py"),
+  ),
 }
 # Packages that a user need not have; they are imported where they are used.
 OPTIONAL = ("torch", "wandb", "matplotlib")

@@ -19,6 +19,7 @@ from adaptive_attention.training import (
   logbook,
   parallel,
   settings,
+  targets,
 )
 
 
@@ -63,6 +64,8 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   if "corpus" in parameters and given.use.acts("data.path"):
     corpus = named["corpus"] = _corpus(config, project)
   _check_fit(given, config, corpus, devices)
+  if config.target:
+    targets.stay_on_cpu()
   parallel.start(_sequences(given, config), **settings.machine(config))
   _check_fit(given, config, corpus)
   if given.use.acts("model.implementation"):

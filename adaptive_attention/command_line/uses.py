@@ -76,7 +76,7 @@ USES = (
     "train",
     "--config=FILE",
     "Trains, or goes on from the newest checkpoint of the run.",
-    "* !bench.*",
+    "* !bench.* !target",
   ),
   Use(
     "eval",
@@ -125,7 +125,7 @@ USES = (
     "plan",
     "",
     "Does the same for a saved run, with the masks that it has learned.",
-    "cpu_devices steps batch_size accumulation_steps model.dropout "
+    "cpu_devices target steps batch_size accumulation_steps model.dropout "
     f"model.remat optimizer.name {_COMPUTING}",
     saved=True,
     without="config",

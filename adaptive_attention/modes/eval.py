@@ -58,7 +58,8 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
       f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
       f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
     )
-    console.say(f"attention: {console.macs_text(macs, model_config)}")
+    found = accounting.attention_choice(model_config)
+    console.say(f"attention: {console.macs_text(macs, found)}")
     console.say(f"cache: {console.cache_text(layers, model_config)}")
   finally:
     if parallel.is_primary():

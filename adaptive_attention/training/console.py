@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from adaptive_attention import accounting
+from adaptive_attention.attention.choice import Choice
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.generation import BYTES
 
@@ -107,13 +108,16 @@ def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
   )
 
 
-def macs_text(macs: dict, config: ModelConfig) -> str:
-  """Returns a line about the counts of `attention_macs_per_token`."""
+def macs_text(macs: dict, found: Choice) -> str:
+  """Returns a line about the counts of `attention_macs_per_token`.
+
+  Args:
+    found: what computes attention.
+  """
   counts = ", ".join(f"{name} {n:,.0f}" for name, n in macs.items())
   text = f"multiply-adds per token: {counts}"
   if macs["computed"] <= macs["dense"]:
     return text
-  found = accounting.attention_choice(config)
   if found.blocks:
     reason = (
       f"pairs are computed in whole blocks of {found.blocks}, "

@@ -5,7 +5,10 @@ passed with `in_axes=None`, `out_axes=None`. Batches and segment memories have a
 leading axis N, the devices of this process.
 """
 
+import contextlib
+import contextvars
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adaptive_attention.errors import SettingsError
 
 _AXIS = "data"
+_target = contextvars.ContextVar("target", default=None)
 
 
 def start(
@@ -69,14 +73,34 @@ def _usable_cores() -> int:
   return os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def compiling_for(device) -> Iterator[None]:
+  """Makes a device that is not here the only one that there is.
+
+  What this file makes is then compiled for it, and cannot run.
+  """
+  token = _target.set(device)
+  try:
+    with jax.default_device(device):
+      yield
+  finally:
+    _target.reset(token)
+
+
+def local_devices() -> list:
+  """Returns the devices of this process."""
+  target = _target.get()
+  return jax.local_devices() if target is None else [target]
+
+
 def device_count() -> int:
   """Counts the devices of all processes."""
-  return jax.device_count()
+  return jax.device_count() if _target.get() is None else 1
 
 
 def local_device_count() -> int:
   """Counts the devices of this process."""
-  return jax.local_device_count()
+  return len(local_devices())
 
 
 def process_count() -> int:
@@ -97,7 +121,7 @@ def local_shards() -> list[int]:
 
 def replicate(tree):
   """Returns the tree, placed completely on every local device."""
-  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  mesh = Mesh(np.array(local_devices()), (_AXIS,))
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -108,7 +132,7 @@ def deal(tree_N):
 
 def on_each_device(make):
   """Returns the tree that `make` makes, on every local device, with axis N."""
-  N = jax.local_device_count()
+  N = local_device_count()
   return jax.jit(
     lambda: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), make()),
     out_shardings=_dealt(),
@@ -116,7 +140,7 @@ def on_each_device(make):
 
 
 def _dealt():
-  mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+  mesh = Mesh(np.array(local_devices()), (_AXIS,))
   return NamedSharding(mesh, PartitionSpec(_AXIS))
 
 
@@ -132,6 +156,7 @@ def train_step(step):
     axis_name=_AXIS,
     in_axes=(None, 0, 0),
     out_axes=(None, 0, None),
+    devices=None if _target.get() is None else local_devices(),
     donate_argnums=(0, 1),
   )
 
@@ -146,7 +171,7 @@ def compile_step(step, *args):
   if jax.process_count() > 1:
     return step, None
   options = {}
-  if jax.default_backend() == "cpu":
+  if local_devices()[0].platform == "cpu":
     # Without the barriers of rematerialization, which this pass removes, the
     # scheduler computes all layers again at once.
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -169,7 +194,7 @@ def eval_step(step):
   return jax.pmap(
     step,
     in_axes=(None, 0, 0),
-    devices=jax.local_devices(),
+    devices=local_devices(),
     donate_argnums=1,
   )
 

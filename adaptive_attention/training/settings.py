@@ -20,6 +20,7 @@ from adaptive_attention.config import (
   fixes_the_model,
 )
 from adaptive_attention.errors import SettingsError
+from adaptive_attention.training.targets import TARGETS
 from adaptive_attention.training.training_config import Every, TrainingConfig
 
 # The least that each number may be; all must be finite.
@@ -45,6 +46,7 @@ _MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
 _CHOICES = {
   "bench.compare": ("", "torch"),
   "data.corpus": ("enwik8", "python_source"),
+  "target": ("", *TARGETS),
 }
 
 # The settings by which several processes find each other.
@@ -222,12 +224,17 @@ def check_devices(config, devices: int):
   )
 
 
-def check_attention(config):
+def check_attention(config, *, here: bool = False):
   """Checks that the implementation of attention serves the model here.
+
+  Args:
+    here: whether a `target` is what is compiled for now.
 
   Raises:
     SettingsError: naming what it needs.
   """
+  if config.target and not here:
+    return
   try:
     accounting.attention_choice(model_config(config.model))
   except NotImplementedError as error:

@@ -1,0 +1,135 @@
+"""The kernels as the real compilers compile them, without a device.
+
+They need packages that the other tests do not: CONTRIBUTING.md has the lines.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adaptive_attention.attention import attend, attend_ring
+from adaptive_attention.attention.ring import Ring
+from adaptive_attention.masks import Mask, Wave
+from adaptive_attention.training import targets
+from tests.attention import schedules
+
+# TARGETS by whose compiler is asked.
+on_tpu = pytest.mark.skipif(
+  bool(targets.missing_package("v5e")), reason="libtpu is not installed"
+)
+on_gpu = pytest.mark.gpu_compiler
+H = 8
+
+
+def compiled(target, T, K, mask="spans", older=0, dtype=jnp.bfloat16, **more):
+  """Compiles forward and all gradients; returns the report."""
+
+  def loss(lengths, q, k, v):
+    span, period, ratio = lengths
+    wave = None
+    if mask != "spans":
+      wave = Wave(period, ratio, integer=mask == "integer")
+    out = attend(q, k, v, Mask(span, 32.0, wave), memory=older, **more)
+    return jnp.sum(out.astype(jnp.float32))
+
+  def gradients(span, period, ratio, *arrays):
+    return jax.grad(loss, range(4))((span, period, ratio), *arrays)
+
+  length = jax.ShapeDtypeStruct((H,), jnp.float32)
+  queries, keys = (
+    jax.ShapeDtypeStruct((1, n, H, K), dtype) for n in (T, T + older)
+  )
+  shapes = *(length,) * 3, queries, keys, keys
+  return schedules.compiled_for(target, gradients, *shapes)
+
+
+def bundles(regions):
+  """(partial, full) blocks of a kernel."""
+  return [region["bundles"] for region in regions[:2]]
+
+
+@on_tpu
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_bands_on_a_tpu_take_no_more_than_they_did(target):
+  """Of a block of 512 x 512 at K = 128."""
+  report = compiled(target, 8192, 128)
+  partial, full = bundles(report.kernels["forward"])
+  assert (partial, full) <= (1700, 1400)
+  assert full <= 1400
+  partial, full = bundles(report.kernels["backward"])
+  assert partial <= 2850
+  assert full <= 2450
+  memory = report.memory
+  assert memory["temp"] <= memory["argument"] + memory["output"]
+
+
+@on_tpu
+@pytest.mark.parametrize(
+  ("target", "T", "K", "mask", "more"),
+  [
+    ("v5e", 2048, 64, "integer", {}),
+    ("v6e", 2048, 64, "real", {}),
+    ("v5p", 1024, 96, "spans", {"dtype": jnp.float32}),
+    (
+      *("v5e", 1024, 32, "spans"),
+      {"older": 500, "dropout_rate": 0.2, "dropout_seed": 3},
+    ),
+    ("v5e", 1024, 256, "spans", {}),
+  ],
+)
+def test_kernels_of_a_tpu_compile(target, T, K, mask, more):
+  kernels = compiled(target, T, K, mask, **more).kernels
+  assert set(kernels) == {"forward", "backward"}
+
+
+@on_tpu
+@pytest.mark.parametrize(
+  ("T", "mask"), [(32_768, "spans"), (16_384, "integer")]
+)
+def test_long_texts_on_a_tpu_compile(T, mask):
+  assert set(compiled("v5e", T, 128, mask).kernels) == {"forward", "backward"}
+
+
+@on_tpu
+def test_a_tpu_without_a_strided_roll_is_refused_by_name():
+  with pytest.raises(NotImplementedError, match="the device is TPU v4"):
+    compiled("v4", 512, 64, implementation="pallas_tpu")
+
+
+@on_gpu
+@pytest.mark.parametrize("target", ["h100", "a100"])
+@pytest.mark.parametrize("T", [2048, 8192])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("mask", ["spans", "real", "integer"])
+def test_kernels_of_a_gpu_spill_nothing(target, T, K, mask):
+  kernels = compiled(target, T, K, mask).kernels
+  assert set(kernels) == {"forward", "dq", "dkv"}
+  for kernel in kernels.values():
+    assert kernel["spilled"] == 0
+    assert kernel["shared"] <= 128 << 10
+    assert not kernel["notes"]
+
+
+@on_gpu
+@pytest.mark.parametrize("K", [32, 96, 256])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_any_width_on_a_gpu_compiles(K, dtype):
+  more = {"older": 500, "dropout_rate": 0.2, "dropout_seed": 3}
+  kernels = compiled("a100", 1000, K, "integer", dtype=dtype, **more).kernels
+  assert set(kernels) == {"forward", "dq", "dkv"}
+
+
+@on_gpu
+def test_a_ring_under_vmap_on_a_gpu_compiles():
+  """By one more axis of the grid."""
+
+  def one(span, q, k, v, rows, first_row):
+    out, _ = attend_ring(Ring(rows, rows, first_row), q, k, v, Mask(span))
+    return jnp.sum(out.astype(jnp.float32))
+
+  s = jax.ShapeDtypeStruct
+  new, rows = (s((3, 2, n, H, 64), jnp.bfloat16) for n in (256, 1024))
+  shapes = s((3, H), jnp.float32), new, new, new, rows, s((3,), jnp.int32)
+  gradients = jax.vmap(jax.grad(one, range(4)))
+  kernels = schedules.compiled_for("h100", gradients, *shapes).kernels
+  assert set(kernels) == {"forward", "dq", "dkv"}

@@ -1,0 +1,85 @@
+"""Plans for this machine, and for devices that are not here."""
+
+import re
+
+import pytest
+
+from adaptive_attention.training import targets
+
+for_tpu = pytest.mark.skipif(
+  bool(targets.missing_package("v5e")), reason="libtpu is not installed"
+)
+
+
+def flags_with(flags, **changes):
+  return [*flags, *(f"--config.{name}={x}" for name, x in changes.items())]
+
+
+def test_it_says_what_computes_attention_and_how_much(main, tiny_flags):
+  flags = [f for f in tiny_flags if "implementation" not in f]
+  flags = flags_with(flags, **{"model.context_tokens": 200})
+  code, out, err = main("--mode=plan", *flags)
+  assert code == 0, err
+  assert "attention  blocked in blocks of 64 x 64\n" in out
+  # Spans of 100 tokens and a ramp of 4: of 10 causal blocks one is hidden.
+  assert "90.0% of the causal blocks are computed" in out
+
+
+@pytest.mark.skipif(
+  not targets.missing_package("v5e"), reason="libtpu is installed"
+)
+def test_a_missing_compiler_is_named(main, tiny_flags):
+  code, _, err = main("--mode=plan", *flags_with(tiny_flags, target="v5e"))
+  assert code == 2
+  assert 'pip install "jax[tpu]==' in err
+  assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("mode", "target", "named"),
+  [
+    ("plan", "v9", "'v5e', 'v5p'"),
+    ("train", "v5e", "target"),
+  ],
+)
+def test_a_target_that_is_not_possible(main, tiny_flags, mode, target, named):
+  flags = flags_with(tiny_flags, target=target)
+  code, _, err = main(f"--mode={mode}", *flags)
+  assert code == 2
+  assert named in err
+
+
+@for_tpu
+@pytest.mark.parametrize(
+  ("target", "runs"),
+  [("v5e", "pallas_tpu in blocks of 128 x 128\n"), ("v4", "reference, as pal")],
+)
+def test_a_step_is_compiled_for_what_is_not_here(
+  main, tiny_flags, target, runs
+):
+  """On one device, in bfloat16, as a device of its kind would do it."""
+  flags = [f for f in tiny_flags if "implementation" not in f]
+  code, out, err = main("--mode=plan", *flags_with(flags, target=target))
+  assert code == 0, err
+  assert f"which is not here, for {target}\n" in out
+  assert f"attention  {runs}" in out
+  assert re.search(r"^memory +[\d.]+ .iB total, per device", out, re.MULTILINE)
+  assert re.search(r"^fits +yes, [\d.]+ .iB of \d+ GiB", out, re.MULTILINE)
+
+
+@for_tpu
+def test_what_cannot_serve_a_target_is_refused(main, tiny_flags):
+  flags = flags_with(
+    tiny_flags, target="v5e", **{"model.implementation": "pallas_gpu"}
+  )
+  code, _, err = main("--mode=plan", *flags)
+  assert code == 2
+  assert "pallas_gpu" in err
+  assert "the device is TPU v5" in err
+
+
+def test_whether_it_fits():
+  from adaptive_attention.modes.plan import _fit_text
+
+  assert _fit_text(1 << 30, "v5e") == "yes, 1 GiB of 16 GiB"
+  assert _fit_text(1 << 35, "v5e").startswith("no, 32 GiB of 16 GiB; give ")
