@@ -41,7 +41,7 @@ def run(config, workdir, *, step=None):
   parts = settings.training_config(config)
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps)
-  layers = _masks(parts, model, rule, workdir, step)
+  layers = _masks(parts, rule, workdir, step)
   device = targets.device_of(config.target) if config.target else None
   with _on(device):
     if device:
@@ -65,9 +65,12 @@ def _on(device):
   return parallel.compiling_for(device) if device else contextlib.nullcontext()
 
 
-def _masks(parts, model, rule, workdir, step):
+def _masks(parts, rule, workdir, step):
   """Returns the masks of all layers: a checkpoint's, or the initial ones."""
   if step is None:
+    # Parameters do not depend on what computes attention, here or there.
+    anywhere = dataclasses.replace(parts.model, implementation="reference")
+    model = Transformer(anywhere)
     # The compiler makes only the part of the initial state that masks need.
     return jax.jit(
       lambda: mask_params(
