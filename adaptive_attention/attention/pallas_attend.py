@@ -256,6 +256,10 @@ def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, seed):
 def _attend_backward(kernels, static, residuals, d_out):
   (mask, q, k, v, ring, first_key, seed), out, lse = residuals
   d_out = _differentiated_once(kernels, jnp.asarray(d_out))
+  # Or else XLA keeps what the forward pass has laid out until it is used again
+  # here, of all layers at once.
+  arrays = lax.optimization_barrier((q, k, v, ring, d_out))
+  q, k, v, ring, d_out = arrays
   inputs = _inputs(mask, q, k, v, ring, first_key, seed)
   mean_BTH = jnp.sum(
     d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1

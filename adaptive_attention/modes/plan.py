@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from adaptive_attention import accounting
+from adaptive_attention.errors import first_line
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
 from adaptive_attention.model import Transformer
@@ -141,16 +142,14 @@ def _say_memory(parts, model, rule, target):
   """Compiles a training step and prints its bytes on a device."""
   if target:
     console.say(f"compiling  a step for {target}, which may take minutes")
-  streams = batches.per_device(parts.batch_size)
   start = time.perf_counter()
-  _, sizes = parallel.compile_step(
-    steps.make_train_step(model, rule, parts.seed),
-    _state(parts, model, rule),
-    jax.eval_shape(lambda: steps.start_memory(parts.model, streams)),
-    batches.shapes(
-      parts.batch_size, parts.accumulation_steps, parts.model.context_tokens
-    ),
-  )
+  try:
+    sizes = _compiled_sizes(parts, model, rule)
+  except jax.errors.JaxRuntimeError as error:
+    if not target or "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    console.say(f"fits       no: {first_line(error)}; {_LESS}")
+    return
   for name, size in sizes.items():
     console.say(
       f"memory     {console.bytes_text(size):>10} {name}, per device, compiled"
@@ -162,13 +161,28 @@ def _say_memory(parts, model, rule, target):
     )
 
 
+def _compiled_sizes(parts, model, rule) -> dict:
+  streams = batches.per_device(parts.batch_size)
+  return parallel.compile_step(
+    steps.make_train_step(model, rule, parts.seed),
+    _state(parts, model, rule),
+    jax.eval_shape(lambda: steps.start_memory(parts.model, streams)),
+    batches.shapes(
+      parts.batch_size, parts.accumulation_steps, parts.model.context_tokens
+    ),
+  )[1]
+
+
+_LESS = (
+  "give --config.accumulation_steps more, --config.model.remat, or several "
+  "devices a smaller part of --config.batch_size each"
+)
+
+
 def _fit_text(total: int, target: str) -> str:
   """Returns whether so many bytes fit on a target, and what to do if not."""
   there = targets.TARGETS[target].memory_bytes
   text = f"{console.bytes_text(total)} of {console.bytes_text(there)}"
   if total <= there:
     return f"yes, {text}"
-  return (
-    f"no, {text}; give --config.accumulation_steps more, --config.model.remat, "
-    "or several devices a smaller part of the batch each"
-  )
+  return f"no, {text}; {_LESS}"
