@@ -135,7 +135,7 @@ TINY = {
   "eval_tokens": 500,
   "eval_batch_size": 8,
   "checkpoint_every_steps": 3,
-  "model.n_layer": 2,
+  "model.n_layer": 1,
   "model.n_head": 2,
   "model.width": 16,
   "model.context_tokens": 24,

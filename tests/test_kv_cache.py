@@ -95,15 +95,15 @@ def test_closed_waves_leave_queries_without_a_key():
   assert (~np.asarray(opened)).all(axis=1).any()
 
 
-def test_dense_layers_look_back_as_far_in_any_text():
+def test_dense_layers_have_one_reach_in_any_text():
   config, params, _ = model_of("long, dense")
   config = dataclasses.replace(config, n_layer=1)
   changed = np.array(TEXT)
   changed[:, 40] = (changed[:, 40] + 1) % 256
-  seen = (
+  differs = (
     all_logits(config, params, changed) != all_logits(config, params)
   ).any((0, 2))
-  np.testing.assert_array_equal(np.flatnonzero(seen), np.arange(40, 64))
+  np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(40, 64))
 
 
 def test_integer_waves_are_strides_and_what_is_hidden_is_not_read():
@@ -122,7 +122,7 @@ def test_integer_waves_are_strides_and_what_is_hidden_is_not_read():
 
 
 @pytest.mark.parametrize("longest", [40, 8192])
-def test_groups_hold_all_that_heads_see_and_hardly_more(longest):
+def test_groups_hold_the_reach_of_heads_and_hardly_more(longest):
   spans = np.array([0, 0, 10, 20, 60, 150, 400, 1500.0])
   mask = Mask(jnp.asarray(spans))
   reach_H = decode.reach(mask, longest)
@@ -162,8 +162,8 @@ def test_the_cache_takes_the_bytes_that_are_counted():
     assert kept.nbytes == 3 * counted[name]
     held = sum(x.nbytes for layer in kept.layers for x in (*layer.k, *layer.v))
     assert held == kept.nbytes
-  seen = sum(math.ceil(z + 4) for z in SPANS) * 2  # of two layers
-  assert counted["reach"] == seen * 2 * 8 * 2
+  rows = sum(math.ceil(z + 4) for z in SPANS) * 2  # of two layers
+  assert counted["reach"] == rows * 2 * 8 * 2
   assert counted["reach"] <= counted["head"] <= 1.1 * counted["reach"]
   assert counted["layer"] == 2 * 4 * 35 * 2 * 8 * 2
   assert counted["dense"] == 2 * 4 * 68 * 2 * 8 * 2

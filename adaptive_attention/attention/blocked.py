@@ -1,4 +1,4 @@
-"""Exact attention that computes only blocks which hold an open pair.
+"""Exact attention that computes the blocks of a walk alone.
 
 Loops with run-time bounds over blocks of queries and keys, head by head, in
 plain XLA: a change of spans or periods recompiles nothing, and memory is linear

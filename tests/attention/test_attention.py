@@ -286,9 +286,9 @@ def test_gradients_of_the_oracle_by_finite_differences(harmonics):
   ("name", "changes"),
   [
     ("causal", {}),
-    ("window", {"span": (2.5, 6.0), "ramp": 3.0}),
+    ("span", {"span": (2.5, 6.0), "ramp": 3.0}),
     (
-      "comb",
+      "wave",
       {
         "span": (9.0, 30.0),
         "ramp": 1.0,
@@ -302,7 +302,7 @@ def test_gradients_of_the_oracle_by_finite_differences(harmonics):
   ],
   ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_by_gradient_a_query_sees_its_open_keys_and_no_other(
+def test_by_gradient_a_query_attends_to_its_open_keys_alone(
   name, changes, implementation
 ):
   """d out[t] / d v[s] is exactly zero, but where the pair (t, s) is open."""
@@ -562,7 +562,7 @@ def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
 
 
 @everywhere
-def test_what_is_kept_changes_no_draw(implementation):
+def test_older_keys_change_no_draw(implementation):
   """Draws do not depend on older keys that are hidden or do not exist."""
   random = np.random.default_rng(4)
   q, k, v = random.standard_normal((3, 1, 90, 2, 4)).astype(np.float32)

@@ -137,7 +137,7 @@ def test_steps_are_timed_in_the_middle_of_their_streams(
 
 
 def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
-  """The keys that are read and kept are those counted for the case's spans."""
+  """Keys that are read and cached are those counted for the case's spans."""
   wave = {"attention": "span_wave", "period": "integer", "harmonics": 0}
   spans = (0.0, 1.0, 5.0, 20.0, 30.0, 40.0, 60.0, 200.0)
   runs = {
@@ -159,7 +159,7 @@ def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
     assert 0 <= found[name]["reach_bytes"] / (2 * 64 * 4) - reached <= 8
   assert found["dense"]["cache_bytes"] == 8 * 256 * 2 * 64 * 4
   assert reached <= found["spans"]["keys_read"] <= 1.1 * reached
-  # Of the longest head's 232 keys one in four is read.
+  # The longest head has 232 keys, and one in four of them is read.
   read = found["spans"]["keys_read"] - found["wave"]["keys_read"]
   assert abs(read - 232 * 3 / 4) < 0.1 * reached
 

@@ -48,7 +48,7 @@ def run(text):
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-  """A run that nothing has interrupted."""
+  """A run that is never interrupted."""
   workdir = tmp_path_factory.mktemp("runs") / "whole"
   run(workdir)
   return workdir
@@ -60,7 +60,7 @@ def figures(workdir):
 
 
 class Killed(BaseException):
-  """The end of a process that has no say in it."""
+  """Stands for the kill of a process, which cannot act on it."""
 
 
 def die():
@@ -68,7 +68,7 @@ def die():
 
 
 def before_call(monkeypatch, owner, name, number, act):
-  """Has `act()` called before the call of this number."""
+  """Replaces a function, so that `act()` runs before its call of a number."""
   function, calls = getattr(owner, name), []
 
   def changed(*args, **kwargs):
@@ -307,8 +307,10 @@ def test_results_are_printed_before_a_write_that_fails(main, whole, tmp_path):
 def test_a_run_that_cannot_be_written_is_reported(
   main, tiny_flags, tmp_path, name
 ):
-  """A folder in the place of a file stands for it; a workdir that is a file is
-  a wrong flag, for tests/test_main.py."""
+  """A folder in the file's place makes the write fail.
+
+  A workdir that is a file is a wrong flag; see tests/test_main.py.
+  """
   path = tmp_path / "w" / name
   path.mkdir(parents=True)
   code, _, err = main(*tiny_flags, f"--workdir={tmp_path / 'w'}")

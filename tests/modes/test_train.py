@@ -92,7 +92,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     "lock",
   }
   config = json.loads((workdir / "config.json").read_text())
-  assert config["model"]["n_layer"] == 2
+  assert config["model"]["n_layer"] == 1
   data = pathlib.Path(config["data"]["path"])
   assert data.is_absolute()  # though a relative one was given
   assert data.samefile(text)
@@ -116,7 +116,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     "open_share",
   }
   # The header tells versions, changed settings, data, size, and no made-up MFU.
-  assert "model.n_layer=2 (was 12)" in out
+  assert "model.n_layer=1 (was 12)" in out
   assert "sha256" in out
   assert "parameters" in out
   assert "order-0 entropy" in out
@@ -351,6 +351,7 @@ def memory_flags(text, tmp_path_factory):
   changes = {
     "data.path": path,
     "accumulation_steps": 2,
+    "model.n_layer": 2,
     "model.memory_tokens": 40,
     "model.max_span": 64,
     "model.position": "rotary",
@@ -499,13 +500,14 @@ def test_start_from_other_parameters(main, tiny_flags, tmp_path):
   from tests.test_weights import published
 
   config = base.get_config()
-  config.update_from_flattened_dict(TINY)
+  config.update_from_flattened_dict(TINY | {"model.n_layer": 2})
   named = published(ModelConfig(**config.model))
   np.savez(tmp_path / "them.npz", **named)
   code, _, err = main(
     *flags_with(
       tiny_flags,
       steps=1,
+      model__n_layer=2,
       optimizer__learning_rate=0.0,
       optimizer__min_learning_rate=0.0,
       init_from=tmp_path / "them.npz",

@@ -1,4 +1,4 @@
-"""Which bytes are read when."""
+"""Batches and streams read the bytes that they should, in their order."""
 
 import numpy as np
 import pytest

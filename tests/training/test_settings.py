@@ -12,7 +12,7 @@ DEFAULTS = settings._flatten(base.get_config())
 
 
 def another(value):
-  """A value of the same type that is not the default."""
+  """Returns a value of the same type that is not the default."""
   match value:
     case bool():
       return not value
@@ -23,7 +23,7 @@ def another(value):
 
 
 def saved(**changes):
-  """What a checkpoint keeps, which is JSON, with some settings changed."""
+  """Returns the settings in a checkpoint, as JSON, with some changed."""
   config = base.get_config()
   config.update_from_flattened_dict(
     {name.replace("__", "."): value for name, value in changes.items()}

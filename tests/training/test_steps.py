@@ -296,7 +296,7 @@ def test_golden_steps(tiny):
   """The numbers are those that this program computed when they were stored."""
   golden = json.loads((ROOT / "tests" / "golden" / "steps.json").read_text())
   for attention, expected in golden.items():
-    tiny.model.attention = attention
+    tiny.model.update(attention=attention, n_layer=2)
     _, history = train(tiny, len(expected))
     check_equal(history, expected, rtol=2e-5, atol=1e-7)
 
@@ -338,8 +338,7 @@ def test_metrics_are_those_of_the_parameters(tiny):
 
 @pytest.mark.parametrize("period", ["real", "integer"])
 def test_blocked_trains_as_the_reference_does(tiny, period):
-  tiny.model.context_tokens = 96
-  tiny.model.period = period
+  tiny.model.update(context_tokens=96, n_layer=1, period=period)
   histories = []
   for implementation in ("blocked", "reference"):
     tiny.model.implementation = implementation
