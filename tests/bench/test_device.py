@@ -18,7 +18,7 @@ def attentions(case):
 
 
 def test_all_compute_the_same():
-  """Where masks hide nothing, and a window where they are one without a ramp."""
+  """Where masks hide nothing, and where they are a window without a ramp."""
   dense = SMALL._replace(span=None)
   q, k, v, _ = cases.inputs(dense)
   found = attentions(dense)
@@ -73,7 +73,7 @@ def test_what_would_take_too_much_is_left_out(capsys):
   assert set(attentions(long)) == {"ours"}
   said = capsys.readouterr().out
   assert "long: reference is left out, as its logits alone are 8 GiB" in said
-  assert "long: xla dense is left out" in said
+  assert "long: jax dense is left out" in said
 
 
 def test_shapes_are_those_of_the_bars():
