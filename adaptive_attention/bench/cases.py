@@ -148,6 +148,41 @@ SHAPES = (
 )
 
 
+_DEVICE_TOKENS = 32_768  # of a call, in bfloat16
+DEVICE_WIDTHS = (64, 128)
+
+
+def on_device_name(name: str, width: int) -> str:
+  """Returns the name of a case of DEVICE_SHAPES."""
+  return f"{name}, K {width}"
+
+
+def _on_device(name, T, span, **wave) -> Iterable[Case]:
+  for width in DEVICE_WIDTHS:
+    yield Case(
+      *(on_device_name(name, width), T, T, span),
+      **{"B": _DEVICE_TOKENS // T, "H": HEADS, "K": width} | wave,
+      dtype="bfloat16",
+    )
+
+
+_UNIFORM = (4096.0,) * HEADS
+DEVICE_SHAPES = (
+  *_on_device("dense 2048", 2048, None),
+  *_on_device("dense 8192", 8192, None),
+  *_on_device("spans 2048", 2048, (*_LEARNED, 1024.0)),
+  *_on_device("spans 8192", 8192, (*_LEARNED, 4096.0)),
+  *_on_device("reach 256, 8192", 8192, (224.0,) * HEADS),
+  *_on_device("no period, 8192", 8192, _UNIFORM),
+  *_on_device(
+    *("period 4, 8192", 8192, _UNIFORM),
+    period=(4.0,) * HEADS,
+    ratio=(-0.25,) * HEADS,  # only the crests are open: one residue
+    integer=True,
+  ),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """A training step of four layers, width 512, dropout 0.2, B x T tokens.

@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_attention import accounting, generation
 from adaptive_attention.attention import IMPLEMENTATIONS, attend, choice
-from adaptive_attention.bench import cases, torch
+from adaptive_attention.bench import cases, device, torch
 from adaptive_attention.bench.cases import Case, Decode, Step
 from adaptive_attention.bench.timing import Runner, compiled
 from adaptive_attention.config import ModelConfig
@@ -34,7 +34,7 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
   If the case cannot run here, a line says why, and the list is empty.
 
   Args:
-    case: one of `cases`.
+    case: one of `cases`; those of DEVICE_SHAPES are for an accelerator.
     config: the settings that a training step does not take from its case.
     compare: "torch" to time PyTorch's attention too.
 
@@ -42,6 +42,12 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
     BenchmarkError: PyTorch is asked for and not installed.
   """
   match case:
+    case Case() if case in cases.DEVICE_SHAPES:
+      found = device.runners(case, MOST_PAIRS_BYTES)
+      if compare == "torch":
+        # The indices of a block mask are there once, not in each call.
+        found += torch.runners(case, 4 * MOST_PAIRS_BYTES)
+      return found
     case Case():
       found = [
         runner

@@ -17,6 +17,9 @@ from adaptive_attention.training import console
 _BASELINES = (
   "reference",
   "torch dense causal",
+  "cudnn dense",
+  "splash dense",
+  "xla dense",
   "dense, memory 8192",
   "dense",
   "context read again",
