@@ -41,7 +41,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few cycles
 
 
-_ROOM_BYTES = 3 << 29  # 1.5 GiB above what was left when room was last made
+_ROOM_BYTES = 5 << 28  # 1.25 GiB above what was left when room was last made
 
 
 def _resident_bytes() -> int:
@@ -67,6 +67,7 @@ def room(resident):
   yield
   if _resident_bytes() > resident["bytes"] + _ROOM_BYTES:
     jax.clear_caches()
+    gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
       ctypes.CDLL(None).malloc_trim(0)
     resident["bytes"] = _resident_bytes()
