@@ -90,6 +90,6 @@ def _of_benchmarks() -> ConfigDict:
   config.shapes = ""
   # How often each is timed; the median is printed.
   config.repeats = 7
-  # Whether a trace of each is written below the workdir.
+  # Whether a trace of one round of each is written to WORKDIR/profile.
   config.profile = False
   return config

@@ -1,29 +1,29 @@
-"""What an accelerator is timed on: our kernels beside what others have there.
+"""What an accelerator is timed on: our kernels beside what others have."""
 
-A kernel is over in less time than a launch of it takes. So a call makes many
-rounds in one compiled loop. What a round gives is what the next one takes, so
-that nothing can be moved out of the loop.
-"""
-
+import concurrent.futures
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
+from adaptive_attention import accounting, attention
 from adaptive_attention.attention import attend, choice
-from adaptive_attention.bench import cases
+from adaptive_attention.bench import others, rounds
 from adaptive_attention.bench.cases import Case
 from adaptive_attention.bench.timing import Runner
+from adaptive_attention.errors import first_line
 from adaptive_attention.training import console
 
-CALL_SECONDS = 0.05  # about what the rounds of a call take together
-_MOST_ROUNDS = 1000
-_MOST_BLOCKS = 500  # that `blocked` is let walk, one after the other
+SECONDS = (
+  300.0  # for all cases, with compiling; fewer repeats if they need more
+)
+# That `blocked` is let walk one after the other: each is some ten launches, so
+# that this many take about 0.1 s forward.
+MOST_BLOCKS = 2_000
+_PAIRS_SHARE = 1 / 16  # of a device's memory, for one array over all pairs
 
 
 class Attention(NamedTuple):
@@ -32,97 +32,164 @@ class Attention(NamedTuple):
   Attributes:
     name: "ours", or whose it is and what it computes.
     run: (q, k, v, mask) -> out, all (B, T, H, K).
+    counts: further entries of its rows.
   """
 
   name: str
   run: Callable
+  counts: dict | None = None
 
 
 def runners(case: Case, most_bytes: int) -> list[Runner]:
   """Makes the runners of a case: forward, and with all gradients.
 
+  What does not exist, refuses or needs too much is left out, and a line says
+  why.
+
   Args:
-    case: of `cases.DEVICE_SHAPES`.
-    most_bytes: the most that one array over all pairs may take.
+    most_bytes: the most that one array over all pairs may take, on a device
+      that does not tell its memory.
   """
-  found = [*_ours(case, most_bytes), *_dense(case, most_bytes)]
-  return [
-    in_rounds(case, attention, kind)
-    for attention in found
-    for kind in ("forward", "both")
+  most_bytes = _most_bytes(most_bytes)
+  found = [*ours(case, most_bytes), *of_others(case, most_bytes)]
+  return in_rounds(case, found)
+
+
+def in_rounds(case: Case, attentions: Iterable[Attention]) -> list[Runner]:
+  """Makes the runners of attentions; all are compiled at the same time."""
+  arrays = (*_inputs(case), case.mask)
+  wanted = [(one, kind) for one in attentions for kind in ("forward", "both")]
+  lowered = [
+    _or_said(case, one, kind, _lowered, arrays) for one, kind in wanted
   ]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    compiling = [
+      x and pool.submit(_or_said, case, *work, _compiled, x)
+      for work, x in zip(wanted, lowered, strict=True)
+    ]
+  found = [x and x.result() for x in compiling]
+  made = [
+    x and _or_said(case, *work, _runner, case, arrays, *x)
+    for work, x in zip(wanted, found, strict=True)
+  ]
+  return [runner for runner in made if runner is not None]
 
 
-def in_rounds(case: Case, attention: Attention, kind: str) -> Runner:
-  """Makes the runner of one kind of work of an attention.
-
-  Args:
-    kind: "forward", or "both" for forward and all gradients.
-  """
-  q, k, v, _ = cases.inputs(case)
-  start = time.perf_counter()
-  run = _loop(attention.run, kind).lower(1, q, k, v, case.mask).compile()
-  seconds = time.perf_counter() - start
-
-  def call(rounds):
-    jax.block_until_ready(run(rounds, q, k, v, case.mask))
-
-  call(1)
-  start = time.perf_counter()
-  call(1)
-  one = time.perf_counter() - start
-  rounds = int(np.clip(CALL_SECONDS / one, 1, _MOST_ROUNDS))
-  return Runner(
-    *(case.name, attention.name, kind, lambda: call(rounds), seconds),
-    run.memory_analysis().temp_size_in_bytes,
-    times=rounds,
-  )
-
-
-def _loop(run, kind):
-  """Returns jitted (rounds, q, k, v, mask) -> what the last round gives."""
-
-  def both(q, k, v, mask):
-    out, pull = jax.vjp(run, q, k, v, mask)
-    dq, dk, dv, d_mask = pull(out)
-    # Spans and periods stay what they are, and their gradients are computed.
-    mask = jax.tree.map(lambda x, dx: x + 0.0 * dx, mask, d_mask)
-    return dq, dk, dv, mask
-
-  def forward(q, k, v, mask):
-    return run(q, k, v, mask), k, v, mask
-
-  one = both if kind == "both" else forward
-  return jax.jit(
-    lambda rounds, *arrays: lax.fori_loop(
-      0, rounds, lambda _, arrays: one(*arrays), arrays
+def _or_said(case, one, kind, function, *args):
+  """Returns function(one, kind, *args), or None with a line of its error."""
+  try:
+    return function(one, kind, *args)
+  except Exception as error:  # of compilers and kernels that are not ours
+    console.say(
+      f"{case.name}: {one.name} {kind} is left out, as it does not run here "
+      f"({first_line(error)})"
     )
+    return None
+
+
+def _lowered(one, kind, arrays):
+  return rounds.loop(one.run, kind).lower(1, *arrays)
+
+
+def _compiled(one, kind, lowered):
+  start = time.perf_counter()
+  return lowered.compile(), time.perf_counter() - start
+
+
+def _runner(one, kind, case, arrays, run, compile_seconds):
+  """Makes the runner of a compiled loop, in as many rounds as a call takes."""
+
+  def call(count):
+    jax.block_until_ready(run(count, *arrays))
+
+  def seconds_of(count):
+    start = time.perf_counter()
+    call(count)
+    return time.perf_counter() - start
+
+  call(1)
+  count = rounds.rounds_for(seconds_of)
+  return Runner(
+    *(case.name, one.name, kind, lambda: call(count), compile_seconds),
+    run.memory_analysis().temp_size_in_bytes,
+    counts=one.counts,
+    times=count,
+    one_round=lambda: call(1),
   )
 
 
-def _ours(case, most_bytes):
+def _inputs(case):
+  """Makes (q, k, v, dout) on the device, which is faster than to send them."""
+  shape = (case.B, case.T, case.H, case.K)
+  keys = jax.random.split(jax.random.key(0), 4)
+  make = jax.jit(lambda key: jax.random.normal(key, shape, case.dtype))
+  return tuple(make(key) for key in keys)
+
+
+def ours(case: Case, most_bytes: int) -> Iterable[Attention]:
   """Yields our implementations that serve a case in reasonable time."""
-  q, k, _, _ = jax.eval_shape(lambda: cases.inputs(case))
-  call = choice.call_of(q, k, case.mask, None, 0, None)
+  shape = jax.ShapeDtypeStruct((case.B, case.T, case.H, case.K), case.dtype)
+  call = choice.call_of(shape, shape, case.mask, None, case.memory, None)
   best = choice.chosen(call)
   console.say(f"{case.name}: ours is {best}")
-  yield _implementation("ours", case, best.implementation)
-  blocks = case.B * case.H * (case.T // choice.BLOCK) ** 2 // 2
-  for name, left_out in (
-    ("blocked", blocks > _MOST_BLOCKS and f"it walks up to {blocks:,} blocks"),
-    ("reference", _too_much(case, most_bytes)),
-  ):
-    if name == best.implementation:
+  blocks = blocks_in_turn(case)
+  left_out = {
+    "blocked": f"it walks {blocks:,} blocks in turn"
+    if blocks > MOST_BLOCKS
+    else "",
+    "reference": _too_much(case, most_bytes),
+  }
+  for name in dict.fromkeys((best.implementation, *left_out)):
+    shown = "ours" if name == best.implementation else name
+    if left_out.get(name):
+      console.say(f"{case.name}: {shown} is left out, as {left_out[name]}")
       continue
-    if left_out:
-      console.say(f"{case.name}: {name} is left out, as {left_out}")
-    else:
-      yield _implementation(name, case, name)
+    runs = best if shown == "ours" else choice.chosen(call, name)
+    run = functools.partial(attend, implementation=name, **case.options)
+    yield Attention(shown, run, _counts(case, runs))
 
 
-def _implementation(name, case, implementation):
-  run = functools.partial(attend, implementation=implementation, **case.options)
-  return Attention(name, run)
+def blocks_in_turn(case: Case) -> int:
+  """Returns how many blocks `blocked` walks forward, of all heads."""
+  if case.mask is None:
+    n = -(-case.T // choice.BLOCK)
+    return case.H * n * (n + 1) // 2
+  pairs_H = attention.computed_pairs(
+    case.mask, case.T, case.T, implementation="blocked"
+  )
+  return int(pairs_H.sum()) // choice.BLOCK**2
+
+
+def _counts(case, runs: choice.Choice):
+  """Says what runs in which blocks, and counts open and computed pairs."""
+  counts = {"attention": str(runs)}
+  if case.mask is None:
+    return counts
+  sizes = {"head_width": case.K, "dtype": jnp.dtype(case.dtype)}
+  computed_H = accounting.computed_pairs(
+    case.mask, case.T, runs.implementation, **sizes
+  )
+  opened_H = accounting.open_pairs(case.mask, case.T)
+  return counts | {
+    "open_pairs": int(opened_H.sum()),
+    "computed_pairs": int(computed_H.sum()),
+  }
+
+
+def of_others(case: Case, most_bytes: int) -> Iterable[Attention]:
+  """Yields what JAX has on this device, where it fits."""
+  too_much = _too_much(case, most_bytes)
+  for name, implementation, make in others.named(case, jax.default_backend()):
+    if implementation == "xla" and too_much:
+      console.say(f"{case.name}: {name} is left out, as {too_much}")
+      continue
+    try:
+      yield Attention(name, make())
+    except Exception as error:  # of what this version of JAX may not have
+      console.say(
+        f"{case.name}: {name} is left out, as it cannot be made here "
+        f"({first_line(error)})"
+      )
 
 
 def _too_much(case, most_bytes) -> str:
@@ -133,149 +200,8 @@ def _too_much(case, most_bytes) -> str:
   return f"its logits alone are {console.bytes_text(logits)}"
 
 
-def _dense(case, most_bytes):
-  """Yields what others have: all causal pairs, and a uniform sliding window."""
-  window = uniform_reach(case)
-  if jax.default_backend() == "tpu":
-    yield Attention("splash dense", _splash(case, None))
-    if window:
-      yield Attention("splash window", _splash(case, window))
-    return
-  implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
-  left_out = implementation == "xla" and _too_much(case, most_bytes)
-  if left_out:
-    console.say(f"{case.name}: jax dense is left out, as {left_out}")
-    return
-  yield Attention(f"{implementation} dense", _jax(implementation, None))
-  if window:
-    yield Attention(f"{implementation} window", _jax(implementation, window))
-
-
-def uniform_reach(case: Case) -> int:
-  """Returns the reach of all heads if it is one and without a wave, or 0."""
-  if case.span is None or case.period is not None or len(set(case.span)) > 1:
-    return 0
-  reach = int(np.ceil(case.span[0] + case.ramp))
-  return reach if reach < case.T else 0
-
-
-def _jax(implementation, window):
-  def run(q, k, v, mask):
-    del mask
-    return jax.nn.dot_product_attention(
-      *(q, k, v),
-      is_causal=True,
-      local_window_size=window and (window - 1, 0),
-      implementation=implementation,
-    )
-
-  return run
-
-
-def _splash(case, window, interpret=False):
-  """Returns jax's own kernel for TPUs, in the blocks that ours has."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel,
-  )
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as splash_masks,
-  )
-
-  T, block = case.T, min(512, case.T)
-  one = splash_masks.CausalMask((T, T))
-  if window:
-    one = splash_masks.LocalMask((T, T), (window - 1, 0), 0)
-  attention = kernel.make_splash_mha(
-    splash_masks.MultiHeadMask([one] * case.H),
-    block_sizes=kernel.BlockSizes(
-      **dict.fromkeys(
-        (
-          *("block_q", "block_kv", "block_kv_compute"),
-          *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
-          *("block_q_dq", "block_kv_dq"),
-        ),
-        block,
-      )
-    ),
-    head_shards=1,
-    q_seq_shards=1,
-    interpret=interpret,
-  )
-
-  def run(q, k, v, mask):
-    del mask
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / np.sqrt(case.K), k, v))
-    out = jax.vmap(attention)(q.astype(k.dtype), k, v)
-    return jnp.swapaxes(out, 1, 2).astype(k.dtype)
-
-  return run
-
-
-class Bar(NamedTuple):
-  """What ours is to reach: at most so many times another median.
-
-  Attributes:
-    case: as it is named without its head width.
-    others: names of runners, of which the first that ran counts.
-    most: times.
-    of: the case of the other, if it is another one.
-  """
-
-  case: str
-  others: tuple[str, ...]
-  most: float
-  of: str = ""
-
-
-_DENSE = ("cudnn dense", "splash dense")
-BARS = (
-  Bar("dense 2048", _DENSE, 1.3),
-  Bar("dense 8192", _DENSE, 1.3),
-  Bar("spans 2048", _DENSE, 0.5),
-  Bar("spans 8192", _DENSE, 0.25),
-  Bar("spans 2048", ("torch FlexAttention",), 0.8),
-  Bar("spans 8192", ("torch FlexAttention",), 0.8),
-  Bar("reach 256, 8192", ("cudnn window", "splash window"), 1.0),
-  Bar("period 4, 8192", ("ours",), 0.4, of="no period, 8192"),
-)
-
-
-def bars(rows: list[dict]) -> list[dict]:
-  """Returns what the rows of bench.json say of each bar.
-
-  A bar without its rows is left out. Each has `case`, `of`, `times`, `most` and
-  `met`, of forward and all gradients.
-  """
-  medians = {(row["case"], row["run"]): row["median_ms"] for row in rows}
-  found = []
-  for bar in BARS:
-    for width in cases.DEVICE_WIDTHS:
-      case = cases.on_device_name(bar.case, width)
-      of = cases.on_device_name(bar.of, width) if bar.of else case
-      ours = medians.get((case, "ours both"))
-      other = next(
-        (name for name in bar.others if (of, f"{name} both") in medians), None
-      )
-      if ours is None or other is None:
-        continue
-      times = ours / medians[of, f"{other} both"]
-      name = f"{other} of {of}" if bar.of else other
-      found.append(
-        {
-          "case": case,
-          "of": name,
-          "times": times,
-          "most": bar.most,
-          "met": times <= bar.most,
-        }
-      )
-  return found
-
-
-def bar_text(bar: dict) -> str:
-  """Returns a line about a bar."""
-  met = "met" if bar["met"] else "missed"
-  return (
-    f"{bar['case']:<26} ours both {bar['times']:.2f} x of {bar['of']}, "
-    f"at most {bar['most']:g}: {met}"
-  )
+def _most_bytes(otherwise: int) -> int:
+  """Returns the most that one array over all pairs may take here."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get("bytes_limit")
+  return otherwise if limit is None else int(_PAIRS_SHARE * limit)

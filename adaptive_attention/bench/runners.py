@@ -34,7 +34,8 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
   If the case cannot run here, a line says why, and the list is empty.
 
   Args:
-    case: one of `cases`; those of DEVICE_SHAPES are for an accelerator.
+    case: one of `cases`; on an accelerator a call of attention is timed beside
+      what others have there.
     config: the settings that a training step does not take from its case.
     compare: "torch" to time PyTorch's attention too.
 
@@ -42,12 +43,9 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
     BenchmarkError: PyTorch is asked for and not installed.
   """
   match case:
-    case Case() if case in cases.DEVICE_SHAPES:
-      found = device.runners(case, MOST_PAIRS_BYTES)
-      if compare == "torch":
-        # The indices of a block mask are there once, not in each call.
-        found += torch.runners(case, 4 * MOST_PAIRS_BYTES)
-      return found
+    case Case() if jax.default_backend() != "cpu":
+      theirs = torch.runners_on_gpu(case) if compare == "torch" else []
+      return device.runners(case, MOST_PAIRS_BYTES) + theirs
     case Case():
       found = [
         runner

@@ -15,11 +15,11 @@ from adaptive_attention.training import console
 
 # The runners of a case are compared with the first of these that ran.
 _BASELINES = (
-  "reference",
-  "torch dense causal",
   "cudnn dense",
   "splash dense",
   "xla dense",
+  "reference",
+  "torch dense causal",
   "dense, memory 8192",
   "dense",
   "context read again",
@@ -38,6 +38,7 @@ class Runner:
     temporary_bytes: the temporary memory that the compiler reports, or None.
     counts: further entries of its row.
     times: how often a call does the work.
+    one_round: does it once, if a call does it more often.
     seconds: how long each call took.
   """
 
@@ -49,6 +50,7 @@ class Runner:
   temporary_bytes: int | None = None
   counts: dict | None = None
   times: int = 1
+  one_round: Callable[[], object] | None = None
   seconds: list = dataclasses.field(default_factory=list)
 
   def row(self) -> dict:
@@ -79,9 +81,20 @@ def compiled(case: str, name: str, kind: str, function, *args, counts=None):
   )
 
 
-def time_in_turns(runners: list[Runner], repeats: int):
-  """Calls each runner once to warm up, then all of them in turns."""
+def time_in_turns(
+  runners: list[Runner], repeats: int, seconds: float | None = None
+):
+  """Calls each runner once to warm up, then all of them in turns.
+
+  Args:
+    repeats: how many turns are timed.
+    seconds: after these no other turn begins; the first one is always timed.
+  """
+  begun = time.perf_counter()
   for turn in range(repeats + 1):
+    late = seconds is not None and time.perf_counter() - begun > seconds
+    if late and turn > 1:
+      break
     for runner in runners:
       start = time.perf_counter()
       runner.call()
@@ -96,7 +109,8 @@ def table(runners: list[Runner]) -> list[str]:
 
 def _line(runner, baseline):
   row = runner.row()
-  text = f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.1f} ms"
+  digits = 1 if jax.default_backend() == "cpu" else 3
+  text = f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.{digits}f} ms"
   if baseline is not None:
     times = row["median_ms"] / baseline.row()["median_ms"]
     text += f"  {times:5.2f} x of {baseline.name}"

@@ -1,10 +1,12 @@
 """Times attention, training steps and decoding, on the named cases."""
 
 import pathlib
+import re
+import time
 
 import jax
 
-from adaptive_attention.bench import cases, device, runners, timing
+from adaptive_attention.bench import bars, cases, device, runners, timing
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import checkpoint, console, logbook
 from adaptive_attention.training.settings import model_config
@@ -13,8 +15,9 @@ from adaptive_attention.training.settings import model_config
 def run(config, workdir):
   """Times every chosen case by every implementation.
 
-  On an accelerator these are cases of its own, each beside what others have
-  there, and for some it is printed which share of another's time is the bar.
+  On an accelerator these are calls of attention of its own, each beside what
+  others have there, in at most five minutes; at the end it is printed which
+  share of another's time is the bar, and whether it is met.
 
   It prints a table and writes bench.json after each case, so that a run that is
   stopped keeps the cases that it has timed.
@@ -28,43 +31,78 @@ def run(config, workdir):
     LogbookError: bench.json cannot be written; its rows are printed first.
   """
   settings = config.bench
-  known = (*cases.SHAPES, *cases.STEPS, *cases.DECODES)
-  if jax.default_backend() != "cpu":
-    known = (*cases.DEVICE_SHAPES, *cases.STEPS)
-  if settings.checkpoint:
-    known = _learned_cases(settings.checkpoint)
-  chosen = cases.named(known, settings.shapes)
+  on_device = jax.default_backend() != "cpu"
+  chosen = cases.named(_known(settings, on_device), settings.shapes)
   path = pathlib.Path(workdir) / "bench.json"
   with logbook.writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
   content = {"environment": logbook.environment(), "rows": []}
-  for case in chosen:
-    timed = runners.of(case, config, compare=settings.compare)
+  ends = time.perf_counter() + device.SECONDS
+  for i, case in enumerate(chosen):
+    left = ends - time.perf_counter()
+    if on_device and left <= 0:
+      console.say(_too_late(chosen[i:]))
+      break
+    share = left / (len(chosen) - i) if on_device else None
+    timed = _timed(case, config, path.parent / "profile", share)
     if not timed:
       continue
-    if settings.profile:
-      _profile(timed, path.parent / "profile")
-    timing.time_in_turns(timed, settings.repeats)
     content["rows"] += [runner.row() for runner in timed]
-    content["bars"] = device.bars(content["rows"])
+    if on_device:
+      content["bars"] = bars.judged(content["rows"])
     try:  # the file is written even if the table cannot be printed
       for line in timing.table(timed):
         console.say(line)
     finally:
       logbook.write_json(path, content)
   for bar in content.get("bars", ()):
-    console.say(device.bar_text(bar))
+    console.say(bars.text(bar))
   if content["rows"]:
     console.say(f"written to {path}")
 
 
+def _known(settings, on_device):
+  """Returns the cases that there are to choose from."""
+  if settings.checkpoint:
+    return _learned_cases(settings.checkpoint)
+  if on_device:
+    return cases.DEVICE_SHAPES
+  return (*cases.SHAPES, *cases.STEPS, *cases.DECODES)
+
+
+def _timed(case, config, profile_folder, seconds):
+  """Returns the runners of a case after their turns, in about some seconds."""
+  begun = time.perf_counter()
+  settings = config.bench
+  timed = runners.of(case, config, compare=settings.compare)
+  if timed and settings.profile:
+    _profile(timed, profile_folder)
+  if seconds is not None:
+    seconds -= time.perf_counter() - begun
+  timing.time_in_turns(timed, settings.repeats, seconds)
+  return timed
+
+
+def _too_late(left):
+  """Says what is left out, as the time is over, and how to have it."""
+  names = ";".join(case.name for case in left)
+  return (
+    f"left out, as {device.SECONDS:g} s are over: "
+    f"--config.bench.shapes={names!r} times them"
+  )
+
+
 def _profile(timed, folder):
-  """Writes a trace of one call of each runner, for TensorBoard or Perfetto."""
-  for runner in timed:
-    name = f"{runner.case}, {runner.name} {runner.kind}".replace(" ", "_")
-    with jax.profiler.trace(str(folder / name)):
-      runner.call()
-  console.say(f"{timed[0].case}: traces are in {folder}")
+  """Writes a trace of one round of each runner, named in it as in the table."""
+  case = timed[0].case
+  folder /= re.sub(r"\W+", "_", case)
+  for runner in timed:  # what comes with a first call is not of the trace
+    (runner.one_round or runner.call)()
+  with jax.profiler.trace(str(folder)):
+    for runner in timed:
+      with jax.profiler.TraceAnnotation(f"{runner.name} {runner.kind}"):
+        (runner.one_round or runner.call)()
+  console.say(f"{case}: a trace of one round of each is in {folder}")
 
 
 def _learned_cases(folder):

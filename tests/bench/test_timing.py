@@ -21,6 +21,16 @@ def test_runners_take_turns_after_one_call_that_does_not_count():
   assert [len(runner.seconds) for runner in runners] == [3, 3]
 
 
+def test_time_bounds_the_turns_but_for_the_first():
+  calls = []
+  runner = Runner("case", "a", "forward", lambda: calls.append(1))
+  timing.time_in_turns([runner], 5, seconds=-1.0)
+  assert len(calls) == 2  # one to warm up, and one that is timed
+  assert len(runner.seconds) == 1
+  timing.time_in_turns([runner], 5, seconds=60.0)
+  assert len(runner.seconds) == 1 + 5
+
+
 def test_a_row_has_the_median_and_the_fastest_of_one_piece_of_work():
   row = timed("a", "token", 4.0, 1.0, 2.0, times=2, counts={"n": 3}).row()
   assert row["run"] == "a token"

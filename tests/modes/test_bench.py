@@ -1,13 +1,21 @@
 """The benchmark times what its rows say, and compares equal computations."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from adaptive_attention import accounting
-from adaptive_attention.bench import cases, runners, timing
+from adaptive_attention.bench import (
+  cases,
+  device,
+  rounds,
+  runners,
+  timing,
+  torch,
+)
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.modes import bench
@@ -79,10 +87,10 @@ def test_a_bench_that_is_stopped_keeps_what_it_timed(
 ):
   timed = timing.time_in_turns
 
-  def stopped_at_the_second(runners, repeats):
+  def stopped_at_the_second(runners, repeats, seconds):
     if runners[0].case == "wave":
       raise KeyboardInterrupt
-    timed(runners, repeats)
+    timed(runners, repeats, seconds)
 
   monkeypatch.setattr(timing, "time_in_turns", stopped_at_the_second)
   tiny.bench.repeats = 1
@@ -203,3 +211,136 @@ def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
   bench.run(tiny, tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert any(row["run"].startswith("torch") for row in rows)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+  """Lets a short case run as on a GPU, where cuDNN turns out to be missing."""
+  names = ("dense 2048, K 64", "reach 256, 8192, K 64")
+  small = cases.Case(names[0], 64, 64, H=2, K=16)
+  reach = small._replace(name=names[1], span=(8.0, 8.0), ramp=4.0)
+  monkeypatch.setattr(cases, "DEVICE_SHAPES", (small, reach))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(rounds, "CALL_SECONDS", 1e-3)
+
+
+def test_on_a_device_kernels_are_timed_beside_the_bars(
+  tiny, on_device, tmp_path, capsys
+):
+  tiny.bench.repeats = 1
+  bench.run(tiny, tmp_path)
+  record = json.loads((tmp_path / "bench.json").read_text())
+  assert [(row["case"], row["run"]) for row in record["rows"]] == [
+    (case.name, f"{name} {kind}")
+    for case in cases.DEVICE_SHAPES
+    for name in ("ours", "reference")
+    for kind in ("forward", "both")
+  ]
+  for row in record["rows"]:
+    ours = row["run"].startswith("ours")
+    assert row["attention"].startswith("blocked in " if ours else "reference")
+    assert row["median_ms"] > 0
+  assert [(bar["case"], bar["of"], bar["met"]) for bar in record["bars"]] == [
+    ("dense 2048, K 64", "cudnn dense or splash dense", None),
+    ("reach 256, 8192, K 64", "cudnn window or splash window", None),
+  ]
+  said = capsys.readouterr().out
+  assert "dense 2048, K 64: ours is blocked in blocks of 64 x 64" in said
+  for name in ("dense", "window"):
+    assert f"cudnn {name} both is left out, as it does not run here" in said
+  assert "at most 1.3: not judged, as one of the two did not run" in said
+
+
+def test_on_a_device_shapes_are_its_own(tiny, on_device, tmp_path, capsys):
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "512"
+  with pytest.raises(cases.BenchmarkError, match=r"'512'.*'dense 2048, K 64'"):
+    bench.run(tiny, tmp_path)
+  tiny.bench.shapes = "reach 256, 8192, K 64"
+  bench.run(tiny, tmp_path)
+  assert "dense 2048" not in capsys.readouterr().out
+
+
+def test_on_a_device_what_is_too_late_is_named(
+  tiny, on_device, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(device, "SECONDS", 0.0)
+  bench.run(tiny, tmp_path)
+  assert capsys.readouterr().out == (
+    "left out, as 0 s are over: "
+    "--config.bench.shapes='dense 2048, K 64;reach 256, 8192, K 64' "
+    "times them\n"
+  )
+
+
+def test_on_a_device_the_time_bounds_the_turns(
+  tiny, on_device, tmp_path, monkeypatch
+):
+  """The case that comes last has all that is left."""
+  shares = []
+  timed = timing.time_in_turns
+
+  def watched(runners, repeats, seconds):
+    shares.append(seconds)
+    timed(runners, 1, seconds)
+
+  monkeypatch.setattr(timing, "time_in_turns", watched)
+  bench.run(tiny, tmp_path)
+  first, last = shares
+  assert first < device.SECONDS / 2 < last < device.SECONDS
+
+
+def test_on_a_device_torch_that_sees_none_is_left_out(
+  tiny, on_device, tmp_path, capsys, monkeypatch
+):
+  cuda = types.SimpleNamespace(is_available=lambda: False)
+  there = types.SimpleNamespace(cuda=cuda), None
+  monkeypatch.setattr(torch, "_imported", lambda: there)
+  tiny.bench.compare = "torch"
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "dense 2048, K 64"
+  bench.run(tiny, tmp_path)
+  assert "PyTorch is left out, as it sees no GPU" in capsys.readouterr().out
+
+
+def test_on_a_cpu_there_are_no_bars(tiny, shapes, tmp_path):
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "spans"
+  bench.run(tiny, tmp_path)
+  assert "bars" not in json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_a_profile_has_one_round_of_each(
+  tiny, on_device, tmp_path, capsys, monkeypatch
+):
+  """Each is named in the trace as in the table."""
+  tiny.bench.profile = True
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "dense 2048, K 64"
+  bench.run(tiny, tmp_path)
+  folder = tmp_path / "profile" / "dense_2048_K_64"
+  assert f"a trace of one round of each is in {folder}" in (
+    capsys.readouterr().out
+  )
+  (trace,) = folder.rglob("*.xplane.pb")
+  for name in ("ours", "reference"):
+    for kind in ("forward", "both"):
+      assert f"{name} {kind}".encode() in trace.read_bytes()
+
+
+def test_a_profile_calls_a_round_where_a_call_has_many(tmp_path):
+  calls = []
+  many = timing.Runner(
+    *("case", "many", "both", lambda: calls.append("call")),
+    one_round=lambda: calls.append("round"),
+  )
+  one = timing.Runner("case", "one", "both", lambda: calls.append("one"))
+  bench._profile([many, one], tmp_path)
+  assert calls == ["round", "one"] * 2  # to warm up, and for the trace
+
+
+def test_without_a_profile_no_trace_is_written(tiny, shapes, tmp_path):
+  tiny.bench.repeats = 1
+  tiny.bench.shapes = "spans"
+  bench.run(tiny, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -1,0 +1,58 @@
+"""PyTorch is timed where it is, and left out by name where it is not."""
+
+import sys
+import types
+
+import pytest
+
+from adaptive_attention.bench import torch
+from adaptive_attention.bench.cases import BenchmarkError, Case
+
+SMALL = Case("small", 96, 96, span=(8.0, 8.0), ramp=4.0, B=2, K=16)
+
+
+def test_without_it_the_error_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  for make in (torch.runners_on_gpu, lambda case: torch.runners(case, 1)):
+    with pytest.raises(BenchmarkError, match="pip install torch"):
+      make(SMALL)
+
+
+def test_without_a_gpu_it_is_left_out_and_said(monkeypatch, capsys):
+  cuda = types.SimpleNamespace(is_available=lambda: False)
+  there = types.SimpleNamespace(cuda=cuda), None
+  monkeypatch.setattr(torch, "_imported", lambda: there)
+  assert torch.runners_on_gpu(SMALL) == []
+  said = capsys.readouterr().out
+  assert said == "small: PyTorch is left out, as it sees no GPU\n"
+
+
+def fake(waits):
+  cuda = types.SimpleNamespace(synchronize=lambda: waits.append(1))
+  return types.SimpleNamespace(cuda=cuda)
+
+
+def test_a_call_starts_all_rounds_and_waits_once():
+  started, waits = [], []
+  torch._call(fake(waits), lambda: started.append(len(waits)), 5)
+  assert started == [0] * 5
+  assert waits == [1]
+
+
+def test_what_does_not_run_is_said(capsys):
+  def make():
+    raise RuntimeError("no compiler\nand where it was looked for")
+
+  assert torch._in_rounds(fake([]), SMALL, "torch X", make, ()) == []
+  said = capsys.readouterr().out
+  assert said == "small: torch X does not run here (no compiler)\n"
+
+
+def test_spans_are_those_of_the_case():
+  """A pair is open up to the span and the ramp; weights fall along the ramp."""
+  torch_itself = pytest.importorskip("torch")
+  is_open, weighted = torch._flex_mask(torch_itself, SMALL, "cpu")
+  t, s, head = (torch_itself.tensor(x) for x in (20, 9, 0))
+  assert is_open(0, head, t, s)
+  assert not is_open(0, head, t, s - 1)
+  assert weighted(torch_itself.tensor(0.0), 0, head, t, s).exp() == 0.25
