@@ -61,9 +61,10 @@ def compiled_for(target, function, *shapes) -> Report:
   is_tpu = bool(TARGETS[target].topology)
   folder = _DUMP if is_tpu else pathlib.Path(tempfile.mkdtemp(dir=_DUMP))
   before = set(folder.iterdir())
-  options = {"xla_backend_optimization_level": 3}  # which conftest turns off
+  options = {}
   if not is_tpu:
     options["xla_dump_to"] = str(folder)
+    options["xla_backend_optimization_level"] = 3  # which conftest turns off
   with jax.default_device(device):
     lowered = jax.jit(function).lower(*shapes)
   stats = lowered.compile(compiler_options=options).memory_analysis()
