@@ -38,7 +38,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
-gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few cycles
+gc.set_threshold(100_000, 10, 10)  # tracing makes many objects, and few cycles
 
 
 _ROOM_BYTES = 5 << 28  # 1.25 GiB above what was left when room was last made
