@@ -134,7 +134,7 @@ def _works(torch, run, arrays):
 
 def _in_rounds(torch, case, name, make, arrays):
   """Makes the runners of what `make` gives, or says why it does not run."""
-  found = []
+  found, kind = [], "forward"
   start = time.perf_counter()
   try:
     works = _works(torch, make(), arrays)
@@ -152,7 +152,7 @@ def _in_rounds(torch, case, name, make, arrays):
       )
       start = time.perf_counter()
   except Exception as error:  # of a compiler that may be missing or refuse
-    console.say(_does_not_run(case, name, error))
+    console.say(_does_not_run(case, f"{name} {kind}", error))
   return found
 
 

@@ -55,11 +55,7 @@ def run(config, workdir):
     content["rows"] += [runner.row() for runner in timed]
     if on_device:
       content["bars"] = bars.judged(content["rows"])
-    try:  # the file is written even if the table cannot be printed
-      for line in timing.table(timed):
-        console.say(line)
-    finally:
-      logbook.write_json(path, content)
+    _shown(timed, content, path)
   for bar in content.get("bars", ()):
     console.say(bars.text(bar))
   if content["rows"]:
@@ -81,6 +77,15 @@ def _made(case, config, profile_folder):
   if made and config.bench.profile:
     _profile(made, profile_folder)
   return made
+
+
+def _shown(timed, content, path):
+  """Prints the table of a case, and writes the file even if that fails."""
+  try:
+    for line in timing.table(timed):
+      console.say(line)
+  finally:
+    logbook.write_json(path, content)
 
 
 def _too_late(left):

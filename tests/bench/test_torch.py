@@ -75,7 +75,7 @@ def test_what_does_not_run_is_said(capsys):
 
   assert torch._in_rounds(fake([]), SMALL, "torch X", make, ()) == []
   said = capsys.readouterr().out
-  assert said == "small: torch X does not run here (no compiler)\n"
+  assert said == "small: torch X forward does not run here (no compiler)\n"
 
 
 def test_spans_are_those_of_the_case():
