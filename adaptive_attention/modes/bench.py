@@ -37,24 +37,25 @@ def run(config, workdir):
   with logbook.writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
   content = {"environment": logbook.environment(), "rows": []}
-  ends = time.perf_counter() + device.SECONDS
+  ends, longest = time.perf_counter() + device.SECONDS, 0.0
   for i, case in enumerate(chosen):
-    left = ends - time.perf_counter()
-    if on_device and left <= 0:
+    begun = time.perf_counter()
+    if on_device and ends - begun <= longest:
       console.say(_too_late(chosen[i:]))
       break
-    share = left / (len(chosen) - i) if on_device else None
-    timed = _timed(case, config, path.parent / "profile", share)
+    timed = _made(case, config, path.parent / "profile")
     if not timed:
       continue
+    share = None
+    if on_device:
+      made_in = time.perf_counter() - begun
+      longest = max(longest, made_in)
+      share = (ends - begun) / (len(chosen) - i) - made_in
+    timing.time_in_turns(timed, settings.repeats, share)
     content["rows"] += [runner.row() for runner in timed]
     if on_device:
       content["bars"] = bars.judged(content["rows"])
-    try:  # the file is written even if the table cannot be printed
-      for line in timing.table(timed):
-        console.say(line)
-    finally:
-      logbook.write_json(path, content)
+    _shown(timed, content, path)
   for bar in content.get("bars", ()):
     console.say(bars.text(bar))
   if content["rows"]:
@@ -70,24 +71,28 @@ def _known(settings, on_device):
   return (*cases.SHAPES, *cases.STEPS, *cases.DECODES)
 
 
-def _timed(case, config, profile_folder, seconds):
-  """Returns the runners of a case after their turns, in about some seconds."""
-  begun = time.perf_counter()
-  settings = config.bench
-  timed = runners.of(case, config, compare=settings.compare)
-  if timed and settings.profile:
-    _profile(timed, profile_folder)
-  if seconds is not None:
-    seconds -= time.perf_counter() - begun
-  timing.time_in_turns(timed, settings.repeats, seconds)
-  return timed
+def _made(case, config, profile_folder):
+  """Returns the runners of a case, of which a trace is written if wanted."""
+  made = runners.of(case, config, compare=config.bench.compare)
+  if made and config.bench.profile:
+    _profile(made, profile_folder)
+  return made
+
+
+def _shown(timed, content, path):
+  """Prints the table of a case, and writes the file even if that fails."""
+  try:
+    for line in timing.table(timed):
+      console.say(line)
+  finally:
+    logbook.write_json(path, content)
 
 
 def _too_late(left):
   """Says what is left out, as the time is over, and how to have it."""
   names = ";".join(case.name for case in left)
   return (
-    f"left out, as {device.SECONDS:g} s are over: "
+    f"left out, as no time is left of {device.SECONDS:g} s: "
     f"--config.bench.shapes={names!r} times them"
   )
 

@@ -27,6 +27,36 @@ def test_without_a_gpu_it_is_left_out_and_said(monkeypatch, capsys):
   assert said == "small: PyTorch is left out, as it sees no GPU\n"
 
 
+def test_flex_attention_is_for_spans_that_differ(monkeypatch, capsys):
+  """It compiles for each mask, and five minutes are all there are."""
+  made = []
+  there = types.SimpleNamespace(
+    cuda=types.SimpleNamespace(is_available=lambda: True),
+    compiler=types.SimpleNamespace(reset=lambda: None),
+    compile=lambda function: function,
+    randn=lambda *_, **__: None,
+    float32=None,
+  )
+  flex = types.SimpleNamespace(create_block_mask=None)
+  monkeypatch.setattr(torch, "_imported", lambda: (there, flex))
+  monkeypatch.setattr(
+    torch, "_in_rounds", lambda torch, case, name, *_: made.append(name) or []
+  )
+  dense = "torch dense causal"
+  for span, period, wanted in (
+    ((8.0, 8.0), None, [dense]),
+    ((8.0, 9.0), None, [dense, "torch FlexAttention"]),
+    ((8.0, 9.0), (4.0, 4.0), [dense]),
+    (None, None, [dense]),
+  ):
+    made.clear()
+    torch.runners_on_gpu(SMALL._replace(span=span, period=period))
+    assert made == wanted
+  said = capsys.readouterr().out.splitlines()
+  assert len(said) == 1
+  assert "small: FlexAttention is left out, as it compiles for long" in said[0]
+
+
 def fake(waits):
   cuda = types.SimpleNamespace(synchronize=lambda: waits.append(1))
   return types.SimpleNamespace(cuda=cuda)
@@ -45,7 +75,7 @@ def test_what_does_not_run_is_said(capsys):
 
   assert torch._in_rounds(fake([]), SMALL, "torch X", make, ()) == []
   said = capsys.readouterr().out
-  assert said == "small: torch X does not run here (no compiler)\n"
+  assert said == "small: torch X forward does not run here (no compiler)\n"
 
 
 def test_spans_are_those_of_the_case():

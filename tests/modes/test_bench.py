@@ -267,10 +267,33 @@ def test_on_a_device_what_is_too_late_is_named(
   monkeypatch.setattr(device, "SECONDS", 0.0)
   bench.run(tiny, tmp_path)
   assert capsys.readouterr().out == (
-    "left out, as 0 s are over: "
+    "left out, as no time is left of 0 s: "
     "--config.bench.shapes='dense 2048, K 64;reach 256, 8192, K 64' "
     "times them\n"
   )
+
+
+def test_on_a_device_no_case_begins_that_could_end_too_late(
+  tiny, on_device, tmp_path, capsys, monkeypatch
+):
+  """The next one is taken to be made in as long as the longest before it."""
+  now, of = [0.0], runners.of
+
+  def slow(*args, **options):
+    now[0] += 200.0
+    return of(*args, **options)
+
+  clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+  monkeypatch.setattr(bench, "time", clock)
+  monkeypatch.setattr(runners, "of", slow)
+  tiny.bench.repeats = 1
+  bench.run(tiny, tmp_path)
+  rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+  assert {row["case"] for row in rows} == {"dense 2048, K 64"}
+  assert (
+    "left out, as no time is left of 300 s: "
+    "--config.bench.shapes='reach 256, 8192, K 64' times them"
+  ) in capsys.readouterr().out
 
 
 def test_on_a_device_the_time_bounds_the_turns(
