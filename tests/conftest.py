@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,19 +13,27 @@ import subprocess
 import sys
 import tempfile
 
-# Processes that pytest-xdist and tests start inherit both of these in their
-# environment.
+# Tests run on the CPU, but for those that are run by hand on what this names.
+# Processes that pytest-xdist and tests start inherit all variables.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def _flags():
+  """Yields flags of XLA that halve the time of compiling, and again.
+
+  Tests compile more than they compute.
+  """
+  yield "--xla_backend_optimization_level=0"
+  jaxlib = importlib.metadata.version("jaxlib").split(".")
+  if [int(x) for x in jaxlib[:2]] < [0, 11]:  # which knows no other emitters
+    yield "--xla_cpu_use_fusion_emitters=false"
+
+
 if "PYTEST_XDIST_WORKER" not in os.environ:
-  # Tests compile more than they compute. Compiling takes half as long without
-  # XLA's optimization of machine code, and half of that without its newer
-  # emitters.
-  os.environ["XLA_FLAGS"] = " ".join(
-    [
-      os.environ.get("XLA_FLAGS", ""),
-      "--xla_backend_optimization_level=0",
-      "--xla_cpu_use_fusion_emitters=false",
-    ]
-  ).strip()
+  if ON_CPU:
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([given, *_flags()]).strip()
   # They compile the same few steps over and over.
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -38,6 +47,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
+if not ON_CPU:  # whose products of float32 are rounded unless it is asked
+  jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects, and few cycles
 
 

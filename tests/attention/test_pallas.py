@@ -1,4 +1,4 @@
-"""The Pallas kernels, interpreted on a CPU, against the oracle.
+"""The Pallas kernels against the oracle: interpreted on a CPU, or on a device.
 
 Numbers of the cases are held as those of all implementations are, and more
 closely on cases of several blocks. What compilers say is in `test_compiled`.
@@ -26,7 +26,15 @@ from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import CASES, inputs
 from tests.attention.test_attention import check, expected
 
+BACKEND = jax.default_backend()
+INTERPRETED = BACKEND == "cpu"
 KERNELS = ("pallas_tpu", "pallas_gpu")
+if not INTERPRETED:
+  KERNELS = (f"pallas_{BACKEND}",)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="it is interpreted")
+two_devices = pytest.mark.skipif(
+  jax.device_count() < 2, reason="there is one device"
+)
 everywhere = pytest.mark.parametrize("kernel", KERNELS)
 
 # What `LENGTHS` below does not bring. (Every case: see CONTRIBUTING.md.)
@@ -76,7 +84,7 @@ def gradients(call, q, k, v, mask, dout):
   return result
 
 
-def run_function(kernel, case, interpret=True):
+def run_function(kernel, case, interpret=INTERPRETED):
   """Returns a function of `arguments`: out and gradients by name."""
   call = functools.partial(
     attend, implementation=kernel, interpret=interpret, **case.options
@@ -123,6 +131,32 @@ def test_several_blocks_closely_and_the_same_bits_again(case, kernel):
   check_closely(first, case)
 
 
+def on_a_device(test):
+  """Interpreted it is of `every_case`."""
+  return pytest.mark.every_case(test) if INTERPRETED else test
+
+
+@on_a_device
+@everywhere
+@pytest.mark.parametrize("K", [16, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", LENGTHS, ids=lambda case: case.name)
+def test_any_width_is_as_the_reference(case, dtype, K, kernel):
+  """By products of all sizes, of which a tensor core has its own."""
+  case = case._replace(K=K, dtype=dtype)
+  *rows, mask, dout = arguments(case)
+  found = jax.jit(run_function(kernel, case))(*rows, mask, dout)
+  wide = [x.astype(jnp.float32) for x in (*rows, dout)]
+  reference = run_function("reference", case, interpret=False)
+  exact = jax.jit(reference)(*wide[:3], mask, wide[3])
+  assert_alike(
+    [found[name].astype(jnp.float32) for name in exact],
+    exact.values(),
+    2e-5 if dtype == "float32" else 1.5e-2,
+  )
+
+
+@interpreted
 def test_what_is_not_written_is_not_read():
   """InterpretParams fills memory of a TPU that nobody wrote with nan."""
   spans = 165.0, 295.0, 4000.0
@@ -132,6 +166,7 @@ def test_what_is_not_written_is_not_read():
   check_closely(run(*arguments(case)), case)
 
 
+@pytest.mark.skipif("pallas_tpu" not in KERNELS, reason="it is of a TPU")
 def test_two_passes_are_one(monkeypatch):
   """Of a head whose gradients do not fit into VMEM."""
   case = LENGTHS[3]._replace(T=300, S=427, name="integer, two passes")
@@ -160,7 +195,8 @@ def test_out_of_a_ring(kernel):
     ring = Ring(
       rows(arguments(case)[1]), rows(arguments(case)[2]), first_row, 2
     )
-    options = {"implementation": kernel, "interpret": True} | case.options
+    options = {"implementation": kernel, "interpret": INTERPRETED}
+    options |= case.options
     del options["memory"]
     return attend_ring(ring, q, k, v, mask, **options)[0]
 
@@ -203,7 +239,7 @@ def attended(kernel, q, k, v, span, period, ratio):
     *(q, k, v, Mask(span, 8.0, Wave(period, ratio))),
     **SMALL.options,
     implementation=kernel,
-    interpret=kernel in KERNELS,
+    interpret=INTERPRETED and kernel in KERNELS,
   )
 
 
@@ -252,16 +288,21 @@ def assert_alike(found, exact, rtol=2e-5):
 # items is walked in turn.
 @pytest.mark.parametrize(
   ("name", "kernel"),
-  [*((name, "pallas_gpu") for name in TRANSFORMED), ("vmap", "pallas_tpu")],
+  [
+    *((name, KERNELS[-1]) for name in TRANSFORMED if name != "pmap"),
+    pytest.param("pmap", KERNELS[-1], marks=two_devices),
+    *(("vmap", kernel) for kernel in KERNELS[:-1]),
+  ],
 )
 def test_transformed(name, kernel):
   transformed = TRANSFORMED[name]
   assert_alike(transformed(kernel), transformed("blocked"))
 
 
+@two_devices
 @pytest.mark.parametrize(
   ("kernel", "axis"),
-  [("pallas_gpu", 0), ("pallas_gpu", 2), ("pallas_tpu", 2)],
+  [(KERNELS[-1], 0), *((kernel, 2) for kernel in KERNELS)],
 )
 def test_dealt_to_devices_it_is_what_one_computes(kernel, axis):
   """Nothing is gathered, and dropout draws as on one device."""
@@ -281,7 +322,8 @@ def test_dealt_to_devices_it_is_what_one_computes(kernel, axis):
   assert_alike(found, exact)
 
 
-def test_inside_shard_map(kernel="pallas_gpu"):
+@two_devices
+def test_inside_shard_map(kernel=KERNELS[-1]):
   """Each device has a stream, and all have the same masks."""
   mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
   specs = (PartitionSpec("devices"),) * 3 + (PartitionSpec(),) * 3
@@ -314,7 +356,7 @@ def test_new_lengths_do_not_trace_again(kernel):
         *(q, k, v, Mask(span, 8.0, Wave(period, ratio, integer=True))),
         first_key=first_key,
         implementation=implementation,
-        interpret=implementation == kernel,
+        interpret=INTERPRETED and implementation == kernel,
       )
       return jnp.sum(out**2)
 
@@ -340,6 +382,7 @@ def call_with(**changes):
   return jax.eval_shape(lambda q: attend(q, q, q, None, **options), x)
 
 
+@interpreted
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
