@@ -124,6 +124,21 @@ def _from_nearest_multiple(d, period):
   return rest - period * jax.lax.stop_gradient(jnp.round(rest / period))
 
 
+def rounded_period(wave: Wave) -> jax.Array:
+  """Returns (H,) P in tokens, rounded if it is an integer."""
+  return _periods(wave)[1]
+
+
+def phase(x: ArrayLike, wave: Wave) -> jax.Array:
+  """Returns (H, ...) x less the nearest multiple of P, in tokens.
+
+  The phase of a distance is the difference of those of its ends, less P or more
+  where that is beyond half a period.
+  """
+  positions, period = _aligned(x, rounded_period(wave))
+  return _from_nearest_multiple(positions, period)
+
+
 def _triangle(distance, amplitude_period_H, phase_period_H, harmonics):
   """Returns `triangle_wave` of periods whose gradients differ."""
   d, amplitude, period = _aligned(distance, amplitude_period_H, phase_period_H)

@@ -8,11 +8,17 @@ spans or periods recompiles nothing. `pallas_gpu_kernels` has the kernels, and
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from adaptive_attention.attention import pallas_attend, pallas_gpu_kernels, walk
+from adaptive_attention.attention import (
+  pallas_attend,
+  pallas_gpu_kernels,
+  pallas_gpu_weights,
+  walk,
+)
 from adaptive_attention.attention.pallas_attend import (
   Gradients,
   Inputs,
@@ -23,10 +29,8 @@ from adaptive_attention.attention.pallas_attend import (
   heads_of,
   refusal_of_rows,
   result,
-  slopes_of,
-  table_of,
 )
-from adaptive_attention.attention.pallas_gpu_head import Blocks, lead
+from adaptive_attention.attention.pallas_gpu_head import Blocks, beyond
 
 
 class Launch(NamedTuple):
@@ -86,34 +90,45 @@ def launch(call) -> Launch:
 
 
 def _heads(inputs: Inputs, static: Static, blocks: Blocks):
-  """Returns (H, RESIDUES + MAX_STRIDE) the integers of `pallas_gpu_head`."""
+  """Returns (H, RESIDUES + MAX_STRIDE) the integers of `pallas_gpu_head`.
+
+  Programs begin in this order of heads: what takes longest is not left over at
+  the end.
+  """
   sizes = static.sizes(blocks.block_q, blocks.block_k)
   heads = heads_of(inputs, static, sizes)
-  row_H = jnp.broadcast_to(inputs.first_row, inputs.head_H.shape)
+  place_H = jnp.arange(len(inputs.head_H), dtype=jnp.int32)
+  row_H = jnp.broadcast_to(inputs.first_row, place_H.shape)
   numbers = (
     *(heads.stride, heads.last, heads.full, heads.first),
-    *(heads.residue_count, inputs.head_H, row_H),
+    *(heads.residue_count, place_H, inputs.head_H, row_H),
   )
-  return jnp.concatenate(
+  ints_HI = jnp.concatenate(
     [jnp.stack(numbers, axis=-1).astype(jnp.int32), heads.residues], axis=-1
   )
+  if not static.masked:
+    return ints_HI
+  work_H = heads.residue_count * (heads.last + 1) // heads.stride
+  return ints_HI[jnp.argsort(-work_H)]
 
 
-def _common(inputs: Inputs, static: Static, blocks: Blocks):
-  """Returns what each kernel reads first: (array, kind) of each."""
-  table_HL = table_of(inputs, _distances(inputs, static, blocks), static.S)
-  return [
+def _common(inputs: Inputs, static: Static, blocks: Blocks, slopes=False):
+  """Returns (arrays, weights_of): what each kernel reads first.
+
+  Args:
+    slopes: whether slopes of the log weights are read too.
+  """
+  q_BTHK, mask = inputs.q_BTHK, inputs.mask
+  kind = pallas_gpu_weights.kind_of(mask, q_BTHK.dtype.itemsize)
+  rows = beyond(blocks, static.strided)
+  arrays = [
     (_heads(inputs, static, blocks), "head"),
     (inputs.stream_B, "stream"),
-    (table_HL, "head"),
   ]
-
-
-def _distances(inputs, static, blocks):
-  """Returns (H, L) the distances of a table's entries; see `lead`."""
-  beyond = lead(blocks, static.strided)
-  distance_L = jnp.arange(-beyond, static.S + beyond, dtype=jnp.int32)
-  return jnp.broadcast_to(distance_L, (len(inputs.head_H), len(distance_L)))
+  arrays += [(x, "heads") for x in kind.arrays(inputs, static, rows, slopes)]
+  # A kernel must hold no array, and reads what is static alone of the mask.
+  static_mask = jax.tree.map(lambda _: None, mask)
+  return arrays, functools.partial(kind, static, static_mask, rows)
 
 
 def forward(static: Static, inputs: Inputs):
@@ -121,14 +136,15 @@ def forward(static: Static, inputs: Inputs):
   blocks = static.launch.forward
   q_BTHK = inputs.q_BTHK
   B, T, H, _ = q_BTHK.shape
-  arrays = q_BTHK, inputs.k_BSHK, inputs.v_BSHK
+  given, weights_of = _common(inputs, static, blocks)
+  given += [(x, "rows") for x in (q_BTHK, inputs.k_BSHK, inputs.v_BSHK)]
   return _call(
-    *(pallas_gpu_kernels.forward, static, blocks),
+    *(pallas_gpu_kernels.forward, static, blocks, weights_of),
     walk.row_count(static.sizes(blocks.block_q, blocks.block_k), "q"),
-    [*_common(inputs, static, blocks), *((x, "rows") for x in arrays)],
+    given,
     [
       (result(inputs, q_BTHK.shape, q_BTHK.dtype), "rows"),
-      (result(inputs, (B, H, T), jnp.float32), "line"),
+      (result(inputs, (B, H, T), jnp.float32), "numbers"),
     ],
     "adaptive_attention_forward",
   )
@@ -144,8 +160,8 @@ def _of_queries(inputs, outputs):
   return [
     (inputs.q_BTHK, "rows"),
     (outputs.d_out_BTHK, "rows"),
-    (outputs.lse_BHT, "line"),
-    (outputs.mean_BHT, "line"),
+    (outputs.lse_BHT, "numbers"),
+    (outputs.mean_BHT, "numbers"),
   ]
 
 
@@ -155,19 +171,16 @@ def _dq(static, inputs, outputs):
   q_BTHK = inputs.q_BTHK
   B, _, H, _ = q_BTHK.shape
   programs = walk.row_count(static.sizes(blocks.block_q, blocks.block_k), "q")
-  given = _common(inputs, static, blocks)
+  given, weights_of = _common(inputs, static, blocks, static.masked)
   given += [(inputs.k_BSHK, "rows"), (inputs.v_BSHK, "rows")]
   given += _of_queries(inputs, outputs)
   found = [(result(inputs, q_BTHK.shape, q_BTHK.dtype), "rows")]
   if static.masked:
-    distance_HL = _distances(inputs, static, blocks)
-    slopes_HGL = jnp.stack(slopes_of(inputs, distance_HL, static.S), axis=1)
-    given.append((slopes_HGL, "head"))
-    shares = B, H, programs, slopes_HGL.shape[1]
-    found.append((result(inputs, shares, jnp.float32), "share"))
+    shares = B, H, programs, len(jax.tree.leaves(inputs.mask))
+    found.append((result(inputs, shares, jnp.float32), "numbers"))
   dq, *shares = _call(
-    *(pallas_gpu_kernels.dq, static, blocks, programs, given, found),
-    "adaptive_attention_dq",
+    *(pallas_gpu_kernels.dq, static, blocks, weights_of, programs),
+    *(given, found, "adaptive_attention_dq"),
   )
   if not shares:
     return dq, jnp.zeros((B, H, 0), jnp.float32)
@@ -182,30 +195,28 @@ def _dkv(static, inputs, outputs):
   newer = newer._replace(S=S - static.memory)
   shape = B, S - static.memory, H, K
   found = result(inputs, shape, inputs.k_BSHK.dtype), "rows"
+  given, weights_of = _common(inputs, static, blocks)
+  given += [(x, "rows") for x in (inputs.k_BSHK, inputs.v_BSHK)]
+  given += _of_queries(inputs, outputs)
   return _call(
-    *(pallas_gpu_kernels.dkv, static, blocks, walk.row_count(newer, "k")),
-    [
-      *_common(inputs, static, blocks),
-      *((x, "rows") for x in (inputs.k_BSHK, inputs.v_BSHK)),
-      *_of_queries(inputs, outputs),
-    ],
-    [found, found],
+    *(pallas_gpu_kernels.dkv, static, blocks, weights_of),
+    *(walk.row_count(newer, "k"), given, [found, found]),
     "adaptive_attention_dkv",
   )
 
 
-def _call(kernel, static, blocks, programs, given, found, name):
+def _call(kernel, static, blocks, weights_of, programs, given, found, name):
   """Calls a kernel for each program of each stream and head.
 
   Args:
-    kernel: of `pallas_gpu_kernels`.
+    kernel, static, blocks, weights_of: of `pallas_gpu_kernels`.
     programs: how many blocks a head can have.
     given, found: (array, kind) of what is read, (shape, kind) of results.
     name: for profilers.
   """
   B, H = next(x.shape for x, kind in given if kind == "rows")[::2]
   return pl.pallas_call(
-    functools.partial(kernel, static, blocks),
+    functools.partial(kernel, static, blocks, weights_of),
     grid=(programs, B, H),
     in_specs=[_spec(x.shape, kind) for x, kind in given],
     out_specs=[_spec(x.shape, kind) for x, kind in found],
@@ -225,21 +236,18 @@ def _call(kernel, static, blocks, programs, given, found, name):
 
 
 def _spec(shape, kind):
-  """Returns the part of an array that a program (i, b, h) gets."""
+  """Returns the part of an array that a program (i, b, place in order) gets."""
   match kind:
-    case "head":  # (H, ...)
+    case "head":  # (H, ...) in the order of programs
       block = None, *shape[1:]
       return pl.BlockSpec(block, lambda i, b, h: (h, *(0,) * (len(shape) - 1)))
+    case "heads":  # (H, ...) of all heads, in their own order
+      return pl.BlockSpec(shape, lambda i, b, h: (0,) * len(shape))
     case "stream":  # (B,)
       return pl.BlockSpec((1,), lambda i, b, h: (b,))
-    case "rows":  # (B, S, H, K)
-      block = None, shape[1], None, shape[3]
-      return pl.BlockSpec(block, lambda i, b, h: (b, 0, h, 0))
-    case "line":  # (B, H, T)
-      return pl.BlockSpec((None, None, shape[2]), lambda i, b, h: (b, h, 0))
-    case "share":  # (B, H, programs, G)
-      block = None, None, None, shape[3]
-      return pl.BlockSpec(block, lambda i, b, h: (b, h, i, 0))
+    case "rows" | "numbers":  # (B, S, H, K), and others (B, ...)
+      block = None, *shape[1:]
+      return pl.BlockSpec(block, lambda i, b, h: (b, *(0,) * (len(shape) - 1)))
 
 
 _PRODUCTS = {

@@ -19,10 +19,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from adaptive_attention.attention import dropout, walk
 from adaptive_attention.attention.pallas_attend import LOW, Static
+from adaptive_attention.attention.pallas_gpu_weights import Pairs
 
 LOG2E = math.log2(math.e)
 # A head's integers; its open residues follow.
-STRIDE, LAST, FULL, FIRST, COUNT, HEAD, FIRST_ROW, RESIDUES = range(8)
+STRIDE, LAST, FULL, FIRST, COUNT, PLACE, HEAD, FIRST_ROW, RESIDUES = range(9)
 
 
 class Blocks(NamedTuple):
@@ -39,39 +40,28 @@ class Blocks(NamedTuple):
   stages: int = 2
 
 
-def lead(blocks: Blocks, strided: bool) -> int:
-  """Returns how many hidden entries a table has at either end.
+def beyond(blocks: Blocks, strided: bool) -> int:
+  """Returns how far rows of a block may go past those that exist.
 
-  These are for rows that do not exist. So nothing is clipped in a kernel.
+  Arrays are so much longer at either end, and nothing is clipped in a kernel.
   """
   rows = blocks.block_q + blocks.block_k
   return rows * (walk.MAX_STRIDE if strided else 1)
 
 
-class Pairs(NamedTuple):
-  """The pairs of a block: queries and keys by their x, along its axes.
+class Head:
+  """The integers of a program's head, and what follows from them.
 
   Attributes:
-    x_q, x_k: positions relative to the first query.
-    exists: of keys.
-    rho: the residue of all distances.
-    is_full: static.
+    place: of the head in arrays of all heads.
+    weights: of `pallas_gpu_weights`.
   """
 
-  x_q: object
-  x_k: object
-  exists: object
-  rho: object
-  is_full: bool
-
-
-class Head:
-  """The integers of a program's head, and what follows from them."""
-
-  def __init__(self, static: Static, blocks: Blocks, ints, stream):
+  def __init__(self, static: Static, blocks: Blocks, weights_of, ints, stream):
     self.static, self.blocks, self.ints = static, blocks, ints
+    self.place = ints[PLACE]
+    self.weights = weights_of(self.place)
     self.sizes = static.sizes(blocks.block_q, blocks.block_k)
-    self.lead = lead(blocks, static.strided)
     self.walked = walk.Heads(
       ints[STRIDE], ints[LAST], ints[FULL], ints[FIRST], self, ints[COUNT]
     )
@@ -146,19 +136,13 @@ class Head:
 
     return walk.over_residues(self.walked, of_residue, carry, self.sizes)
 
-  def logits(self, scores, table, pairs: Pairs):
-    """Returns scores with the log weights of a block; in units of log 2."""
+  def weigh(self, scores, pairs: Pairs):
+    """Returns (logits in units of log 2, a factor of their exponentials)."""
     if not pairs.is_full:
-      bias = self.entries(table, pairs)
-      return scores + (bias + jnp.where(pairs.exists, 0.0, -jnp.inf))
+      return self.weights.weigh(scores, pairs)
     if self.static.strided:
-      return scores + table[self.lead + pairs.rho]
-    return scores  # all log weights are zero
-
-  def entries(self, table, pairs: Pairs, *row):
-    """Returns the entries of a table at the distances of a block."""
-    at = self.lead + pairs.x_q - pairs.x_k
-    return plgpu.load(table.at[(*(jnp.full_like(at, r) for r in row), at)])
+      return scores + self.weights.log2_of_residue(pairs.rho), 1.0
+    return scores, 1.0
 
   def keep_scale(self, pairs: Pairs):
     """Returns what dropout multiplies the weights of a block by."""
@@ -167,9 +151,10 @@ class Head:
     kept = dropout.keep_key(row, pairs.x_k, rate)
     return jnp.where(kept, 1 / (1 - rate), 0.0)
 
-  def gradients(self, scores, d_weights, lse, mean, table, pairs: Pairs):
+  def gradients(self, scores, d_weights, lse, mean, pairs: Pairs):
     """Returns (dropped weights, gradients of the natural logits)."""
-    weights = jnp.exp2(self.logits(scores, table, pairs) - lse)
+    logits, factor = self.weigh(scores, pairs)
+    weights = jnp.exp2(logits - lse) * factor
     dropped = weights
     if self.static.dropout_rate:
       scale = self.keep_scale(pairs)
@@ -182,57 +167,53 @@ class Head:
     if self.static.ring:
       row += self.ints[FIRST_ROW]
       row = jnp.where(row >= self.static.S, row - self.static.S, row)
-    return rows(k_ref, row, exists), rows(v_ref, row, exists)
+    return self.rows(k_ref, row, exists), self.rows(v_ref, row, exists)
+
+  def rows(self, ref, row, exists):
+    """Returns rows of a (length, H, K) array; zeros where they do not exist."""
+    at, mask = self._at(ref, row, exists)
+    return plgpu.load(at, mask=mask, other=0.0)
+
+  def put(self, ref, row, exists, values):
+    """Writes rows of a (length, H, K) array, where they exist."""
+    # Interpret mode writes masked rows too, with what they held: past the end.
+    row = jnp.where(exists, row, ref.shape[0])
+    at, mask = self._at(ref, row, exists)
+    plgpu.store(at, values.astype(ref.dtype), mask=mask)
+
+  def _at(self, ref, row, exists):
+    """Returns (addresses, which exist) of rows of a (length, H, K) array.
+
+    All indices are arrays, as interpret mode knows no mix of arrays and slices.
+    A row has a power of two of entries, as Triton wants it.
+    """
+    K = ref.shape[2]
+    shape = row.shape[0], max(16, pl.next_power_of_2(K))
+    column = jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape)
+    exists = jnp.broadcast_to(exists[:, None], shape)
+    if shape[1] > K:
+      exists &= column < K
+    row = jnp.broadcast_to(row[:, None], shape)
+    return ref.at[row, jnp.full_like(row, self.place), column], exists
+
+  def numbers(self, ref, x):
+    """Returns addresses of an (H, T) array."""
+    return ref.at[jnp.full_like(x, self.place), x]
+
+  def query_rows(self, refs, x, exists):
+    """Returns (q, d_out, lse, mean) at x; rows that do not exist weigh nothing.
+
+    Args:
+      refs: (T, H, K) of queries and of gradients, (H, T) of `Outputs`' numbers.
+    """
+    q_ref, d_out_ref, lse_ref, mean_ref = refs
+    return (
+      self.rows(q_ref, x, exists),
+      self.rows(d_out_ref, x, exists),
+      plgpu.load(self.numbers(lse_ref, x), mask=exists, other=-LOW),
+      plgpu.load(self.numbers(mean_ref, x), mask=exists, other=0.0),
+    )
 
 
 def dot(x, y):
   return plgpu.dot(x, y, allow_tf32=False)
-
-
-def _at(ref, row):
-  """Returns (addresses, which exist) of rows of a (length, K) array.
-
-  Both indices are arrays, as interpret mode knows no mix of arrays and slices.
-  A row has a power of two of entries, as Triton wants it.
-  """
-  K = ref.shape[1]
-  shape = row.shape[0], max(16, pl.next_power_of_2(K))
-  column = jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape)
-  there = None if shape[1] == K else column < K
-  return ref.at[jnp.broadcast_to(row[:, None], shape), column], there
-
-
-def _both(exists, there, shape):
-  exists = jnp.broadcast_to(exists[:, None], shape)
-  return exists if there is None else exists & there
-
-
-def rows(ref, row, exists):
-  """Returns rows of a (length, K) array; zeros where they do not exist."""
-  at, there = _at(ref, row)
-  shape = row.shape[0], max(16, pl.next_power_of_2(ref.shape[1]))
-  return plgpu.load(at, mask=_both(exists, there, shape), other=0.0)
-
-
-def put(ref, row, exists, values):
-  """Writes rows of a (length, K) array, where they exist."""
-  # Interpret mode writes masked rows too, with what they held: past the end.
-  row = jnp.where(exists, row, ref.shape[0])
-  at, there = _at(ref, row)
-  mask = _both(exists, there, values.shape)
-  plgpu.store(at, values.astype(ref.dtype), mask=mask)
-
-
-def query_rows(refs, x, exists):
-  """Returns (q, d_out, lse, mean) at x; rows that do not exist weigh nothing.
-
-  Args:
-    refs: (T, K) of queries and of gradients, (T,) of `Outputs`' numbers.
-  """
-  q_ref, d_out_ref, lse_ref, mean_ref = refs
-  return (
-    rows(q_ref, x, exists),
-    rows(d_out_ref, x, exists),
-    plgpu.load(lse_ref.at[x], mask=exists, other=-LOW),
-    plgpu.load(mean_ref.at[x], mask=exists, other=0.0),
-  )

@@ -240,6 +240,12 @@ def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
   least_HR = jnp.pad(least_HR, ((0, 0), (0, max(0, MAX_STRIDE - S))))
 
   def walked(stride_H, full_H):
+    if not sizes.strided:
+      residues = jnp.zeros((H, MAX_STRIDE), jnp.int32)
+      return Heads(
+        *(stride_H, last_H, full_H, jnp.full(H, first), residues),
+        (last_H >= 0).astype(jnp.int32),
+      )
     rho_1R = jnp.arange(MAX_STRIDE, dtype=jnp.int32)[None]
     open_HR = jnp.where(stride_H[:, None] == 1, rho_1R == 0, least_HR)
     open_HR &= (rho_1R < stride_H[:, None]) & (last_H >= 0)[:, None]
