@@ -180,6 +180,11 @@ DEVICE_SHAPES = (
     ratio=(-0.25,) * HEADS,  # only the crests are open: one residue
     integer=True,
   ),
+  *_on_device(
+    *("waves 8192", 8192, (*_LEARNED, 4096.0)),
+    period=(3.3, 4.7, 5.1, 8.2, 9.9, 12.3, 17.7, 100.1),
+    ratio=(-0.1,) * HEADS,
+  ),
 )
 
 
