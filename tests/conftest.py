@@ -13,27 +13,19 @@ import subprocess
 import sys
 import tempfile
 
-# Tests run on the CPU, but for those that are run by hand on what this names.
 # Processes that pytest-xdist and tests start inherit all variables.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
-
-
-def _flags():
-  """Yields flags of XLA that halve the time of compiling, and again.
-
-  Tests compile more than they compute.
-  """
-  yield "--xla_backend_optimization_level=0"
-  jaxlib = importlib.metadata.version("jaxlib").split(".")
-  if [int(x) for x in jaxlib[:2]] < [0, 11]:  # which knows no other emitters
-    yield "--xla_cpu_use_fusion_emitters=false"
-
-
 if "PYTEST_XDIST_WORKER" not in os.environ:
-  if ON_CPU:
+  # By hand some tests run on the device that this names; see CONTRIBUTING.md.
+  if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # Tests compile more than they compute. Compiling takes half as long without
+    # XLA's optimization of machine code, and half of that without the newer
+    # emitters of those versions that have others.
+    flags = ["--xla_backend_optimization_level=0"]
+    jaxlib = importlib.metadata.version("jaxlib").split(".")
+    if [int(x) for x in jaxlib[:2]] < [0, 11]:
+      flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = " ".join([given, *_flags()]).strip()
+    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
   # They compile the same few steps over and over.
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -47,7 +39,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
-if not ON_CPU:  # whose products of float32 are rounded unless it is asked
+if (
+  os.environ["JAX_PLATFORMS"] != "cpu"
+):  # whose products of float32 are rounded unless it is asked
   jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects, and few cycles
 

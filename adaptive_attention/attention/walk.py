@@ -63,7 +63,7 @@ class Heads(NamedTuple):
     full: (H,) the distance up to which all open pairs of one residue have one
       log weight without a slope by distance; negative if there is none.
     first: (H,) the x of the first key that exists.
-    residues: (H, MAX_STRIDE) first the open residues, then the others.
+    residues: (H, MAX_STRIDE) first the open residues, then what means nothing.
     residue_count: (H,) how many residues are open.
   """
 
@@ -235,35 +235,28 @@ def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
   first = jnp.clip(first_key, 0, S).astype(jnp.int32) - sizes.older
   # m is 1 without a slope at d < z; this is one token less, as m is rounded.
   full_H = jnp.ceil(lax.stop_gradient(mask.span)).astype(jnp.int32) - 2
-  # m falls with the distance: a residue is open if its least distance is.
-  least_HR = open_HS[:, :MAX_STRIDE]
-  least_HR = jnp.pad(least_HR, ((0, 0), (0, max(0, MAX_STRIDE - S))))
-
-  def walked(stride_H, full_H):
-    if not sizes.strided:
-      residues = jnp.zeros((H, MAX_STRIDE), jnp.int32)
-      return Heads(
-        *(stride_H, last_H, full_H, jnp.full(H, first), residues),
-        (last_H >= 0).astype(jnp.int32),
-      )
-    rho_1R = jnp.arange(MAX_STRIDE, dtype=jnp.int32)[None]
-    open_HR = jnp.where(stride_H[:, None] == 1, rho_1R == 0, least_HR)
-    open_HR &= (rho_1R < stride_H[:, None]) & (last_H >= 0)[:, None]
-    return Heads(
-      stride_H,
-      last_H,
-      full_H,
-      jnp.full(H, first),
-      jnp.argsort(~open_HR, axis=-1, stable=True).astype(jnp.int32),
-      jnp.sum(open_HR, axis=-1, dtype=jnp.int32),
-    )
-
   one_H = jnp.ones(H, jnp.int32)
-  band = walked(one_H, full_H if mask.wave is None else -one_H)
+  band = Heads(
+    *(one_H, last_H, full_H if mask.wave is None else -one_H),
+    jnp.full(H, first),
+    jnp.zeros((H, MAX_STRIDE), jnp.int32),
+    (last_H >= 0).astype(jnp.int32),
+  )
   if not sizes.strided:
     return band
   period_H = jnp.round(lax.stop_gradient(mask.wave.period)).astype(jnp.int32)
-  strided = walked(jnp.clip(period_H, 1, MAX_STRIDE), full_H)
+  stride_H = jnp.clip(period_H, 1, MAX_STRIDE)
+  # m falls with the distance: a residue is open if its least distance is.
+  least_HR = open_HS[:, :MAX_STRIDE]
+  least_HR = jnp.pad(least_HR, ((0, 0), (0, max(0, MAX_STRIDE - S))))
+  rho_1R = jnp.arange(MAX_STRIDE, dtype=jnp.int32)[None]
+  least_HR &= rho_1R < stride_H[:, None]
+  strided = band._replace(
+    stride=stride_H,
+    full=full_H,
+    residues=jnp.argsort(~least_HR, axis=-1, stable=True).astype(jnp.int32),
+    residue_count=jnp.sum(least_HR, axis=-1, dtype=jnp.int32),
+  )
   cost_H = _STRIDE_COST * block_count(strided, sizes).astype(jnp.float32)
   worth_H = cost_H < block_count(band, sizes).astype(jnp.float32)
   worth_H &= strided.stride == period_H

@@ -117,8 +117,7 @@ def test_a_tpu_without_a_strided_roll_is_refused_by_name():
 @pytest.mark.parametrize("K", [64, 128])
 @pytest.mark.parametrize("mask", ["spans", "real", "integer"])
 def test_kernels_of_a_gpu_spill_little(target, T, K, mask):
-  """What spills a little took less time on a device than what spills nothing.
-  """
+  """What spills a little was faster on a device than what spills nothing."""
   kernels = compiled(target, T, K, mask).kernels
   assert set(kernels) == {"forward", "dq", "dkv"}
   for kernel in kernels.values():
