@@ -70,6 +70,8 @@ LENGTHS = (
     dropout_rate=0.1,
   ),
 )
+# The GPU's kernel computes its weights, and reads those of float32.
+WAVE_BFLOAT16 = LENGTHS[1]._replace(name="wave, bfloat16", dtype="bfloat16")
 
 
 def gradients(call, q, k, v, mask, dout):
@@ -123,7 +125,9 @@ def check_closely(found, case):
 
 
 @everywhere
-@pytest.mark.parametrize("case", LENGTHS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  "case", (*LENGTHS, WAVE_BFLOAT16), ids=lambda case: case.name
+)
 def test_several_blocks_closely_and_the_same_bits_again(case, kernel):
   run = jax.jit(run_function(kernel, case)).lower(*arguments(case)).compile()
   first, again = run(*arguments(case)), run(*arguments(case))
