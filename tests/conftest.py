@@ -20,7 +20,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Tests compile more than they compute. Compiling takes half as long without
     # XLA's optimization of machine code, and half of that without the newer
     # emitters of those versions that have others.
-    flags = ["--xla_backend_optimization_level=0"]
+    flags = [
+      "--xla_backend_optimization_level=0",
+      "--xla_cpu_parallel_codegen_split_count=1",  # two workers fill two cores
+    ]
     jaxlib = importlib.metadata.version("jaxlib").split(".")
     if [int(x) for x in jaxlib[:2]] < [0, 11]:
       flags.append("--xla_cpu_use_fusion_emitters=false")

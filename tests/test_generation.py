@@ -185,7 +185,13 @@ def test_numbers_that_are_no_tokens_are_named():
       write(CONFIG, params, TEXT[:, :3], **option)
 
 
-@pytest.mark.parametrize("model", ["integer waves, relative", "span, learned"])
+@pytest.mark.parametrize(
+  "model",
+  [
+    "integer waves, relative",
+    pytest.param("span, learned", marks=pytest.mark.every_case),
+  ],
+)
 @pytest.mark.parametrize(
   "switch",
   [

@@ -34,7 +34,13 @@ step = jax.jit(generation.step, static_argnames="config")
 
 
 @pytest.mark.parametrize(
-  ("cache", "prompt"), [("spans", 1), ("spans", 5), ("spans", 70), ("dense", 5)]
+  ("cache", "prompt"),
+  [
+    ("spans", 1),
+    pytest.param("spans", 5, marks=pytest.mark.every_case),
+    ("spans", 70),
+    ("dense", 5),
+  ],
 )
 @pytest.mark.parametrize("model", MODELS)
 def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
@@ -52,10 +58,10 @@ def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
 @pytest.mark.parametrize(
   ("model", "cache"),
   [
-    ("span, learned", "spans"),
+    pytest.param("span, learned", "spans", marks=pytest.mark.every_case),
     ("integer waves, relative", "spans"),
     ("real waves", "dense"),
-    ("long, dense", "spans"),
+    pytest.param("long, dense", "spans", marks=pytest.mark.every_case),
   ],
 )
 def test_a_text_is_read_in_parts_of_any_length(model, cache):

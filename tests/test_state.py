@@ -89,7 +89,14 @@ def at_once(config, params, stream):
   return np.asarray(cross_entropy(logits, stream[:, 1:]))
 
 
-@pytest.mark.parametrize("implementation", ("blocked", "reference"))
+# The reference serves segments as it serves one sequence.
+implementations = pytest.mark.parametrize(
+  "implementation",
+  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
+)
+
+
+@implementations
 @pytest.mark.parametrize(
   ("attention", "position"),
   [
@@ -116,7 +123,7 @@ def test_every_segment_is_the_end_of_one_sequence(
 
 
 @pytest.mark.parametrize("memory_tokens", [1, 37, 2 * T])
-@pytest.mark.parametrize("implementation", ("blocked", "reference"))
+@implementations
 def test_memory_of_any_length_ends_where_it_is_said_to(
   memory_tokens, implementation
 ):
@@ -205,7 +212,7 @@ def test_a_call_changes_the_memory_of_its_own_streams_alone():
   np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ("blocked", "reference"))
+@implementations
 def test_earlier_segments_are_visible_but_get_no_gradient(implementation):
   config = changed(implementation=implementation)
   params = parameters(config)

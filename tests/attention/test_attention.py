@@ -679,7 +679,9 @@ def test_blocked_memory_is_linear_in_the_length(wave):
   assert temporary(4096) <= 4.2 * temporary(1024)
 
 
-@pytest.mark.parametrize("memory", [0, 700])
+@pytest.mark.parametrize(
+  "memory", [pytest.param(0, marks=pytest.mark.every_case), 700]
+)
 def test_band_and_stride_are_equal(memory, monkeypatch):
   """The result is the same whichever of them the cost model picks."""
   case = Case(

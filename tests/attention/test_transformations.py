@@ -212,7 +212,10 @@ def plain(implementation, made):
   return jax.jit(lambda: value_and_gradients(made(implementation)))()
 
 
-@everywhere
+@pytest.mark.parametrize(
+  "implementation",
+  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
+)
 @pytest.mark.parametrize("made", [attention, from_ring])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_change_nothing(switch, made, implementation):
@@ -286,7 +289,9 @@ def test_inside_shard_map(implementation, sharded):
 
 
 @everywhere
-@pytest.mark.parametrize("absent", [np.nan, np.inf])
+@pytest.mark.parametrize(
+  "absent", [np.nan, pytest.param(np.inf, marks=pytest.mark.every_case)]
+)
 @pytest.mark.parametrize("where", ["k", "v", "ring"])
 def test_keys_that_do_not_exist_do_not_matter(implementation, where, absent):
   if where == "ring":

@@ -172,7 +172,14 @@ def test_all_strides_are_among_the_cases(monkeypatch):
 
 @pytest.mark.parametrize("rows", ["q", "k"])
 @mask
-@case
+@pytest.mark.parametrize(
+  "size",
+  [
+    size if i % 2 else pytest.param(size, marks=pytest.mark.every_case)
+    for i, size in enumerate(SIZES)
+  ],
+  ids=lambda size: f"{size}",
+)
 def test_items_are_the_walk(name, size, rows):
   heads, sizes, _, ends, _ = found(MASKS[name], size)
   listed = jax.jit(walk_items.items, static_argnums=(1, 2))(heads, sizes, rows)

@@ -306,7 +306,9 @@ def run(whole_run):
   return whole_run[0]
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize(
+  "memory", [pytest.param(False, marks=pytest.mark.every_case), True]
+)
 def test_two_processes_do_what_one_does(request, memory, tmp_path):
   names = ("memory_run", "memory_flags") if memory else ("run", "tiny_flags")
   one_run, flags = (request.getfixturevalue(name) for name in names)
@@ -414,7 +416,13 @@ def test_streams_start_again_at_their_ends(memory_run):
 
 
 @pytest.mark.parametrize(
-  "change", [{"cpu_devices": 1}, {"batch_size": 8, "accumulation_steps": 4}]
+  "change",
+  [
+    {"cpu_devices": 1},
+    pytest.param(
+      {"batch_size": 8, "accumulation_steps": 4}, marks=pytest.mark.every_case
+    ),
+  ],
 )
 def test_other_streams_start_again_and_say_so(
   main, memory_run, memory_flags, tmp_path, change

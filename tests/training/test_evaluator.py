@@ -143,7 +143,10 @@ def remembering():
   return drawn(REMEMBERING)
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 16, 80])
+@pytest.mark.parametrize(
+  "batch_size",
+  [2, *(pytest.param(n, marks=pytest.mark.every_case) for n in (4, 16)), 80],
+)
 def test_by_memory_each_byte_attends_to_all_before_it(remembering, batch_size):
   """The memory holds all that is in reach: the split is as one sequence."""
   logits = Transformer(REMEMBERING).apply(
@@ -176,9 +179,11 @@ DEEP = {
 @pytest.mark.parametrize(
   "changes",
   [
-    {"attention": "dense"},
+    pytest.param({"attention": "dense"}, marks=pytest.mark.every_case),
     {"attention": "span", "position": "relative"},
-    {"attention": "span", "dtype": "bfloat16"},
+    pytest.param(
+      {"attention": "span", "dtype": "bfloat16"}, marks=pytest.mark.every_case
+    ),
     {"attention": "span_wave", "memory_tokens": 7},
     {"attention": "span", "memory_tokens": 1000, "max_span": 1000},
   ],
