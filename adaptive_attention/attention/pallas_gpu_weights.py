@@ -57,8 +57,6 @@ def kind_of(mask, itemsize: int):
 class Spans:
   """Of masks without a wave: m = clip((R + z - d) / R, 0, 1)."""
 
-  array_count = 1
-
   @staticmethod
   def arrays(inputs: Inputs, static: Static, beyond: int, slopes: bool):
     """Returns what programs read, each (H, ...).
@@ -80,9 +78,8 @@ class Spans:
       h: the program's head.
     """
     del static, beyond
-    self.ramp, self.lengths, self.h = mask.ramp, refs[0], h
-    # Where there is no more left, a pair is hidden.
-    self.least = masks.HIDDEN * mask.ramp
+    # A number of Python's, as a kernel holds no arrays.
+    self.ramp, self.lengths, self.h = float(mask.ramp), refs[0], h
 
   def weigh(self, scores, pairs: Pairs):
     """Returns (logits in units of log 2, a factor of their exponentials).
@@ -103,9 +100,10 @@ class Spans:
   def _span(self, pairs):
     """Returns (m, whether a pair is open, R + z - d)."""
     x_k = jnp.where(pairs.exists, pairs.x_k.astype(jnp.float32), _NEVER)
-    reach = self.lengths[self.h, 0] + self.ramp
-    left = (reach - pairs.x_q.astype(jnp.float32)) + x_k
-    is_open = (left > self.least) & (left <= reach)
+    # The distance is exact, whatever the positions and the span.
+    distance = pairs.x_q.astype(jnp.float32) - x_k
+    left = (self.ramp + self.lengths[self.h, 0]) - distance
+    is_open = (left > masks.HIDDEN * self.ramp) & (distance >= 0)
     share = jnp.minimum(left * (1 / self.ramp), 1.0)
     return share, is_open, left
 
@@ -117,18 +115,17 @@ _NEVER = 1e9  # the x of a key that does not exist, as no query comes after it
 
 
 class Waves(Spans):
-  """Of exact waves too: w = clip(P / 4 - |rest| + 1/2 + P r, 0, 1).
+  """Of masks with an exact wave: w = clip(P / 4 - |rest| + 1/2 + P r, 0, 1).
 
   `rest` is the distance from the nearest multiple of P: a difference of the
   phases of a query and a key, less P if these are on both sides of one.
   """
 
-  array_count = 2
-
   @staticmethod
   def arrays(inputs, static, beyond, slopes):
     del slopes
-    x = jnp.arange(-static.older - beyond, static.T + beyond)
+    ends = -static.older - beyond, static.T + beyond
+    x = jnp.arange(*ends, dtype=jnp.int32)
     return [_lengths(inputs), masks.phase(x, inputs.mask.wave)]
 
   def __init__(self, static, mask, beyond, refs, h):
@@ -200,8 +197,6 @@ class Waves(Spans):
 
 class Tables:
   """Of any mask: read by distance."""
-
-  array_count = 1
 
   @staticmethod
   def arrays(inputs, static, beyond, slopes):
