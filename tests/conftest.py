@@ -22,7 +22,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # emitters of those versions that have others.
     flags = [
       "--xla_backend_optimization_level=0",
-      "--xla_cpu_parallel_codegen_split_count=1",  # two workers fill two cores
+      # Two workers fill two cores.
+      "--xla_cpu_parallel_codegen_split_count=1",
+      "--xla_cpu_multi_thread_eigen=false",
     ]
     jaxlib = importlib.metadata.version("jaxlib").split(".")
     if [int(x) for x in jaxlib[:2]] < [0, 11]:

@@ -174,7 +174,9 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
   ],
   ids=lambda case: case.name,
 )
-@pytest.mark.parametrize("turned", [0.0, 0.4, 0.95])
+@pytest.mark.parametrize(
+  "turned", [pytest.param(0.0, marks=pytest.mark.every_case), 0.4, 0.95]
+)
 def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
   """The oldest position may stand in any row, among rows of other streams.
 

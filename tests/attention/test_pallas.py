@@ -39,7 +39,7 @@ everywhere = pytest.mark.parametrize("kernel", KERNELS)
 
 # What `LENGTHS` below does not bring. (Every case: see CONTRIBUTING.md.)
 NAMES = (
-  *("dense_one", "dense_dropout", "one_query", "first_key_last", "sharp"),
+  *("dense_dropout", "one_query", "first_key_last", "sharp"),
   *("stride_at_the_bounds", "comb_closed_and_off"),
 )
 NAMED = {case.name: case for case in CASES if case.name in NAMES}

@@ -20,6 +20,11 @@ from tests.attention.test_attention import check, differentiated, expected
 B, T, S, H, K, MEMORY = 2, 70, 80, 2, 4, 7
 # The kernels are in test_pallas.
 everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
+# JAX's own operations make the reference, so that it is asked by hand.
+mostly_blocked = pytest.mark.parametrize(
+  "implementation",
+  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
+)
 
 
 @functools.cache
@@ -212,10 +217,7 @@ def plain(implementation, made):
   return jax.jit(lambda: value_and_gradients(made(implementation)))()
 
 
-@pytest.mark.parametrize(
-  "implementation",
-  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
-)
+@mostly_blocked
 @pytest.mark.parametrize("made", [attention, from_ring])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_change_nothing(switch, made, implementation):
@@ -266,7 +268,7 @@ def test_a_precision_is_that_of_the_call_in_the_backward_pass_too():
   assert "HIGHEST" not in text(None)
 
 
-@everywhere
+@mostly_blocked
 @pytest.mark.parametrize("sharded", ["batch", "heads"])
 def test_inside_shard_map(implementation, sharded):
   """Its default checks are on. Shared arrays get all devices' gradients."""
