@@ -4,8 +4,8 @@ Loops with run-time bounds over blocks of queries and keys, head by head, in
 plain XLA: a change of spans or periods recompiles nothing, and memory is linear
 in the lengths. The softmax is accumulated block by block and the backward pass
 computes the weights again from each row's log of sums (Dao et al. 2022,
-"FlashAttention"). Which blocks these are is the matter of `walk`, where their
-rows stand that of `layout`, and what masks add to them that of `blocked_bias`.
+"FlashAttention"). `walk` says which blocks these are, `layout` where their rows
+stand, and `blocked_bias` what masks add to their logits.
 """
 
 import functools
@@ -144,11 +144,11 @@ def _forward_head(head: Head, local, relative, seed, zero):
 
 
 def _zero_after(x):
-  """0.0, which the compiler finds out only when x is there.
+  """Returns 0.0 in such a way that the compiler must wait for x.
 
-  Arrays of known zeros it makes early, for all layers at once: the scratch of
-  each would then take memory from the beginning of a step to its end. Under
-  `jax.shard_map` it varies over the devices as x does.
+  It fills arrays with a zero that it knows early, and for all layers at once:
+  the scratch of each layer would take memory from the beginning of a step to
+  its end. Under `jax.shard_map` the result varies over the devices as x does.
   """
   bits = lax.bitcast_convert_type(x.ravel()[:1].astype(jnp.float32), jnp.uint32)
   return jnp.sum(bits >> 31 >> 1, dtype=jnp.uint32).astype(jnp.float32)
