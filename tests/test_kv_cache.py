@@ -39,7 +39,7 @@ step = jax.jit(generation.step, static_argnames="config")
     ("spans", 1),
     pytest.param("spans", 5, marks=pytest.mark.every_case),
     ("spans", 70),
-    ("dense", 5),
+    pytest.param("dense", 5, marks=pytest.mark.every_case),
   ],
 )
 @pytest.mark.parametrize("model", MODELS)

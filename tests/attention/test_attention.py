@@ -36,6 +36,10 @@ REFUSALS = frozenset()
 # The kernels are in test_pallas.
 everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+mostly_blocked = pytest.mark.parametrize(
+  "implementation",
+  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
+)
 
 
 def exact_mask(case):
@@ -543,7 +547,7 @@ def test_what_follows_the_mask_has_a_name(function):
   assert {x.kind for x in after} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@everywhere
+@mostly_blocked
 def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
   """Segments of any length give what the whole stream gives."""
   random = np.random.default_rng(3)
@@ -563,7 +567,7 @@ def test_a_ring_that_is_read_on_and_on_is_a_stream(implementation):
     start += T
 
 
-@everywhere
+@mostly_blocked
 def test_older_keys_change_no_draw(implementation):
   """Draws do not depend on older keys that are hidden or do not exist."""
   random = np.random.default_rng(4)

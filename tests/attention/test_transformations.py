@@ -290,7 +290,7 @@ def test_inside_shard_map(implementation, sharded):
   )
 
 
-@everywhere
+@mostly_blocked
 @pytest.mark.parametrize(
   "absent", [np.nan, pytest.param(np.inf, marks=pytest.mark.every_case)]
 )
