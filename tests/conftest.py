@@ -18,8 +18,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
   # By hand some tests run on the device that this names; see CONTRIBUTING.md.
   if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     # Tests compile more than they compute. Compiling takes half as long without
-    # XLA's optimization of machine code, and half of that without the newer
-    # emitters of those versions that have others.
+    # XLA's optimization of machine code, and half of that with its older
+    # emitters, which jaxlib 0.11 no longer has.
     flags = [
       "--xla_backend_optimization_level=0",
       # Two workers fill two cores.
@@ -44,9 +44,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
-if (
-  os.environ["JAX_PLATFORMS"] != "cpu"
-):  # whose products of float32 are rounded unless it is asked
+if os.environ["JAX_PLATFORMS"] != "cpu":
+  # Other devices round what they multiply in float32, unless they are asked.
   jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects, and few cycles
 

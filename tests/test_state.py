@@ -13,6 +13,7 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.segment_memory import ring_rows, tokens_before
 from adaptive_attention.state import init_memory
 from adaptive_attention.training.steps import cross_entropy
+from tests.attention.cases import mostly_blocked
 from tests.test_model import randomized
 
 T = 24
@@ -90,13 +91,9 @@ def at_once(config, params, stream):
 
 
 # The reference serves segments as it serves one sequence.
-implementations = pytest.mark.parametrize(
-  "implementation",
-  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
-)
 
 
-@implementations
+@mostly_blocked
 @pytest.mark.parametrize(
   ("attention", "position"),
   [
@@ -123,7 +120,7 @@ def test_every_segment_is_the_end_of_one_sequence(
 
 
 @pytest.mark.parametrize("memory_tokens", [1, 37, 2 * T])
-@implementations
+@mostly_blocked
 def test_memory_of_any_length_ends_where_it_is_said_to(
   memory_tokens, implementation
 ):
@@ -212,7 +209,7 @@ def test_a_call_changes_the_memory_of_its_own_streams_alone():
   np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
-@implementations
+@mostly_blocked
 def test_earlier_segments_are_visible_but_get_no_gradient(implementation):
   config = changed(implementation=implementation)
   params = parameters(config)

@@ -57,10 +57,20 @@ class Head:
     weights: of `pallas_gpu_weights`.
   """
 
-  def __init__(self, static: Static, blocks: Blocks, weights_of, ints, stream):
+  def __init__(
+    self, static: Static, blocks: Blocks, weights_of, refs, ints, stream
+  ):
+    """Takes what a program reads.
+
+    Args:
+      weights_of: makes the weights of `refs` and of the head's place.
+      refs: of the arrays of the weights.
+      ints: of the head.
+      stream: of the dropout.
+    """
     self.static, self.blocks, self.ints = static, blocks, ints
     self.place = ints[PLACE]
-    self.weights = weights_of(self.place)
+    self.weights = weights_of(refs, self.place)
     self.sizes = static.sizes(blocks.block_q, blocks.block_k)
     self.walked = walk.Heads(
       ints[STRIDE], ints[LAST], ints[FULL], ints[FIRST], self, ints[COUNT]

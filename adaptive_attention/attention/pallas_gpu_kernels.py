@@ -8,7 +8,6 @@ The first arguments of a kernel are static: `Static`, `Blocks`, and a function
 that makes the weights of `pallas_gpu_weights` from refs.
 """
 
-import functools
 import math
 
 import jax.numpy as jnp
@@ -26,8 +25,7 @@ from adaptive_attention.attention.pallas_gpu_head import (
 def forward(static, blocks, weights_of, ints, stream, *refs):
   """Writes the output and the log of sums of a block of queries."""
   *weights, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
-  weights_of = functools.partial(weights_of, weights)
-  head = Head(static, blocks, weights_of, ints, stream)
+  head = Head(static, blocks, weights_of, weights, ints, stream)
   a, y, x, there = head.query_block()
   q = head.rows(q_ref, x, there)
   scale = LOG2E / math.sqrt(q_ref.shape[2])
@@ -65,8 +63,7 @@ def dq(static, blocks, weights_of, ints, stream, *refs):
   *refs, share_ref = refs if static.masked else (*refs, None)
   *weights, k_ref, v_ref, q_ref, d_out_ref, lse_ref, mean_ref, dq_ref = refs
   of_queries = q_ref, d_out_ref, lse_ref, mean_ref
-  weights_of = functools.partial(weights_of, weights)
-  head = Head(static, blocks, weights_of, ints, stream)
+  head = Head(static, blocks, weights_of, weights, ints, stream)
   a, y, x, there = head.query_block()
   q, d_out, lse, mean = head.query_rows(of_queries, x, there)
   scale = LOG2E / math.sqrt(dq_ref.shape[2])
@@ -108,11 +105,10 @@ def dq(static, blocks, weights_of, ints, stream, *refs):
 
 def dkv(static, blocks, weights_of, ints, stream, *refs):
   """Writes dk and dv of a block of keys that are not memory."""
-  *weights, k_ref, v_ref, q_ref, d_out_ref, lse_ref, mean_ref = refs[:-2]
+  *refs, dk_ref, dv_ref = refs
+  *weights, k_ref, v_ref, q_ref, d_out_ref, lse_ref, mean_ref = refs
   of_queries = q_ref, d_out_ref, lse_ref, mean_ref
-  dk_ref, dv_ref = refs[-2:]
-  weights_of = functools.partial(weights_of, weights)
-  head = Head(static, blocks, weights_of, ints, stream)
+  head = Head(static, blocks, weights_of, weights, ints, stream)
   c, y, x, there = head.key_block()
   exists = there & (x >= head.walked.first)
   k, v = head.key_rows(k_ref, v_ref, x, exists)

@@ -28,6 +28,7 @@ from adaptive_attention.errors import Error, first_line
 from adaptive_attention.training import (
   checkpoint_meta,
   leaf_table,
+  leftovers,
   library_noise,
 )
 from adaptive_attention.training.checkpoint_meta import DamageError
@@ -143,7 +144,7 @@ class Checkpoints:
         f"one; remove {self._folder / str(step)} or give another --workdir"
       )
     with self._writing(step):
-      self._remove_leftovers()
+      leftovers.remove(self._folder)
       self._write(step, items, checkpoint_meta.sealed(meta))
     self._guarded(step, lambda: self._verify(step))
     with self._writing(step):
@@ -175,16 +176,8 @@ class Checkpoints:
       with contextlib.suppress(DamageError):
         figures[step] = self._meta(step)["bits_per_char"]
     for step in figures.keys() - {_best_of(figures), *steps[-self._keep :]}:
-      # A folder of this name is not taken for a checkpoint when half removed.
-      path = self._folder / str(step)
-      path.rename(path.with_name(f"{step}.removed"))
-    self._remove_leftovers()
-
-  def _remove_leftovers(self):
-    """Removes folders that a killed process left half written or removed."""
-    for path in self._folder.glob("*.*"):
-      if _LEFTOVER.fullmatch(path.name):
-        shutil.rmtree(path)
+      leftovers.set_aside(self._folder / str(step))
+    leftovers.remove(self._folder)
 
   def record_evaluation(self, step: int, bits_per_char: float):
     """Adds the result of a later evaluation to a checkpoint."""
@@ -355,9 +348,6 @@ class Checkpoints:
           "and dashes"
         ) from error
       yield workdir
-
-
-_LEFTOVER = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
 
 
 def _alone():

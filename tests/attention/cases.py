@@ -3,6 +3,8 @@
 Each is named after what is special about it.
 """
 
+import pytest
+
 from adaptive_attention.bench.cases import (
   SEED,
   SHAPES,
@@ -12,6 +14,14 @@ from adaptive_attention.bench.cases import (
 )
 
 __all__ = ["CASES", "SEED", "Case", "inputs", "relative_vectors"]
+
+# The kernels are in test_pallas.
+everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
+# JAX's own operations make the reference, so that it is asked by hand.
+mostly_blocked = pytest.mark.parametrize(
+  "implementation",
+  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
+)
 
 
 def shortened(cases, T=200):

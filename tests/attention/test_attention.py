@@ -26,20 +26,16 @@ from tests.attention.cases import (
   CASES,
   SEED,
   Case,
+  everywhere,
   inputs,
+  mostly_blocked,
   relative_vectors,
 )
 
 # (implementation, case name) of those that may raise NotImplementedError.
 REFUSALS = frozenset()
 
-# The kernels are in test_pallas.
-everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-mostly_blocked = pytest.mark.parametrize(
-  "implementation",
-  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
-)
 
 
 def exact_mask(case):

@@ -13,18 +13,11 @@ from adaptive_attention import masks
 from adaptive_attention.attention import attend, attend_ring
 from adaptive_attention.attention.ring import Ring
 from adaptive_attention.masks import Mask, Wave
-from tests.attention.cases import Case, inputs
+from tests.attention.cases import Case, everywhere, inputs, mostly_blocked
 from tests.attention.test_attention import check, differentiated, expected
 
 # There are two query blocks, and all options of `attend` at once.
 B, T, S, H, K, MEMORY = 2, 70, 80, 2, 4, 7
-# The kernels are in test_pallas.
-everywhere = pytest.mark.parametrize("implementation", ("blocked", "reference"))
-# JAX's own operations make the reference, so that it is asked by hand.
-mostly_blocked = pytest.mark.parametrize(
-  "implementation",
-  ["blocked", pytest.param("reference", marks=pytest.mark.every_case)],
-)
 
 
 @functools.cache
