@@ -234,6 +234,7 @@ def attention(
   first_key=0,
   keep=None,
   relative_RK=None,
+  alike_BTS=None,
 ):
   """Returns attention, computed row by row, and its gradients.
 
@@ -242,11 +243,13 @@ def attention(
   that survive, divided by 1 - rate. The first `memory` keys get no gradient.
   A row without an open key is zero and has no gradient. `relative_RK` holds
   a vector p for each distance, zero beyond the last: the score is q.(k + p).
+  `alike_BTS` says which pairs are hidden from nobody by segments or padding.
+  Each head of k and v serves as many heads of q, one after the other.
   """
   q, k, v, dout = (
     np.asarray(x, np.float64) for x in (q_BTHK, k_BSHK, v_BSHK, dout_BTHK)
   )
-  (B, T, H, K), S = q.shape, k.shape[1]
+  (B, T, H, K), (_, S, G, _) = q.shape, k.shape
   log_HS = np.zeros((H, S))
   slopes_HS3 = np.zeros((H, S, 3))
   if mask is not None:
@@ -267,11 +270,14 @@ def attention(
         position = S - T + t
         keys = np.arange(first_key, position + 1)
         keys = keys[np.isfinite(log_HS[h, position - keys])]
+        if alike_BTS is not None:
+          keys = keys[alike_BTS[b, t, keys]]
         if not keys.size:
           continue
         slopes = slopes_HS3[h, position - keys]
-        rows_k = k[b, keys, h] + p_SK[position - keys]
-        rows_v = v[b, keys, h]
+        g = h * G // H
+        rows_k = k[b, keys, g] + p_SK[position - keys]
+        rows_v = v[b, keys, g]
         logits = rows_k @ q[b, t, h] / math.sqrt(K)
         logits += log_HS[h, position - keys]
         p = np.exp(logits - logits.max())
@@ -279,22 +285,22 @@ def attention(
         kept = np.ones(len(keys))
         if keep is not None:
           kept = keep[0][b, h, t, keys] / (1 - keep[1])
-        g = dout[b, t, h]
+        d = dout[b, t, h]
         out[b, t, h] = (kept * p) @ rows_v
-        dp = kept * (rows_v @ g)
+        dp = kept * (rows_v @ d)
         dlogits = p * (dp - p @ dp)
         dq[b, t, h] = dlogits @ rows_k / math.sqrt(K)
-        dk[b, keys, h] += np.outer(dlogits, q[b, t, h]) / math.sqrt(K)
-        dv[b, keys, h] += np.outer(kept * p, g)
+        dk[b, keys, g] += np.outer(dlogits, q[b, t, h]) / math.sqrt(K)
+        dv[b, keys, g] += np.outer(kept * p, d)
         dp_SK[position - keys] += np.outer(dlogits, q[b, t, h]) / math.sqrt(K)
         dmask_H3[h] += dlogits @ slopes
 
-        dp = kept * (np.abs(rows_v) @ np.abs(g))
+        dp = kept * (np.abs(rows_v) @ np.abs(d))
         size = p * (dp + p @ dp)
         squares[0][b, t, h] = ((kept * p) @ np.abs(rows_v)) ** 2
         squares[1][b, t, h] = (size @ np.abs(rows_k)) ** 2 / K
-        squares[2][b, keys, h] += np.outer(size, q[b, t, h]) ** 2 / K
-        squares[3][b, keys, h] += np.outer(kept * p, g) ** 2
+        squares[2][b, keys, g] += np.outer(size, q[b, t, h]) ** 2 / K
+        squares[3][b, keys, g] += np.outer(kept * p, d) ** 2
         squares[4][position - keys] += np.outer(size, q[b, t, h]) ** 2 / K
         squares[5][h] += (size @ np.abs(slopes)) ** 2
   for of_keys in (dk, dv, squares[2], squares[3]):

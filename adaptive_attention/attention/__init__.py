@@ -11,7 +11,7 @@ Implementations:
   "reference": computes all pairs. It has derivatives of all orders and kinds.
   "pallas_tpu", "pallas_gpu": kernels that compute the same blocks as "blocked",
     on a TPU from v5e on and on a GPU from compute capability 8.0 on. They have
-    gradients alone, and no vectors of distances.
+    gradients alone, no vectors of distances, and no segments.
 """
 
 import functools
@@ -32,6 +32,7 @@ from adaptive_attention.attention import (
   walk,
 )
 from adaptive_attention.attention.choice import IMPLEMENTATIONS
+from adaptive_attention.attention.heads_and_segments import segments_of
 from adaptive_attention.attention.ring import Ring, append
 from adaptive_attention.masks import Mask
 
@@ -40,12 +41,14 @@ __all__ = ["IMPLEMENTATIONS", "attend", "attend_ring", "computed_pairs"]
 
 def attend(
   q_BTHK: ArrayLike,
-  k_BSHK: ArrayLike,
-  v_BSHK: ArrayLike,
+  k_BSGK: ArrayLike,
+  v_BSGK: ArrayLike,
   mask: Mask | None,
   *,
   memory: int = 0,
   first_key: ArrayLike = 0,
+  segment_ids: ArrayLike | None = None,
+  key_mask: ArrayLike | None = None,
   relative_RK: ArrayLike | None = None,
   dropout_rate: float = 0.0,
   dropout_seed: ArrayLike | None = None,
@@ -57,58 +60,64 @@ def attend(
   out = softmax_s(q.(k + p[d]) / sqrt(K) + log m(d) + log w(d)) v,
   d = S - T + t - s >= 0  (Sukhbaatar et al. 2019, eq. 1 and 3; w is the wave)
 
-  Softmax and masks are float32 whatever the inputs are; arrays may be NumPy's.
-
   Args:
     q_BTHK: queries; query t stands at key index S - T + t.
-    k_BSHK, v_BSHK: keys and values, S >= T; no length need be a multiple.
+    k_BSGK, v_BSGK: keys and values, S >= T, of G heads that divide H; query
+      head h reads head h // (H / G) (Ainslie et al. 2023, "GQA").
     mask: spans and waves of the H heads in tokens, or None for plain causal.
     memory: static; to this many first keys and values no gradient flows.
     first_key: runtime integer; keys before this index do not exist yet. What
       they hold, nan included, changes nothing.
+    segment_ids: (B, S) integers above -2^31, as of packed sequences; no query
+      attends across. Blocks before a segment's first key are not computed.
+    key_mask: (B, S) booleans, false for keys, all finite, that are padding.
     relative_RK: p, a vector for each distance 0 .. R - 1; zero beyond.
     dropout_rate: static; the share of attention weights to drop, in [0, 1).
     dropout_seed: uint32 scalar; which ones is a pure function of
       (seed, b, h, t, s - (S - T)), the same for every implementation.
     implementation: one of IMPLEMENTATIONS, or None for the best that serves.
-    interpret: True, or `pltpu.InterpretParams()`, runs a Pallas kernel on any
-      device, slowly, for tests.
+    interpret: True (or `pltpu.InterpretParams()`) runs a kernel anywhere.
 
   Returns:
-    (B, T, H, K) in the dtype of q; zeros for a query without an open key.
-    Differentiable in q, k, v, the arrays of `mask` and the relative vectors.
+    (B, T, H, K) in the dtype of q, by a softmax of float32; zeros for a query
+    without an open key. Differentiable in q, k, v, `mask` and `relative_RK`.
 
   Raises:
     ValueError: an unknown implementation, or arguments that do not fit.
     NotImplementedError: a named implementation that cannot serve the case.
   """
+  arrays = q_BTHK, k_BSGK, v_BSGK, segment_ids, key_mask
   options = mask, first_key, relative_RK, dropout_rate, dropout_seed
-  run = functools.partial(_run, implementation, interpret)
-  return _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options)
+  return _over_keys(implementation, interpret, *arrays, memory, options)
 
 
-def _over_keys(run, q_BTHK, k_BSHK, v_BSHK, memory, options):
+def _over_keys(
+  implementation, interpret, q, k, v, segment_ids, key_mask, memory, options
+):
   """Attends to keys of which the first `memory` take no gradient."""
-  q_BTHK, k_BSHK, v_BSHK = map(jnp.asarray, (q_BTHK, k_BSHK, v_BSHK))
+  q, k, v, segment_ids, key_mask = jax.tree.map(
+    jnp.asarray, (q, k, v, segment_ids, key_mask)
+  )
   memory = checks.whole_number("memory", memory)
-  checks.queries_and_keys(q_BTHK, k_BSHK, v_BSHK)
-  checks.older_keys(q_BTHK, k_BSHK, memory)
-  options = _checked_options(q_BTHK, *options)
+  checks.queries_and_keys(q, k, v)
+  checks.older_keys(q, k, memory)
+  checks.segments(k, segment_ids, key_mask)
+  options = _checked_options(q, *options)
   if memory:
-    k_BSHK, v_BSHK = (
-      jnp.concatenate(
-        [lax.stop_gradient(x_BSHK[:, :memory]), x_BSHK[:, memory:]], axis=1
-      )
-      for x_BSHK in (k_BSHK, v_BSHK)
+    k, v = (
+      jnp.concatenate([lax.stop_gradient(x[:, :memory]), x[:, memory:]], axis=1)
+      for x in (k, v)
     )
-  return run(q_BTHK, k_BSHK, v_BSHK, ring=None, memory=memory, **options)
+  segments = segments_of(segment_ids, key_mask, q.shape[1])
+  options |= {"ring": None, "memory": memory, "segments": segments}
+  return _run(implementation, interpret, q, k, v, **options)
 
 
 def attend_ring(
   ring: Ring,
   q_BTHK: ArrayLike,
-  k_BTHK: ArrayLike,
-  v_BTHK: ArrayLike,
+  k_BTGK: ArrayLike,
+  v_BTGK: ArrayLike,
   mask: Mask | None,
   *,
   first_key: ArrayLike = 0,
@@ -127,7 +136,7 @@ def attend_ring(
   Args:
     ring: keys and values of N >= B streams, in the dtype of q. It need not
       have been written: what is before `first_key` is hidden.
-    q_BTHK, k_BTHK, v_BTHK: those of the T new tokens, T <= S.
+    q_BTHK, k_BTGK, v_BTGK: those of the T new tokens, T <= S.
     first_key: runtime integer; of the S positions after the new ones are
       appended, those before this index do not exist yet.
     mask, relative_RK, dropout_rate, dropout_seed, implementation, interpret: as
@@ -141,16 +150,16 @@ def attend_ring(
     ValueError, NotImplementedError: as `attend` does.
   """
   ring = jax.tree.map(jnp.asarray, ring)
-  q_BTHK, k_BTHK, v_BTHK = map(jnp.asarray, (q_BTHK, k_BTHK, v_BTHK))
-  checks.queries_and_keys(q_BTHK, k_BTHK, v_BTHK)
-  checks.ring_rows(ring, q_BTHK, k_BTHK)
+  q_BTHK, k_BTGK, v_BTGK = map(jnp.asarray, (q_BTHK, k_BTGK, v_BTGK))
+  checks.queries_and_keys(q_BTHK, k_BTGK, v_BTGK)
+  checks.ring_rows(ring, q_BTHK, k_BTGK)
   options = _checked_options(
     q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
   )
-  ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTHK, v_BTHK)
+  ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTGK, v_BTGK)
   memory = ring.k_NSHK.shape[1] - jnp.shape(q_BTHK)[1]
-  arrays = q_BTHK, k_BTHK, v_BTHK
-  options |= {"ring": ring, "memory": memory}
+  arrays = q_BTHK, k_BTGK, v_BTGK
+  options |= {"ring": ring, "memory": memory, "segments": None}
   return _run(implementation, interpret, *arrays, **options), ring
 
 
@@ -197,14 +206,12 @@ def _block_count(mask, first_key, sizes):
   return walk.block_count(heads, sizes)
 
 
-def _run(implementation, interpret, q, k, v, *, mask, ring, memory, **options):
+def _run(implementation, interpret, q, k, v, **options):
   """Attends by what serves the call; says what that is where it is None."""
-  relative_RK = options["relative_RK"]
-  call = choice.call_of(q, k, mask, ring, memory, relative_RK)
+  call = choice.call_of(q, k, **options)
   found = choice.chosen(call, implementation, interpret)
   if implementation is None:
     _say_once(found)
-  options |= {"mask": mask, "ring": ring, "memory": memory}
   match found.implementation:
     case "reference":
       return reference.attend(q, k, v, **options)
@@ -212,6 +219,7 @@ def _run(implementation, interpret, q, k, v, *, mask, ring, memory, **options):
       return blocked.attend(q, k, v, **options)
     case name:
       options |= {"call": call, "interpret": interpret}
+      del options["segments"], options["relative_RK"]  # refused already
       return choice.kernel(name).attend(q, k, v, **options)
 
 

@@ -22,10 +22,17 @@ from adaptive_attention.attention import (
   blocked_backward,
   blocked_bias,
   checks,
+  dropout,
   walk,
 )
 from adaptive_attention.attention.blocked_backward import LOW, Gradients
-from adaptive_attention.attention.blocked_head import Head, Static, layouts
+from adaptive_attention.attention.blocked_head import (
+  Head,
+  SegmentWalk,
+  Static,
+  layouts,
+)
+from adaptive_attention.attention.heads_and_segments import group_size
 from adaptive_attention.attention.layout import BLOCK, put, take
 from adaptive_attention.attention.on_devices import varying_alike
 from adaptive_attention.attention.ring import Ring
@@ -33,20 +40,21 @@ from adaptive_attention.attention.ring import Ring
 
 def attend(
   q_BTHK,
-  k_BSHK,
-  v_BSHK,
+  k_BSGK,
+  v_BSGK,
   mask,
   *,
   ring,
   memory,
   first_key,
+  segments,
   relative_RK,
   dropout_rate,
   dropout_seed,
 ):
   """The same as `reference.attend`, in time that the masks leave."""
-  T, H = q_BTHK.shape[1:3]
-  S = k_BSHK.shape[1] if ring is None else ring.k_NSHK.shape[1]
+  B, T, H, _ = q_BTHK.shape
+  S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   if mask is None:
     mask = masks.Mask(jnp.full(H, float(S), jnp.float32), 1.0)
   sizes = sizes_of(mask, T, S)
@@ -57,8 +65,19 @@ def attend(
     relative_RK = relative_RK.astype(jnp.float32)
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
-  arrays = heads, table_HS, relative_RK, q_BTHK, k_BSHK, v_BSHK, ring, seed
-  return _attend(static, *varying_alike(*arrays))
+  stream_B = dropout.stream_hash(seed, jnp.arange(B, dtype=jnp.int32))
+  walked = heads, table_HS, relative_RK
+  arrays = q_BTHK, k_BSGK, v_BSGK, ring, stream_B
+  if segments is None:
+    return _attend(static, *varying_alike(*walked, *arrays, None))
+  found = SegmentWalk(segments, segments.first_keys() - sizes.older)
+  walked, arrays = varying_alike(walked, (*arrays, found))
+
+  def one_sequence(arrays):
+    """Attends in one sequence, as each has its own blocks."""
+    return _attend(static, *walked, *jax.tree.map(lambda x: x[None], arrays))[0]
+
+  return lax.map(one_sequence, arrays)
 
 
 def sizes_of(mask, T, S) -> walk.Sizes:
@@ -112,19 +131,20 @@ class _Softmax(NamedTuple):
     return self.sum_BQK / (total_BQ1 * (1 - dropout_rate)), lse_BQ1
 
 
-def _forward_head(head: Head, local, relative, seed, zero):
+def _forward_head(head: Head, local, relative, stream_B, zero):
   """Returns the local arrays (out, lse) of one head."""
   B, _, K = local["q"].shape
 
   def one_block(queries, carry):
     out_local, lse_local = carry
     q_BQK = take(local["q"], queries.row, BLOCK) / math.sqrt(K)
-    kept = head.kept(seed, B, queries)
+    kept = head.kept(stream_B, queries)
 
     def one_key_block(keys, softmax):
       k_BCK, v_BCK = (take(local[name], keys.row, BLOCK) for name in ("k", "v"))
       relative_DK = blocked_bias.at_distances(relative, keys.distance)
-      logits_BQC = blocked_bias.logits(q_BQK, k_BCK, keys.bias, relative_DK)
+      added = keys.bias, keys.alike, relative_DK
+      logits_BQC = blocked_bias.logits(q_BQK, k_BCK, *added)
       kept_BQC = kept(keys) if head.static.dropout_rate else None
       return softmax.added(logits_BQC, v_BCK, kept_BQC)
 
@@ -171,14 +191,17 @@ _ONCE = (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, heads, table, relative, q, k, v, ring, seed):
+def _attend(static, heads, table, relative, q, k, v, ring, stream, segments):
   """Attends; differentiable once in reverse, and then forward."""
-  return _attend_forward(static, heads, table, relative, q, k, v, ring, seed)[0]
+  arrays = heads, table, relative, q, k, v, ring, stream, segments
+  return _attend_forward(static, *arrays)[0]
 
 
-def _attend_forward(static, heads, table, relative, q, k, v, ring, seed):
+def _attend_forward(
+  static, heads, table, relative, q, k, v, ring, stream, segments
+):
   B, _, H, K = q.shape
-  residuals = heads, table, relative, q, k, v, ring, seed
+  residuals = heads, table, relative, q, k, v, ring, stream, segments
   if static.ring:
     q = checks.differentiated_once(q, _ONCE)
   source = ring or Ring(k, v)
@@ -186,9 +209,9 @@ def _attend_forward(static, heads, table, relative, q, k, v, ring, seed):
 
   def one_head(h, carry):
     out, lse, scratch = carry
-    head = Head(static, heads, table, h)
+    head = Head(static, heads, table, segments, h, group_size(q, k))
     local = head.loaded(scratch, {"q": q}, source)
-    out_local, lse_local = _forward_head(head, local, relative, seed, zero)
+    out_local, lse_local = _forward_head(head, local, relative, stream, zero)
     return (
       head.queries.store(out_local, out, h, 0),
       head.queries.store(lse_local, lse, h, 0),
@@ -207,7 +230,8 @@ def _attend_forward(static, heads, table, relative, q, k, v, ring, seed):
 
 
 def _attend_backward(static, residuals, d_out):
-  (heads, table, relative, q, k, v, ring, seed), out, lse = residuals
+  inputs, out, lse = residuals
+  heads, table, relative, q, k, v, ring, stream, segments = inputs
   B, _, H, K = q.shape
   d_out = jnp.asarray(d_out)
   if static.ring:
@@ -216,20 +240,22 @@ def _attend_backward(static, residuals, d_out):
   zero = _zero_after(d_out)
 
   def one_head(h, carry):
-    head = Head(static, heads, table, h)
+    head = Head(static, heads, table, segments, h, group_size(q, k))
     gradients, scratch = carry
     local = head.loaded(scratch, arrays, ring or Ring(k, v))
     return blocked_backward.add_head(
-      head, local, relative, seed, zero, gradients
+      head, local, relative, stream, zero, gradients
     )
 
   before = 0 if static.ring else static.memory
-  of_keys = B, k.shape[1] - before, H, K
+  of_keys = B, k.shape[1] - before, *k.shape[2:]
+  # Those of several query heads are added up.
+  dtype = k.dtype if group_size(q, k) == 1 else jnp.float32
   widths = dict.fromkeys((*arrays, "k", "v", "dq", "dk", "dv"), K)
   gradients = Gradients(
     jnp.full(q.shape, zero, q.dtype),
-    jnp.full(of_keys, zero, k.dtype),
-    jnp.full(of_keys, zero, v.dtype),
+    jnp.full(of_keys, zero, dtype),
+    jnp.full(of_keys, zero, dtype),
     jnp.full(table.shape, zero),
     None if relative is None else jnp.full(relative.shape, zero),
   )
@@ -239,10 +265,14 @@ def _attend_backward(static, residuals, d_out):
       0, np.int32(H), one_head, (gradients, scratch)
     )
   # Nothing flows to the older keys.
-  dk, dv = (jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0))) for x in (dk, dv))
-  none = (jax.tree.map(checks.no_gradient, x) for x in (heads, ring, seed))
-  of_heads, of_ring, of_seed = none
-  return of_heads, d_table, d_relative, dq, dk, dv, of_ring, of_seed
+  dk, dv = (
+    jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0))).astype(k.dtype)
+    for x in (dk, dv)
+  )
+  of_heads, *none = jax.tree.map(
+    checks.no_gradient, (heads, ring, stream, segments)
+  )
+  return of_heads, d_table, d_relative, dq, dk, dv, *none
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

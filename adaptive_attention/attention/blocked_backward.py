@@ -36,14 +36,14 @@ class Gradients(NamedTuple):
 
   Attributes:
     dq_BTHK: those of the queries.
-    dk_BNHK, dv_BNHK: those of the keys and values that are not memory.
+    dk_BNGK, dv_BNGK: those of the keys and values that are not memory.
     table_HS: those of the log weights by distance.
     relative_RK: those of the vectors of distances, or None.
   """
 
   dq_BTHK: jax.Array
-  dk_BNHK: jax.Array
-  dv_BNHK: jax.Array
+  dk_BNGK: jax.Array
+  dv_BNGK: jax.Array
   table_HS: jax.Array
   relative_RK: jax.Array | None
 
@@ -64,14 +64,14 @@ class Sums(NamedTuple):
   relative: jax.Array | None
 
 
-def add_head(head: Head, local, relative, seed, zero, gradients: Gradients):
+def add_head(head: Head, local, relative, stream_B, zero, gradients: Gradients):
   """Returns (gradients, local) with the gradients of one head written.
 
   Args:
     head: the head with its walk.
     local: loaded local arrays by name; those of gradients are written over.
     relative: the vectors of distances, or None.
-    seed: the seed of dropout.
+    stream_B: `dropout.stream_hash` of the streams.
     zero: 0.0, which the compiler does not know before the arrays are there.
     gradients: the gradients with those of the heads before written.
   """
@@ -81,25 +81,25 @@ def add_head(head: Head, local, relative, seed, zero, gradients: Gradients):
   )
   table_S = jnp.full(gradients.table_HS.shape[1], zero)
   sums = Sums(dk, dv, table_S, gradients.relative_RK)
-  dq, sums = _of_head(head, local, relative, seed, zero, sums)
+  dq, sums = _of_head(head, local, relative, stream_B, zero, sums)
   written = Gradients(
     head.queries.store(dq, gradients.dq_BTHK, h, 0),
-    head.new_keys.store(sums.dk, gradients.dk_BNHK, h, first_x),
-    head.new_keys.store(sums.dv, gradients.dv_BNHK, h, first_x),
+    head.new_keys.add(sums.dk, gradients.dk_BNGK, head.key_h, first_x),
+    head.new_keys.add(sums.dv, gradients.dv_BNGK, head.key_h, first_x),
     lax.dynamic_update_index_in_dim(gradients.table_HS, sums.table, h, 0),
     sums.relative,
   )
   return written, local | {"dq": dq, "dk": sums.dk, "dv": sums.dv}
 
 
-def _of_head(head: Head, local, relative, seed, zero, sums: Sums):
+def _of_head(head: Head, local, relative, stream_B, zero, sums: Sums):
   """Returns (dq as a local array, sums) of one head."""
   B, _, K = local["q"].shape
 
   def one_block(queries, carry):
     dq_local, sums = carry
     brought = _brought(head, local, queries)
-    kept = head.kept(seed, B, queries)
+    kept = head.kept(stream_B, queries)
 
     def one_key_block(keys, carry):
       return _add_block(
@@ -138,7 +138,8 @@ def _add_block(
   dq_BQK, sums = carry
   k_BCK, v_BCK = (take(local[name], keys.row, BLOCK) for name in ("k", "v"))
   relative_DK = blocked_bias.at_distances(relative, keys.distance)
-  logits_BQC = blocked_bias.logits(queries.q_BQK, k_BCK, keys.bias, relative_DK)
+  added = keys.bias, keys.alike, relative_DK
+  logits_BQC = blocked_bias.logits(queries.q_BQK, k_BCK, *added)
   weights_BQC = jnp.exp(logits_BQC - queries.lse_BQ1)
   d_weights_BQC = jnp.einsum("bqk,bck->bqc", queries.d_out_BQK, v_BCK)
   dropped_BQC = weights_BQC

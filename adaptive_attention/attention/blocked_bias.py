@@ -81,11 +81,16 @@ def added_at(x, distance, rows):
   return x.at[distance].add(rows, mode="drop")
 
 
-def logits(q_BQK, k_BCK, bias, relative_DK):
-  """Returns q (k + p) + log m + log w, for queries divided by sqrt(K)."""
+def logits(q_BQK, k_BCK, bias, alike_QC, relative_DK):
+  """Returns q (k + p) + log m + log w, for queries divided by sqrt(K).
+
+  It is -inf for pairs that are not alike, in two segments.
+  """
   logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
   if relative_DK is not None:
     logits_BQC += skew(jnp.einsum("bqk,dk->bqd", q_BQK, relative_DK))
-  if bias is None:
-    return logits_BQC
-  return logits_BQC + (bias[None] if bias.ndim else bias)
+  if bias is not None:
+    logits_BQC += bias[None] if bias.ndim else bias
+  if alike_QC is not None:
+    logits_BQC = jnp.where(alike_QC[None], logits_BQC, -jnp.inf)
+  return logits_BQC

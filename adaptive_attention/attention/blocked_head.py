@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_attention.attention import blocked_bias, dropout, walk
+from adaptive_attention.attention.heads_and_segments import Segments
 from adaptive_attention.attention.layout import BLOCK, Layout
 
 
@@ -25,6 +26,18 @@ class Static(NamedTuple):
   precision: str | None = None
 
 
+class SegmentWalk(NamedTuple):
+  """The segments of one sequence, and from where on its queries read.
+
+  Attributes:
+    ids: `Segments` of B = 1.
+    first_BT: the x of the first key in each query's segment.
+  """
+
+  ids: Segments
+  first_BT: jax.Array
+
+
 class QueryBlock(NamedTuple):
   """BLOCK queries of one class.
 
@@ -32,12 +45,14 @@ class QueryBlock(NamedTuple):
     a, y: their class, and the y of the first query.
     row: the row of the first query in a local array.
     x: (BLOCK,) their positions.
+    first: the x of the first key that any of them may attend to.
   """
 
   a: jax.Array
   y: jax.Array
   row: jax.Array
   x: jax.Array
+  first: jax.Array
 
 
 class KeyBlock(NamedTuple):
@@ -49,6 +64,7 @@ class KeyBlock(NamedTuple):
     x: (BLOCK,) their positions.
     bias: (BLOCK, BLOCK) log m + log w; -inf for keys that do not exist. For a
       full block it is one number for all pairs, or None for zero.
+    alike: (BLOCK, BLOCK) whether a pair lies in one segment; None where all do.
     distance: (2 BLOCK - 1,) the distances of the diagonals, descending.
     older: static; whether all keys of the block are memory.
   """
@@ -57,6 +73,7 @@ class KeyBlock(NamedTuple):
   new_row: jax.Array
   x: jax.Array
   bias: jax.Array | None
+  alike: jax.Array | None
   distance: jax.Array
   older: bool
 
@@ -74,9 +91,18 @@ def layouts(static, stride=1):
 class Head:
   """One head's walk over its blocks, forward and backward alike."""
 
-  def __init__(self, static, heads: walk.Heads, table_HS, h):
+  def __init__(
+    self,
+    static,
+    heads: walk.Heads,
+    table_HS,
+    segments: SegmentWalk | None,
+    h,
+    group: int = 1,
+  ):
     self.static, self.sizes, self.h = static, static.sizes, h
-    self.table_HS = table_HS
+    self.key_h = h // group  # the head of the keys
+    self.table_HS, self.segments = table_HS, segments
     self.walked = jax.tree.map(lambda x: x[h], heads)
     self.stride = self.walked.stride
     self.queries, self.keys, self.new_keys = layouts(static, self.stride)
@@ -99,7 +125,7 @@ class Head:
       local[name] = self.queries.load(local[name], array, self.h, 0)
     for name, array in (("k", ring.k_NSHK), ("v", ring.v_NSHK)):
       local[name] = self.keys.load(
-        *(local[name], array, self.h, self.first_key_y),
+        *(local[name], array, self.key_h, self.first_key_y),
         *(self.walked.first, ring.first_row, ring.batch),
       )
     return local
@@ -116,19 +142,39 @@ class Head:
         y = i * BLOCK
         y_Q = y + jnp.arange(BLOCK, dtype=jnp.int32)
         row = self.queries.row(a, y)
-        return body(QueryBlock(a, y, row, a + self.stride * y_Q), carry)
+        x = a + self.stride * y_Q
+        return body(QueryBlock(a, y, row, x, self._first(x)), carry)
 
       count = walk.ceil_div(self.sizes.T - a, self.stride)
       return jax.lax.fori_loop(0, walk.ceil_div(count, BLOCK), one, carry)
 
     return self.queries.over_classes(of_class, carry)
 
+  def _first(self, x):
+    """Returns the x of the first key that queries at x may attend to."""
+    if self.segments is None:
+      return self.walked.first
+    T = self.sizes.T
+    first_Q = self.segments.first_BT[0, jnp.minimum(x, T - 1)]
+    return jnp.maximum(self.walked.first, jnp.min(first_Q))
+
+  def _alike(self, x_q, x_k):
+    """Returns (Q, C) whether a pair lies in one segment; None where all do."""
+    if self.segments is None:
+      return None
+    T, S = self.sizes.T, self.sizes.S
+    query_T, key_S = (x[0] for x in self.segments.ids)
+    query_Q = query_T[jnp.clip(x_q, 0, T - 1)]
+    key_C = key_S[jnp.clip(x_k + self.sizes.older, 0, S - 1)]
+    return query_Q[:, None] == key_C[None]
+
   def over_key_blocks(self, queries: QueryBlock, body, carry):
     """Returns the carry after body(KeyBlock, carry) for blocks they meet."""
     static, sizes = self.static, self.sizes
+    walked = self.walked._replace(first=queries.first)
 
     def residue(rho, carry):
-      ends = walk.key_blocks(self.walked, queries.a, queries.y, rho, sizes)
+      ends = walk.key_blocks(walked, queries.a, queries.y, rho, sizes)
       parts = [(False, ends)]
       if static.memory:
         c, _ = walk.key_class(self.walked, queries.a, rho, sizes)
@@ -169,16 +215,16 @@ class Head:
     elif self.sizes.strided:
       bias = self.table_HS[self.h, rho]
     rows = self.keys.row(c, y), self.new_keys.row(c, y)
-    return KeyBlock(*rows, x, bias, distance, older)
+    alike = self._alike(queries.x, x)
+    return KeyBlock(*rows, x, bias, alike, distance, older)
 
-  def kept(self, seed, B, queries: QueryBlock):
+  def kept(self, stream_B, queries: QueryBlock):
     """Returns a function of a KeyBlock that gives (B, Q, C) booleans.
 
     They say which weights dropout leaves.
     """
-    b_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
     row_BQ1 = dropout.row_hash(
-      dropout.stream_hash(seed, b_B11), self.h, queries.x[None, :, None]
+      stream_B[:, None, None], self.h, queries.x[None, :, None]
     )
 
     def kept(keys):

@@ -31,7 +31,7 @@ def whole_number(name, value) -> int:
 
 
 def queries_and_keys(q, k, v):
-  """Checks q (B, T, H, K) and k, v (B, S, H, K), S >= T, of one dtype."""
+  """Checks q (B, T, H, K) and k, v (B, S, G, K), S >= T, of one dtype."""
   _require(
     q.ndim == 4 and k.ndim == 4,
     f"q {q.shape} and k {k.shape} must have the four axes "
@@ -39,14 +39,19 @@ def queries_and_keys(q, k, v):
   )
   _require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must be alike")
   B, T, H, K = q.shape
-  S = k.shape[1]
+  S, G = k.shape[1:3]
   _require(
-    k.shape == (B, S, H, K),
-    f"k {k.shape} must have the batch, heads and width of q {q.shape}",
+    k.shape == (B, S, G, K),
+    f"k {k.shape} must have the batch and width of q {q.shape}",
   )
   _require(
     T >= 1 and H >= 1 and K >= 1,
     f"q {q.shape} must hold at least one query, one head and a width of 1",
+  )
+  _require(
+    G >= 1 and H % G == 0,
+    f"the {H} heads of q {q.shape} must be a multiple of the {G} heads of k "
+    f"{k.shape}, each of which serves as many of them",
   )
   positions(T, S)
   _require(
@@ -74,12 +79,25 @@ def older_keys(q, k, memory):
   )
 
 
+def segments(k, segment_ids, key_mask):
+  """Checks the segments of B sequences of S positions, and which keys serve."""
+  for name, x, kind, expected in (
+    ("segment_ids", segment_ids, jnp.integer, "integers"),
+    ("key_mask", key_mask, jnp.bool_, "booleans"),
+  ):
+    _require(
+      x is None or (x.shape == k.shape[:2] and jnp.issubdtype(x.dtype, kind)),
+      f"{name} {None if x is None else (x.dtype.name, x.shape)} must hold "
+      f"{expected} of the shape {k.shape[:2]}, one for each key of k",
+    )
+
+
 def ring_rows(ring, q, k):
   """Checks that T keys of B streams can be appended to a ring."""
-  B, T, H, K = q.shape
+  B, T, G, K = k.shape
   _require(
-    k.shape[1] == T,
-    f"{k.shape[1]} keys do not fit T={T} queries; give the keys of these "
+    q.shape[1] == T,
+    f"{T} keys do not fit T={q.shape[1]} queries; give the keys of these "
     "queries alone, as the older ones are in the ring",
   )
   shape = ring.k_NSHK.shape
@@ -88,9 +106,9 @@ def ring_rows(ring, q, k):
     and shape == ring.v_NSHK.shape
     and shape[0] >= B
     and shape[1] >= T
-    and shape[2:] == (H, K),
+    and shape[2:] == (G, K),
     f"the ring's keys {shape} and values {ring.v_NSHK.shape} must be alike, "
-    f"of at least the {B} sequences and {T} positions of q {q.shape} and of "
+    f"of at least the {B} sequences and {T} positions of k {k.shape} and of "
     "its heads and width",
   )
   dtypes = ring.k_NSHK.dtype, ring.v_NSHK.dtype

@@ -20,11 +20,12 @@ class Call(NamedTuple):
   """What is static of a call of `attend`, as far as a choice depends on it.
 
   Attributes:
-    B, T, S, H, K: streams, queries, keys, heads and their width.
+    B, T, S, H, K: streams, queries, keys, heads of queries and their width.
     itemsize: bytes of a number of q, k and v.
     strided: whether a head may have another stride than one.
     relative: whether there are vectors of distances.
     memory: keys without a gradient.
+    segments: whether there are `Segments`.
   """
 
   B: int
@@ -36,6 +37,7 @@ class Call(NamedTuple):
   strided: bool
   relative: bool = False
   memory: int = 0
+  segments: bool = False
 
 
 class Choice(NamedTuple):
@@ -58,14 +60,17 @@ class Choice(NamedTuple):
     return f"{text}, as {self.reason}" if self.reason else text
 
 
-def call_of(q_BTHK, k_BSHK, mask, ring, memory, relative_RK) -> Call:
+def call_of(
+  q_BTHK, k_BSGK, *, mask, ring, memory, relative_RK, segments, **others
+) -> Call:
   """Returns the call of these arguments."""
+  del others
   B, T, H, K = q_BTHK.shape
-  S = k_BSHK.shape[1] if ring is None else ring.k_NSHK.shape[1]
+  S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   strided = mask is not None and mask.wave is not None and mask.wave.integer
   itemsize = q_BTHK.dtype.itemsize
-  relative = relative_RK is not None
-  return Call(B, T, S, H, K, itemsize, strided, relative, memory)
+  has = relative_RK is not None, memory, segments is not None
+  return Call(B, T, S, H, K, itemsize, strided, *has)
 
 
 def device():

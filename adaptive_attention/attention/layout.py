@@ -152,11 +152,19 @@ class Layout:
 
     It is the inverse of `load`, for positions from x_from on.
     """
+    return self._written(local_BRK, array_BXHK, h, x_from, add=False)
+
+  def add(self, local_BRK, array_BXHK, h, x_from):
+    """Returns array_BXHK with rows from the local array added to head h's."""
+    return self._written(local_BRK, array_BXHK, h, x_from, add=True)
+
+  def _written(self, local_BRK, array_BXHK, h, x_from, add):
+    B, _, K = local_BRK.shape
     T, P, block = self.T, self.stride, self.block
+    x_from = jnp.maximum(x_from, -self.front)
 
     def one(j, array_BXHK):
       start = jnp.minimum(x_from + j * block, T - block)
-      start = jnp.maximum(start, -self.front)
       x = start + jnp.arange(block, dtype=jnp.int32)
       if self.strided:
         block_BYK = lax.cond(
@@ -166,12 +174,15 @@ class Layout:
         )
       else:
         block_BYK = take(local_BRK, self.row(0, start), block)
-      block_BYK = jnp.where((x >= x_from)[None, :, None], block_BYK, 0.0)
-      return lax.dynamic_update_slice(
-        array_BXHK,
-        block_BYK.astype(array_BXHK.dtype)[:, :, None],
-        at(0, start + self.front, h, 0),
-      )
+      # The last block is moved back, and adds no row of the one before again.
+      first = x_from + j * block if add else x_from
+      block_BYK = jnp.where((x >= first)[None, :, None], block_BYK, 0.0)
+      block_BY1K = block_BYK.astype(array_BXHK.dtype)[:, :, None]
+      place = at(0, start + self.front, h, 0)
+      if add:
+        sizes = B, block, 1, K
+        block_BY1K += lax.dynamic_slice(array_BXHK, place, sizes)
+      return lax.dynamic_update_slice(array_BXHK, block_BY1K, place)
 
     if self.whole:
       return one(0, array_BXHK)

@@ -16,6 +16,10 @@ from jax.experimental import pallas as pl
 
 from adaptive_attention import masks
 from adaptive_attention.attention import checks, dropout, walk
+from adaptive_attention.attention.heads_and_segments import (
+  group_size,
+  summed_by_key_head,
+)
 from adaptive_attention.attention.on_devices import (
   on_devices,
   varying_alike,
@@ -31,6 +35,7 @@ class Static(NamedTuple):
 
   Attributes:
     T, S, memory: queries, keys, and how many of these take no gradient.
+    group: how many heads read one head of keys.
     masked: whether the lengths of the mask take a gradient.
     ring: whether keys stand in rows that are read round and round.
     launch: block sizes and what else the implementation chose.
@@ -40,6 +45,7 @@ class Static(NamedTuple):
   T: int
   S: int
   memory: int
+  group: int
   masked: bool
   strided: bool
   ring: bool
@@ -65,7 +71,7 @@ class Inputs(NamedTuple):
     stream_B: `dropout.stream_hash` of the streams. A device that has some of
       them draws as one that has all.
     first_key, first_row: as in `attend` and `Ring`.
-    q_BTHK, k_BSHK, v_BSHK: queries, keys and values.
+    q_BTHK, k_BSGK, v_BSGK: queries, keys and values; see `attend` for G.
   """
 
   mask: Mask
@@ -74,8 +80,8 @@ class Inputs(NamedTuple):
   first_key: jax.Array
   first_row: jax.Array
   q_BTHK: jax.Array
-  k_BSHK: jax.Array
-  v_BSHK: jax.Array
+  k_BSGK: jax.Array
+  v_BSGK: jax.Array
 
 
 class Outputs(NamedTuple):
@@ -97,7 +103,8 @@ class Gradients(NamedTuple):
   """What `Kernels.backward` gives; N = S - memory.
 
   Attributes:
-    dq_BTHK, dk_BNHK, dv_BNHK: of queries, and of keys that are not memory.
+    dq_BTHK, dk_BNHK, dv_BNHK: of queries, and of keys that are not memory; for
+      each head that reads these keys.
     d_lengths_BHG: of the G lengths of a head, as `lengths_of` orders them, of
       each stream.
   """
@@ -127,32 +134,31 @@ class Kernels(NamedTuple):
 def attend(
   kernels: Kernels,
   q_BTHK,
-  k_BSHK,
-  v_BSHK,
+  k_BSGK,
+  v_BSGK,
   mask,
   *,
   ring,
   memory,
   first_key,
-  relative_RK,
   dropout_rate,
   dropout_seed,
   interpret=False,
   call,
   launch=None,
 ):
-  """The same as `reference.attend`, by an implementation's kernels.
+  """The same as `reference.attend` without what is refused, by kernels.
 
   Args:
     call: a `choice.Call`, which is not refused.
     launch: how they are launched, if not by `kernels.launch`.
   """
-  del relative_RK  # refused already
   H = q_BTHK.shape[2]
   static = Static(
     call.T,
     call.S,
     memory,
+    group_size(q_BTHK, k_BSGK),
     masked=mask is not None,
     strided=call.strided,
     ring=ring is not None,
@@ -164,7 +170,7 @@ def attend(
     mask = Mask(jnp.full(H, float(call.S), jnp.float32), 1.0)
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
-  arrays = mask, q_BTHK, k_BSHK, v_BSHK, ring, first_key, seed
+  arrays = mask, q_BTHK, k_BSGK, v_BSGK, ring, first_key, seed
   return _attend(kernels, static, *varying_alike(*arrays))
 
 
@@ -175,6 +181,8 @@ def refusal_of_rows(call) -> str:
   """Returns why no kernel serves a `choice.Call`; "" if one may."""
   if call.relative:
     return "its kernel has no vectors of distances (relative_RK)"
+  if call.segments:
+    return "its kernel has no segments (segment_ids, key_mask)"
   if call.K > MOST_WIDTH:
     return (
       f"its kernel serves heads up to a width of {MOST_WIDTH}, not {call.K}"
@@ -221,6 +229,11 @@ def slopes_of(inputs: Inputs, distance_HX, S: int):
   return [by(g) for g in range(len(leaves))]
 
 
+def gradient_dtype(inputs: Inputs, static: Static):
+  """Returns the dtype of `dk_BNHK`, which is summed over a group of heads."""
+  return inputs.k_BSGK.dtype if static.group == 1 else jnp.float32
+
+
 def result(inputs: Inputs, shape, dtype=jnp.float32):
   """Returns the shape and dtype of what a kernel writes.
 
@@ -248,7 +261,7 @@ def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, seed):
   residuals = mask, q, k, v, ring, first_key, seed
   q = _differentiated_once(kernels, q)
   inputs = _inputs(mask, q, k, v, ring, first_key, seed)
-  axes = (_axes_of(inputs),), ("bthk", "bht")
+  axes = (_axes_of(inputs, static),), ("bthk", "bht")
   out, lse = _on_devices(kernels.forward, static, (inputs,), *axes)
   return out, (residuals, out, lse)
 
@@ -267,7 +280,7 @@ def _attend_backward(kernels, static, residuals, d_out):
   outputs = Outputs(lse, jnp.swapaxes(mean_BTH, 1, 2), d_out)
   gradients = _on_devices(
     *(kernels.backward, static, (inputs, outputs)),
-    (_axes_of(inputs), Outputs("bht", "bht", "bthk")),
+    (_axes_of(inputs, static), Outputs("bht", "bht", "bthk")),
     ("bthk", "bnhk", "bnhk", "bhg"),
   )
   gradients = Gradients(*gradients)
@@ -282,8 +295,11 @@ def _attend_backward(kernels, static, residuals, d_out):
   before = k.shape[1] - gradients.dk_BNHK.shape[1]
   # Nothing flows to the older keys.
   dk, dv = (
-    jnp.pad(x, ((0, 0), (before, 0), (0, 0), (0, 0)))
-    for x in (gradients.dk_BNHK, gradients.dv_BNHK)
+    jnp.pad(
+      summed_by_key_head(x_BNHK, k.shape[2]).astype(k.dtype),
+      ((0, 0), (before, 0), (0, 0), (0, 0)),
+    )
+    for x_BNHK in (gradients.dk_BNHK, gradients.dv_BNHK)
   )
   none = (jax.tree.map(checks.no_gradient, x) for x in (ring, first_key, seed))
   return d_mask, gradients.dq_BTHK, dk, dv, *none
@@ -307,13 +323,15 @@ def _on_devices(function, static, args, axes, results):
     # InterpretParams keeps the order of its steps by effects, which no custom
     # partitioning carries.
     return function(*args)
-  return on_devices(function, args, axes, results)
+  return on_devices(function, args, axes, results, static.group)
 
 
-def _axes_of(inputs: Inputs) -> Inputs:
+def _axes_of(inputs: Inputs, static: Static) -> Inputs:
   """Returns the axes of all arrays, as letters."""
   of_mask = jax.tree.map(lambda _: "h", inputs.mask)
-  return Inputs(of_mask, "h", "b", "", "", "bthk", "bshk", "bshk")
+  G = inputs.k_BSGK.shape[2]
+  of_keys = "bshk" if static.group == 1 else "bsok" if G == 1 else "bsjk"
+  return Inputs(of_mask, "h", "b", "", "", "bthk", of_keys, of_keys)
 
 
 def _inputs(mask, q, k, v, ring, first_key, seed) -> Inputs:

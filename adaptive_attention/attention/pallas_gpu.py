@@ -26,6 +26,7 @@ from adaptive_attention.attention.pallas_attend import (
   Outputs,
   Static,
   cost,
+  gradient_dtype,
   heads_of,
   refusal_of_rows,
   result,
@@ -138,7 +139,7 @@ def forward(static: Static, inputs: Inputs):
   q_BTHK = inputs.q_BTHK
   B, T, H, _ = q_BTHK.shape
   given, weights_of = _common(inputs, static, blocks)
-  given += [(x, "rows") for x in (q_BTHK, inputs.k_BSHK, inputs.v_BSHK)]
+  given += [(x, "rows") for x in (q_BTHK, inputs.k_BSGK, inputs.v_BSGK)]
   return _call(
     *(pallas_gpu_kernels.forward, static, blocks, weights_of),
     walk.row_count(static.sizes(blocks.block_q, blocks.block_k), "q"),
@@ -173,7 +174,7 @@ def _dq(static, inputs, outputs):
   B, _, H, _ = q_BTHK.shape
   programs = walk.row_count(static.sizes(blocks.block_q, blocks.block_k), "q")
   given, weights_of = _common(inputs, static, blocks, static.masked)
-  given += [(inputs.k_BSHK, "rows"), (inputs.v_BSHK, "rows")]
+  given += [(inputs.k_BSGK, "rows"), (inputs.v_BSGK, "rows")]
   given += _of_queries(inputs, outputs)
   found = [(result(inputs, q_BTHK.shape, q_BTHK.dtype), "rows")]
   if static.masked:
@@ -191,13 +192,14 @@ def _dq(static, inputs, outputs):
 def _dkv(static, inputs, outputs):
   """Returns (dk_BNHK, dv_BNHK)."""
   blocks = static.launch.dkv
-  B, S, H, K = inputs.k_BSHK.shape
+  B, S, _, K = inputs.k_BSGK.shape
+  H = inputs.q_BTHK.shape[2]
   newer = static.sizes(blocks.block_q, blocks.block_k)
   newer = newer._replace(S=S - static.memory)
   shape = B, S - static.memory, H, K
-  found = result(inputs, shape, inputs.k_BSHK.dtype), "rows"
+  found = result(inputs, shape, gradient_dtype(inputs, static)), "rows"
   given, weights_of = _common(inputs, static, blocks)
-  given += [(x, "rows") for x in (inputs.k_BSHK, inputs.v_BSHK)]
+  given += [(x, "rows") for x in (inputs.k_BSGK, inputs.v_BSGK)]
   given += _of_queries(inputs, outputs)
   return _call(
     *(pallas_gpu_kernels.dkv, static, blocks, weights_of),
@@ -215,10 +217,10 @@ def _call(kernel, static, blocks, weights_of, programs, given, found, name):
     given, found: (array, kind) of what is read, (shape, kind) of results.
     name: for profilers.
   """
-  B, H = next(x.shape for x, kind in given if kind == "rows")[::2]
+  stream_B, heads_HI = given[1][0], given[0][0]
   return pl.pallas_call(
     functools.partial(kernel, static, blocks, weights_of),
-    grid=(programs, B, H),
+    grid=(programs, len(stream_B), len(heads_HI)),
     in_specs=[_spec(x.shape, kind) for x, kind in given],
     out_specs=[_spec(x.shape, kind) for x, kind in found],
     out_shape=[x for x, _ in found],

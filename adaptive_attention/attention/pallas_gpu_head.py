@@ -177,21 +177,27 @@ class Head:
     if self.static.ring:
       row += self.ints[FIRST_ROW]
       row = jnp.where(row >= self.static.S, row - self.static.S, row)
-    return self.rows(k_ref, row, exists), self.rows(v_ref, row, exists)
+    place = walk.floor_div(self.place, self.static.group)
+    return tuple(self.rows(ref, row, exists, place) for ref in (k_ref, v_ref))
 
-  def rows(self, ref, row, exists):
-    """Returns rows of a (length, H, K) array; zeros where they do not exist."""
-    at, mask = self._at(ref, row, exists)
+  def rows(self, ref, row, exists, place=None):
+    """Returns rows of a (length, H, K) array; zeros where they do not exist.
+
+    Args:
+      place: of the head in this array, by default that in arrays of all heads.
+    """
+    place = self.place if place is None else place
+    at, mask = self._at(ref, row, exists, place)
     return plgpu.load(at, mask=mask, other=0.0)
 
   def put(self, ref, row, exists, values):
     """Writes rows of a (length, H, K) array, where they exist."""
     # Interpret mode writes masked rows too, with what they held: past the end.
     row = jnp.where(exists, row, ref.shape[0])
-    at, mask = self._at(ref, row, exists)
+    at, mask = self._at(ref, row, exists, self.place)
     plgpu.store(at, values.astype(ref.dtype), mask=mask)
 
-  def _at(self, ref, row, exists):
+  def _at(self, ref, row, exists, place):
     """Returns (addresses, which exist) of rows of a (length, H, K) array.
 
     All indices are arrays, as interpret mode knows no mix of arrays and slices.
@@ -204,7 +210,7 @@ class Head:
     if shape[1] > K:
       exists &= column < K
     row = jnp.broadcast_to(row[:, None], shape)
-    return ref.at[row, jnp.full_like(row, self.place), column], exists
+    return ref.at[row, jnp.full_like(row, place), column], exists
 
   def numbers(self, ref, x):
     """Returns addresses of an (H, T) array."""

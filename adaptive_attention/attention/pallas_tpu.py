@@ -25,6 +25,7 @@ from adaptive_attention.attention.pallas_attend import (
   Outputs,
   Static,
   cost,
+  gradient_dtype,
   heads_of,
   refusal_of_rows,
   result,
@@ -226,8 +227,8 @@ def forward(static: Static, inputs: Inputs):
     plan.listed(plan.heads, "q"),
     [
       (qT, "qT"),
-      (layout.keys(inputs.k_BSHK), "k"),
-      (jnp.swapaxes(layout.keys(inputs.v_BSHK), 2, 3), "kT"),
+      (layout.keys(inputs.k_BSGK), "k"),
+      (jnp.swapaxes(layout.keys(inputs.v_BSGK), 2, 3), "kT"),
       (plan.table(), "table"),
     ],
     [(plan.struct("qT"), "qT"), (plan.struct("number", jnp.float32), "number")],
@@ -242,8 +243,8 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
   layout, K = plan.layout, plan.K
   given = [
     (layout.queries(inputs.q_BTHK), "qT"),
-    (layout.keys(inputs.k_BSHK), "k"),
-    (layout.keys(inputs.v_BSHK), "k"),
+    (layout.keys(inputs.k_BSGK), "k"),
+    (layout.keys(inputs.v_BSGK), "k"),
     (layout.queries(outputs.d_out_BTHK), "qT"),
     (layout.numbers(outputs.lse_BHT), "number"),
     (layout.numbers(outputs.mean_BHT), "number"),
@@ -283,13 +284,14 @@ def _table_struct(plan):
 def _in_one_pass(plan, given, needed):
   """Returns (dqT, dk, dv, and the gradient of the table if it is wanted)."""
   static, k = plan.static, given[1][0]
+  dtype = gradient_dtype(plan.inputs, static)
   sums = static.launch.block_k, k.shape[3]
   dk, dv, dqT, *d_table = plan.call(
     pallas_tpu_kernels.backward,
     plan.listed(plan.heads, "k"),
     given,
     [
-      *[(plan.struct("k"), "k")] * 2,
+      *[(plan.struct("k", dtype), "k")] * 2,
       (plan.struct("qT", jnp.float32), "head"),
       *_table_struct(plan),
     ],
@@ -312,13 +314,14 @@ def _in_two_passes(plan, given, needed):
     [(k.shape[3], static.launch.block_q)],
   )
   # To this pass memory does not exist.
+  dtype = gradient_dtype(plan.inputs, static)
   first_H = jnp.maximum(plan.heads.first, static.memory - static.older)
   sums = static.launch.block_k, k.shape[3]
   dk, dv = plan.call(
     pallas_tpu_kernels.dkv,
     plan.listed(plan.heads._replace(first=first_H), "k"),
     given,
-    [(plan.struct("k"), "k")] * 2,
+    [(plan.struct("k", dtype), "k")] * 2,
     [sums, sums],
   )
   return dqT, dk, dv, *d_table

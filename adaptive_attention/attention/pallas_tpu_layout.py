@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_attention.attention import walk
+from adaptive_attention.attention.heads_and_segments import for_each_query_head
 from adaptive_attention.attention.pallas_attend import Static
 
 SUBLANES = 16  # of bfloat16; a head's width is padded to whole ones
@@ -102,8 +103,9 @@ class Layout:
       x_BHRK = jnp.pad(x_BHTK, ((0, 0), (0, 0), (0, after), (0, 0)))
     return jnp.swapaxes(x_BHRK, 2, 3)
 
-  def keys(self, x_BSHK):
+  def keys(self, x_BSGK):
     """Returns (B, H, rows, K): zeros where a key does not exist."""
+    x_BSHK = for_each_query_head(x_BSGK, len(self.stride_H))
     older = self.static.older
     if self.static.ring:
       x_BSHK = jnp.roll(x_BSHK, -self.first_row, axis=1)

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 
 from adaptive_attention import masks
 from adaptive_attention.attention import dropout
+from adaptive_attention.attention.heads_and_segments import for_each_query_head
 from adaptive_attention.attention.ring import in_order
 
 
 def attend(
   q_BTHK,
-  k_BSHK,
-  v_BSHK,
+  k_BSGK,
+  v_BSGK,
   mask,
   *,
   ring,
   memory,
   first_key,
+  segments,
   relative_RK,
   dropout_rate,
   dropout_seed,
@@ -31,10 +33,11 @@ def attend(
   del memory  # the gradient is stopped already
   B, T, H, K = q_BTHK.shape
   if ring is not None:
-    k_BSHK, v_BSHK = (
+    k_BSGK, v_BSGK = (
       jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
-      for old, new in ((ring.k_NSHK, k_BSHK), (ring.v_NSHK, v_BSHK))
+      for old, new in ((ring.k_NSHK, k_BSGK), (ring.v_NSHK, v_BSGK))
     )
+  k_BSHK, v_BSHK = (for_each_query_head(x, H) for x in (k_BSGK, v_BSGK))
   S = k_BSHK.shape[1]
   # A key that does not exist may hold anything, and 0 * nan is nan.
   x_S = jnp.arange(T - S, T, dtype=jnp.int32)  # relative to the first query
@@ -44,14 +47,13 @@ def attend(
     for x in (k_BSHK, v_BSHK)
   )
   distance_TS = jnp.arange(T, dtype=jnp.int32)[:, None] - x_S[None]
-
   logits_BHTS = jnp.einsum(
     "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
   )
   if relative_RK is not None:
     logits_BHTS += _of_distances(q_BTHK, relative_RK, distance_TS)
-  bias_HTS = _bias(mask, distance_TS, exists_S)
-  weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_HTS[None])
+  bias_BHTS = _bias(mask, distance_TS, exists_S, segments)
+  weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_BHTS)
   if dropout_rate:
     kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
     weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
@@ -78,14 +80,21 @@ def _kept(seed, shape_BHT, x_S, rate):
   )
 
 
-def _bias(mask, distance_TS, exists_S):
-  """Returns (H or 1, T, S) log m + log w; -inf for later and missing keys."""
+def _bias(mask, distance_TS, exists_S, segments):
+  """Returns (B or 1, H or 1, T, S) log m + log w.
+
+  It is -inf for later and missing keys, and for those of other segments.
+  """
   exists_TS = (distance_TS >= 0) & exists_S[None]
   if mask is None:
     bias_HTS = jnp.zeros((1, *distance_TS.shape), jnp.float32)
   else:
     bias_HTS = masks.log_weight(mask, distance_TS)
-  return jnp.where(exists_TS[None], bias_HTS, -jnp.inf)
+  bias_BHTS = jnp.where(exists_TS[None], bias_HTS, -jnp.inf)[None]
+  if segments is None:
+    return bias_BHTS
+  alike_BTS = segments.query_BT[:, :, None] == segments.key_BS[:, None]
+  return jnp.where(alike_BTS[:, None], bias_BHTS, -jnp.inf)
 
 
 def _softmax(logits_BHTS):

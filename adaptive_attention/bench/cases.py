@@ -30,6 +30,11 @@ class Case(NamedTuple):
     span, period, ratio: a value per head, or one value for all heads. Without a
       span the mask is None, without a period it has no wave.
     relative: the number of vectors of distances; 0 if there are none.
+    G: heads of keys and values; 0 for as many as of queries.
+    segments: for each sequence the lengths of its packed segments, which may be
+      zero; () for one segment.
+    padding: for each sequence (start, stop), keys that nobody may attend to; ()
+      for none.
     query_scale: a factor of the queries, which makes the weights sharp.
     ramp, harmonics, integer, memory, first_key, dropout_rate: as in `attend`.
   """
@@ -52,6 +57,9 @@ class Case(NamedTuple):
   K: int = 8
   query_scale: float = 1.0
   relative: int = 0
+  G: int = 0
+  segments: tuple = ()
+  padding: tuple = ()
 
   @property
   def mask(self) -> Mask | None:
@@ -69,9 +77,26 @@ class Case(NamedTuple):
     return Mask(jnp.array(self.span, jnp.float32), ramp=self.ramp, wave=wave)
 
   @property
+  def segment_ids(self) -> np.ndarray | None:
+    """Returns (B, S) the number of each key's segment."""
+    if not self.segments:
+      return None
+    ids = [np.repeat(np.arange(len(n)), n) for n in self.segments]
+    return np.stack(ids).astype(np.int32)
+
+  @property
+  def key_mask(self) -> np.ndarray | None:
+    """Returns (B, S), false for padding."""
+    if not self.padding:
+      return None
+    key_S = np.arange(self.S)
+    return np.stack([(key_S < i) | (key_S >= j) for i, j in self.padding])
+
+  @property
   def options(self) -> dict:
     """Returns all keyword arguments of `attend` but the implementation."""
-    return {
+    hidden = {"segment_ids": self.segment_ids, "key_mask": self.key_mask}
+    return {name: x for name, x in hidden.items() if x is not None} | {
       "memory": self.memory,
       "first_key": self.first_key,
       "dropout_rate": self.dropout_rate,
@@ -83,7 +108,7 @@ def inputs(case: Case) -> tuple:
   """Returns (q_BTHK, k_BSHK, v_BSHK, dout_BTHK) in the dtype of the case."""
   random = np.random.default_rng(sum(case.name.encode()))
   queries = (case.B, case.T, case.H, case.K)
-  keys = (case.B, case.S, case.H, case.K)
+  keys = (case.B, case.S, case.G or case.H, case.K)
   q, k, v, dout = (
     random.standard_normal(shape) for shape in (queries, keys, keys, queries)
   )

@@ -63,7 +63,19 @@ def expected(case):
   return oracle.attention(
     *(q, k, v, exact_mask(case), dout),
     *(case.memory, case.first_key, keep, relative_vectors(case)),
+    alike(case),
   )
+
+
+def alike(case):
+  """Returns (B, T, S) whether a pair lies in one segment, and no padding."""
+  alike_BTS = np.ones((case.B, case.T, case.S), bool)
+  if case.segments:
+    ids_BS = case.segment_ids
+    alike_BTS &= ids_BS[:, -case.T :, None] == ids_BS[:, None]
+  if case.padding:
+    alike_BTS &= case.key_mask[:, None]
+  return alike_BTS
 
 
 def differentiated(case, implementation):
@@ -170,6 +182,7 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
       "wave_dropout",
       "relative_500",
       "span_bfloat16",
+      "grouped_integer",
     )
   ],
   ids=lambda case: case.name,
@@ -616,7 +629,12 @@ NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
     ({"k": LONG}, "(2, 8, 3, 4)"),
     ({"v": LONG}, "(2, 8, 3, 4)"),
     ({"k": LONG[:1], "v": LONG[:1]}, "(1, 8, 3, 4)"),
-    ({"k": LONG[:, :, :1], "v": LONG[:, :, :1]}, "(2, 8, 1, 4)"),
+    ({"k": LONG[:, :, :2], "v": LONG[:, :, :2]}, "(2, 8, 2, 4)"),
+    ({"k": LONG[:, :, :0], "v": LONG[:, :, :0]}, "(2, 8, 0, 4)"),
+    ({"segment_ids": np.zeros((2, 5), np.int32)}, "(2, 5)"),
+    ({"segment_ids": np.zeros((2, 7), np.float32)}, "float32"),
+    ({"key_mask": np.zeros((1, 7), bool)}, "(1, 7)"),
+    ({"key_mask": np.zeros((2, 7), np.int32)}, "int32"),
     ({"k": LONG[..., :2], "v": LONG[..., :2]}, "(2, 8, 3, 2)"),
     ({"q": LONG[:, :0]}, "(2, 0, 3, 4)"),
     ({"q": LONG[:, :5].astype(jnp.bfloat16)}, "bfloat16"),
@@ -643,6 +661,7 @@ NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
     ({"ring": Ring(LONG[:1], LONG[:1]), **NEW}, "(1, 8, 3, 4)"),
     ({"ring": Ring(LONG[:, :4], LONG[:, :4]), **NEW}, "(2, 4, 3, 4)"),
     ({"ring": Ring(LONG[..., :2], LONG[..., :2]), **NEW}, "(2, 8, 3, 2)"),
+    ({"ring": Ring(LONG[:, :, :1], LONG[:, :, :1]), **NEW}, "(2, 8, 1, 4)"),
     ({"relative_RK": LONG[0]}, "(8, 3, 4)"),
     ({"relative_RK": LONG[0, :, :, 0]}, "(8, 3)"),
     ({"mask": Mask(FOUR)}, "(4,)"),

@@ -41,6 +41,7 @@ everywhere = pytest.mark.parametrize("kernel", KERNELS)
 NAMES = (
   *("dense_dropout", "one_query", "first_key_last", "sharp"),
   *("stride_at_the_bounds", "comb_closed_and_off"),
+  *("grouped", "grouped_integer"),
 )
 NAMED = {case.name: case for case in CASES if case.name in NAMES}
 # Several blocks in each direction. 365 is a little less than the edge where a
@@ -226,6 +227,17 @@ SMALL = Case(
 )
 
 
+LENGTHS_OF = "span", "period", "ratio"
+# Two heads of keys serve two heads each.
+GROUPED = SMALL._replace(
+  span=(9.5, 60.25, 30.5, 0.0),
+  period=(3.2, 4.1, 2.5, 7.7),
+  ratio=(0.05, -0.11, 0.1, 0.0),
+  H=4,
+  G=2,
+)
+
+
 def loss(kernel):
   """A function of (q, k, v, spans, periods, ratios): not linear in the output.
 
@@ -305,23 +317,50 @@ def test_transformed(name, kernel):
 
 @two_devices
 @pytest.mark.parametrize(
-  ("kernel", "axis"),
-  [(KERNELS[-1], 0), *((kernel, 2) for kernel in KERNELS)],
+  ("kernel", "axis", "case"),
+  [
+    (KERNELS[-1], 0, SMALL),
+    *((kernel, 2, SMALL) for kernel in KERNELS),
+    *((KERNELS[-1], 2, GROUPED._replace(G=G)) for G in (1, 2)),
+  ],
 )
-def test_dealt_to_devices_it_is_what_one_computes(kernel, axis):
+def test_dealt_to_devices_it_is_what_one_computes(kernel, axis, case):
   """Nothing is gathered, and dropout draws as on one device."""
   mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
   spec = [None] * 4
   spec[axis] = "devices"
   rows = NamedSharding(mesh, PartitionSpec(*spec))
   lengths = NamedSharding(mesh, PartitionSpec("devices" if axis else None))
-  dealt = [jax.device_put(x, rows if x.ndim == 4 else lengths) for x in six()]
+  inputs = six(case)
+  whole = NamedSharding(mesh, PartitionSpec())  # of one head for all devices
+  dealt = [
+    jax.device_put(
+      x, lengths if x.ndim == 1 else rows if x.shape[axis] > 1 else whole
+    )
+    for x in inputs
+  ]
   run = jax.jit(jax.value_and_grad(loss(kernel), range(6)))
   compiled = run.lower(*dealt).compile()
   assert "all-gather" not in compiled.as_text()
   value, found = compiled(*dealt)
   assert found[0].sharding.is_equivalent_to(rows, 4)
-  exact_value, exact = run(*six())
+  exact_value, exact = run(*inputs)
+  np.testing.assert_allclose(value, exact_value, rtol=1e-5)
+  assert_alike(found, exact)
+
+
+@two_devices
+def test_heads_of_keys_that_cannot_be_dealt_evenly_are_brought_together():
+  """There are three for two devices, and each computes all heads."""
+  case = GROUPED._replace(
+    **{x: getattr(GROUPED, x) + getattr(SMALL, x) for x in LENGTHS_OF}, H=6, G=3
+  )
+  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+  heads = NamedSharding(mesh, PartitionSpec(None, None, "devices"))
+  q, *others = six(case)
+  run = jax.jit(jax.value_and_grad(loss(KERNELS[-1]), range(6)))
+  value, found = run(jax.device_put(q, heads), *others)
+  exact_value, exact = run(q, *others)
   np.testing.assert_allclose(value, exact_value, rtol=1e-5)
   assert_alike(found, exact)
 
