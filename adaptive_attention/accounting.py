@@ -2,10 +2,11 @@
 
 Multiply-adds (MACs) per token of the whole model:
 
-  L (4 D^2 + 2 D F) + D V + 2 K * (open pairs per token, summed over all heads)
+  L (2 D^2 + 2 D G K + 2 D F) + D V
+    + 2 K * (open pairs per token, summed over all heads)
 
 The last term is that of attention: an open pair takes K MACs for its score and
-K for its value. F = 4 D.
+K for its value. F = 4 D. There are G heads of keys and values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,15 +130,15 @@ def cache_bytes(
     ceil(z + R) tokens or `config.cache_tokens` if that is less.
   """
   row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
-  reach_LH = [decode.reach(mask, config.cache_tokens) for mask in layers]
-  heads = config.n_head
+  heads = config.n_kv_head
+  reach_LG = _key_reaches(layers, config)
   rows = {
     "dense": config.n_layer * heads * config.cache_tokens,
-    "layer": sum(heads * reach_H.max() for reach_H in reach_LH),
+    "layer": sum(heads * reach_G.max() for reach_G in reach_LG),
     "head": sum(
       len(group.heads) * group.ring_rows for group in _groups(layers, config)
     ),
-    "reach": sum(reach_H.sum() for reach_H in reach_LH),
+    "reach": sum(reach_G.sum() for reach_G in reach_LG),
   }
   return {name: int(count) * row for name, count in rows.items()}
 
@@ -145,7 +146,9 @@ def cache_bytes(
 def cache_reads(
   layers: Sequence[masks.Mask], config: ModelConfig
 ) -> dict[str, int]:
-  """Returns how many keys are read per token, over all layers and heads.
+  """Returns how many keys are read per token, over all layers and their heads.
+
+  A head of keys is read once for all heads of queries that it serves.
 
   Returns:
     `dense`, where every head reads `config.cache_tokens` keys; `reach`, where
@@ -155,12 +158,11 @@ def cache_reads(
   """
   distance = np.arange(config.cache_tokens)
   return {
-    "dense": config.n_layer * config.n_head * config.cache_tokens,
-    "reach": sum(
-      int(decode.reach(mask, config.cache_tokens).sum()) for mask in layers
-    ),
+    "dense": config.n_layer * config.n_kv_head * config.cache_tokens,
+    "reach": sum(int(n_G.sum()) for n_G in _key_reaches(layers, config)),
     "open": sum(
-      int(np.asarray(masks.is_open(mask, distance)).sum()) for mask in layers
+      int(_by_key_head(masks.is_open(mask, distance), config).any(1).sum())
+      for mask in layers
     ),
     "cache": sum(
       len(group.heads) * group.reads for group in _groups(layers, config)
@@ -168,10 +170,24 @@ def cache_reads(
   }
 
 
+def _by_key_head(x_HS, config) -> np.ndarray:
+  """Returns (G, H / G, S): the numbers of heads that read the same keys."""
+  x_HS = np.asarray(x_HS)
+  return x_HS.reshape(config.n_kv_head, -1, x_HS.shape[-1])
+
+
+def _key_reaches(layers, config) -> list[np.ndarray]:
+  """Returns, for each layer, the reach of each head of keys."""
+  return [
+    decode.key_reach(mask, config.cache_tokens, config.n_kv_head)
+    for mask in layers
+  ]
+
+
 def _groups(layers, config) -> Iterator[decode.Group]:
   """Yields the groups of heads of all layers."""
   for mask in layers:
-    yield from decode.groups_of(mask, config.cache_tokens)
+    yield from decode.groups_of(mask, config.cache_tokens, config.n_kv_head)
 
 
 def train_flops_per_token(config: ModelConfig) -> float:
@@ -185,4 +201,6 @@ def train_flops_per_token(config: ModelConfig) -> float:
   D, L, V = config.width, config.n_layer, config.vocab_size
   # The mean number of keys of a query.
   keys = (config.context_tokens + 1) / 2 + config.memory_tokens
-  return 6 * (L * (4 * D**2 + 2 * D * 4 * D) + D * V + 2 * D * L * keys)
+  of_keys = D * config.n_kv_head // config.n_head
+  layer = 2 * D**2 + 2 * D * of_keys + 2 * D * 4 * D
+  return 6 * (L * layer + D * V + 2 * D * L * keys)

@@ -117,6 +117,9 @@ class ModelConfig:
   vocab_size: int = 256
   n_layer: int = 12
   n_head: int = 8
+  # Heads of keys and values, each for n_head / n_kv_head heads; 0 for n_head.
+  # Memory and cache take as much less.
+  n_kv_head: int = 0
   width: int = 512
   # Tokens of a training segment. Learned positions are as many.
   context_tokens: int = 512
@@ -168,6 +171,8 @@ class ModelConfig:
   def __post_init__(self) -> None:
     if self.max_span == 0:
       object.__setattr__(self, "max_span", self.context_tokens)
+    if self.n_kv_head == 0:
+      object.__setattr__(self, "n_kv_head", self.n_head)
     try:
       self._check_sizes()
       self._check_choices()
@@ -184,6 +189,12 @@ class ModelConfig:
       "width",
       self.width % self.n_head == 0,
       f"a multiple of model.n_head={self.n_head}",
+    )
+    _require(
+      self,
+      "n_kv_head",
+      self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0,
+      f"0, or a number that divides model.n_head={self.n_head}",
     )
     for name in ("max_span", "ramp"):
       value = getattr(self, name)

@@ -24,7 +24,8 @@ class KVCache(flax.struct.PyTreeNode):
 
   Attributes:
     k, v: for each group (B, G, P, Y, K); see `attention.decode` for the axes.
-    bias: for each group (G, r, Y) log m + log w by distance; -inf where hidden.
+    bias: for each group (G, Q, r, Y) log m + log w by distance; -inf where
+      hidden.
     groups: static; the groups of heads.
   """
 
@@ -36,8 +37,8 @@ class KVCache(flax.struct.PyTreeNode):
   def attend(
     self,
     q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
     mask: masks.Mask | None,
     *,
     tokens_read: jax.Array | np.uint32 | int,
@@ -69,8 +70,8 @@ class KVCache(flax.struct.PyTreeNode):
         "the model without train=True"
       )
     k, v = (
-      self._appended(rings, x_BTHK, tokens_read)
-      for rings, x_BTHK in ((self.k, k_BTHK), (self.v, v_BTHK))
+      self._appended(rings, x_BTGK, tokens_read)
+      for rings, x_BTGK in ((self.k, k_BTGK), (self.v, v_BTGK))
     )
     if T == 1:
       out_BTHK = decode.attend_one(
@@ -78,7 +79,7 @@ class KVCache(flax.struct.PyTreeNode):
       )
     else:
       out_BTHK = self._attend_to_all(
-        *(q_BTHK, k_BTHK, v_BTHK, mask, tokens_read),
+        *(q_BTHK, k_BTGK, v_BTGK, mask, tokens_read),
         relative_RK=relative_RK,
         implementation=implementation,
       )
@@ -87,42 +88,42 @@ class KVCache(flax.struct.PyTreeNode):
   def _appended(
     self,
     rings: tuple[jax.Array, ...],
-    x_BTHK: jax.Array,
+    x_BTGK: jax.Array,
     tokens_read: jax.Array | np.uint32 | int,
   ) -> tuple[jax.Array, ...]:
     """Returns the rings of all groups, with the T new tokens written."""
     return tuple(
-      decode.put(group, ring, x_BTHK[:, :, np.array(group.heads)], tokens_read)
+      decode.put(group, ring, x_BTGK[:, :, np.array(group.heads)], tokens_read)
       for group, ring in zip(self.groups, rings, strict=True)
     )
 
   def _attend_to_all(
-    self, q_BTHK, k_BTHK, v_BTHK, mask, tokens_read, **options
+    self, q_BTHK, k_BTGK, v_BTGK, mask, tokens_read, **options
   ):
     """Returns out_BTHK of T new tokens over the cache and over themselves."""
     if known(tokens_read) == 0:  # Then nothing in the cache is visible.
-      return attend(q_BTHK, k_BTHK, v_BTHK, mask, **options)
+      return attend(q_BTHK, k_BTGK, v_BTGK, mask, **options)
     out_BTHK = jnp.zeros_like(q_BTHK)
     for group, k, v in zip(self.groups, self.k, self.v, strict=True):
-      heads = np.array(group.heads)
+      heads, query_heads = np.array(group.heads), group.query_heads
       k_BSGK, v_BSGK = (
         jnp.concatenate(
           [decode.in_order(group, ring, tokens_read), x[:, :, heads]], axis=1
         )
-        for ring, x in ((k, k_BTHK), (v, v_BTHK))
+        for ring, x in ((k, k_BTGK), (v, v_BTGK))
       )
       older = group.ring_rows
       read = jnp.minimum(tokens_read, older).astype(jnp.int32)
-      out_BTGK = attend(
-        q_BTHK[:, :, heads],
+      of_group = attend(
+        q_BTHK[:, :, query_heads],
         k_BSGK,
         v_BSGK,
-        jax.tree.map(lambda x_H, heads=heads: x_H[heads], mask),
+        jax.tree.map(lambda x_H, at=query_heads: x_H[at], mask),
         memory=older,
         first_key=older - read,
         **options,
       )
-      out_BTHK = out_BTHK.at[:, :, heads].set(out_BTGK)
+      out_BTHK = out_BTHK.at[:, :, query_heads].set(of_group)
     return out_BTHK
 
   @property
@@ -154,10 +155,14 @@ def cache_groups(
   match cache:
     case "spans":
       return tuple(
-        decode.groups_of(jax.tree.map(np.asarray, mask), config.cache_tokens)
+        decode.groups_of(
+          jax.tree.map(np.asarray, mask), config.cache_tokens, config.n_kv_head
+        )
         for mask in mask_params(params, config)
       )
     case "dense":
-      dense = decode.dense_groups(config.n_head, config.cache_tokens)
+      dense = decode.dense_groups(
+        config.n_head, config.cache_tokens, config.n_kv_head
+      )
       return (dense,) * config.n_layer
   raise ValueError(f"cache={cache!r} is unknown; choose one of {CACHES}")

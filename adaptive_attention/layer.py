@@ -1,7 +1,8 @@
 """Self-attention whose heads learn spans and waves, as a Flax (linen) layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -60,8 +61,10 @@ class AdaptiveSelfAttention(nn.Module):
 
   Attributes:
     num_heads: H.
-    qkv_features: H K, the width of the queries of all heads, and of keys and
-      values alike; by default the last axis of the input.
+    num_kv_heads: G, the heads of keys and values, each of which serves H / G
+      heads (Ainslie et al. 2023, "GQA"); by default H.
+    qkv_features: H K, the width of the queries of all heads; by default the
+      last axis of the input. Keys and values have G K.
     out_features: the width of the output; by default the last axis of the
       input.
     dropout_rate: the share of attention weights to drop.
@@ -92,6 +95,7 @@ class AdaptiveSelfAttention(nn.Module):
   """
 
   num_heads: int
+  num_kv_heads: int | None = None
   qkv_features: int | None = None
   out_features: int | None = None
   dropout_rate: float = 0.0
@@ -121,7 +125,12 @@ class AdaptiveSelfAttention(nn.Module):
     )
 
   def __call__(
-    self, x_BTD: jax.Array, *, deterministic: bool | None = None
+    self,
+    x_BTD: jax.Array,
+    *,
+    deterministic: bool | None = None,
+    segment_ids: jax.Array | None = None,
+    key_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Returns (B, T, out_features) y, where a token attends to none after it.
 
@@ -130,8 +139,13 @@ class AdaptiveSelfAttention(nn.Module):
       deterministic: whether nothing is dropped. Where a dropout rate is not
         zero, it must be given here or as the field; if it is False,
         `rngs={"dropout": key}` is needed.
+      segment_ids: (B, T) integers; no token attends to one of another segment,
+        as where sequences are packed.
+      key_mask: (B, T), false for padding, to which no token attends.
     """
-    return self.extend(x_BTD, deterministic)[0]
+    hidden = {"segment_ids": segment_ids, "key_mask": key_mask}
+    hidden = {name: x for name, x in hidden.items() if x is not None}
+    return self.extend(x_BTD, deterministic, hidden=hidden)[0]
 
   @nn.compact
   def extend(
@@ -142,6 +156,7 @@ class AdaptiveSelfAttention(nn.Module):
     tokens_read: state.TokensRead = 0,
     position: jax.Array | None = None,
     relative_RK: jax.Array | None = None,
+    hidden: Mapping[str, Any] = MappingProxyType({}),
   ) -> tuple[jax.Array, state.LayerState | None]:
     """Returns (y_BTD, the state with these tokens) of the next T tokens.
 
@@ -151,37 +166,49 @@ class AdaptiveSelfAttention(nn.Module):
       position: (T,) or (B, T) integers, the positions of these tokens; by
         default those from `tokens_read` on.
       relative_RK: the vectors of distances, in place of the layer's own.
+      hidden: segment_ids and key_mask, where no state is given.
     """
     B, T, D = x_BTD.shape
-    features = self.qkv_features or D
-    self._check(features)
-    K = features // self.num_heads
+    q_BTHK, k_BTGK, v_BTGK = self._qkv(x_BTD)
     drops = self._drops(deterministic)
-    qkv = self._dense(3 * features, self.kernel_init, "qkv")(x_BTD)
-    q_BTHK, k_BTHK, v_BTHK = (
-      x.reshape(B, T, self.num_heads, K) for x in jnp.split(qkv, 3, axis=-1)
-    )
     if position is None:
       position = jnp.arange(T, dtype=jnp.uint32) + tokens_read
     if self.position == "rotary":
-      q_BTHK, k_BTHK = (positions.rotate(x, position) for x in (q_BTHK, k_BTHK))
+      q_BTHK, k_BTGK = (positions.rotate(x, position) for x in (q_BTHK, k_BTGK))
     elif self.position == "relative" and relative_RK is None:
-      relative_RK = self._relative(K)
+      relative_RK = self._relative(q_BTHK.shape[-1])
     y_BTHK, layer_state = state.attend(
       layer_state,
-      *(q_BTHK, k_BTHK, v_BTHK),
+      q_BTHK,
+      k_BTGK,
+      v_BTGK,
       self._mask(T, layer_state is None),
       tokens_read=tokens_read,
       relative_RK=relative_RK,
       implementation=self.implementation,
       **self._dropout(drops),
+      **hidden,
     )
     out_init = self.out_kernel_init or self.kernel_init
     y_BTD = self._dense(self.out_features or D, out_init, "out")(
-      y_BTHK.reshape(B, T, features)
+      y_BTHK.reshape(B, T, math.prod(y_BTHK.shape[2:]))
     )
     y_BTD = nn.Dropout(self.out_dropout_rate)(y_BTD, deterministic=not drops)
     return y_BTD, layer_state
+
+  def _qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (q_BTHK, k_BTGK, v_BTGK)."""
+    B, T, D = x_BTD.shape
+    features = self.qkv_features or D
+    self._check(features)
+    K = features // self.num_heads
+    of_keys = (self.num_kv_heads or self.num_heads) * K
+    qkv = self._dense(features + 2 * of_keys, self.kernel_init, "qkv")(x_BTD)
+    q, k, v = (
+      x.reshape(B, T, x.shape[-1] // K, K)
+      for x in jnp.split(qkv, [features, features + of_keys], axis=-1)
+    )
+    return q, k, v
 
   def _drops(self, deterministic: bool | None) -> bool:
     """Returns whether anything is dropped in this call."""
@@ -258,6 +285,12 @@ class AdaptiveSelfAttention(nn.Module):
 
     H = self.num_heads
     require("num_heads", H >= 1, "an integer of at least 1")
+    G = H if self.num_kv_heads is None else self.num_kv_heads
+    require(
+      "num_kv_heads",
+      G >= 1 and H % G == 0,
+      f"None, or a number that divides num_heads={H}",
+    )
     require(
       "qkv_features", features % H == 0, f"a multiple of {H} heads", features
     )

@@ -103,6 +103,7 @@ def attention_layer(
   """Returns the attention layer of a model of these settings."""
   return AdaptiveSelfAttention(
     num_heads=config.n_head,
+    num_kv_heads=config.n_kv_head,
     dropout_rate=config.dropout,
     out_dropout_rate=config.dropout,
     max_span=config.mask_bounds.max_span,

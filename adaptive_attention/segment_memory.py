@@ -21,7 +21,7 @@ class SegmentKV(flax.struct.PyTreeNode):
   """One layer's keys and values of N streams, in rings.
 
   Attributes:
-    k, v: (N, S, H, K), as in a `Ring`.
+    k, v: (N, S, G, K), as in a `Ring`.
     memory_tokens: static; how many tokens before a segment are visible.
     first_stream: the stream that a call begins with; None for the first.
   """
@@ -34,8 +34,8 @@ class SegmentKV(flax.struct.PyTreeNode):
   def attend(
     self,
     q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
     mask: masks.Mask | None,
     *,
     tokens_read: jax.Array | np.uint32 | int,
@@ -46,7 +46,7 @@ class SegmentKV(flax.struct.PyTreeNode):
     Raises:
       ValueError: a number of tokens that needs rings of another length.
     """
-    T, S = k_BTHK.shape[1], self.k.shape[1]
+    T, S = k_BTGK.shape[1], self.k.shape[1]
     if ring_rows(self.memory_tokens, T) != S:
       raise ValueError(
         f"rings of {S} rows do not serve calls with {T} tokens over a memory "
@@ -60,7 +60,7 @@ class SegmentKV(flax.struct.PyTreeNode):
     read = jnp.minimum(tokens_read, self.memory_tokens).astype(jnp.int32)
     out_BTHK, ring = attend_ring(
       Ring(self.k, self.v, first_row, stream),
-      *(q_BTHK, k_BTHK, v_BTHK, mask),
+      *(q_BTHK, k_BTGK, v_BTGK, mask),
       first_key=S - T - read,
       **options,
     )

@@ -32,8 +32,8 @@ class LayerState(Protocol):
   def attend(
     self,
     q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
     mask: masks.Mask | None,
     *,
     tokens_read: TokensRead,
@@ -46,7 +46,7 @@ class LayerState(Protocol):
 
     Args:
       tokens_read: how many tokens of each sequence came before.
-      q_BTHK, k_BTHK, v_BTHK, mask, relative_RK: as in `attention.attend`.
+      q_BTHK, k_BTGK, v_BTGK, mask, relative_RK: as in `attention.attend`.
       dropout_rate, dropout_seed, implementation: as in `attention.attend`.
 
     Raises:
@@ -58,8 +58,8 @@ class LayerState(Protocol):
 def attend(
   state: LayerState | None,
   q_BTHK: jax.Array,
-  k_BTHK: jax.Array,
-  v_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGK: jax.Array,
   mask: masks.Mask | None,
   *,
   tokens_read: TokensRead,
@@ -70,15 +70,24 @@ def attend(
   Args:
     state: the layer's part; if it is None, only the new tokens are there.
     options: relative_RK, dropout_rate, dropout_seed and implementation, as in
-      `attention.attend`.
+      `attention.attend`; without a state segment_ids and key_mask, too.
 
   Returns:
     (out_BTHK, the new part of the layer, or None).
+
+  Raises:
+    NotImplementedError: segments or padding in what follows a state.
   """
   if state is None:
-    return attend_plainly(q_BTHK, k_BTHK, v_BTHK, mask, **options), None
+    return attend_plainly(q_BTHK, k_BTGK, v_BTGK, mask, **options), None
+  for name in ("segment_ids", "key_mask"):
+    if name in options:
+      raise NotImplementedError(
+        f"{name} is not served over a state, whose tokens have none; give "
+        "whole sequences without a state"
+      )
   return state.attend(
-    q_BTHK, k_BTHK, v_BTHK, mask, tokens_read=tokens_read, **options
+    q_BTHK, k_BTGK, v_BTGK, mask, tokens_read=tokens_read, **options
   )
 
 
@@ -186,7 +195,7 @@ def path_today(path: str) -> str:
 def init_memory(config: ModelConfig, streams: int, T: int) -> State:
   """Returns an empty segment memory of N streams, for calls with T tokens.
 
-  Each layer has (N, S, H, K) keys and values in `config.compute_dtype`, where S
+  Each layer has (N, S, G, K) keys and values in `config.compute_dtype`, where S
   is the memory in whole segments and one segment more.
 
   Args:
@@ -203,7 +212,7 @@ def init_memory(config: ModelConfig, streams: int, T: int) -> State:
   shape = (
     streams,
     ring_rows(config.memory_tokens, T),
-    config.n_head,
+    config.n_kv_head,
     config.width // config.n_head,
   )
 

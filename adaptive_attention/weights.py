@@ -85,6 +85,12 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
       f"model.position={config.position!r} has no parameters in a published "
       "model; give model.position=learned"
     )
+  if config.n_kv_head != config.n_head:
+    raise WeightsError(
+      f"model.n_kv_head={config.n_kv_head} has no place in a published model, "
+      f"whose layers have as many heads of keys as the {config.n_head} of "
+      "queries; give model.n_kv_head=0"
+    )
   names = {
     "transformer.wte.weight": ("embed/embedding", False),
     "transformer.wpe.weight": ("position_0", False),

@@ -116,7 +116,7 @@ def test_integer_waves_are_strides_and_what_is_hidden_is_not_read():
   config = changed(**MODELS["integer waves"])
   params = parameters(config)
   layers = mask_params(params, config)
-  groups = decode.groups_of(layers[0], config.cache_tokens)
+  groups = decode.groups_of(layers[0], config.cache_tokens, 4)
   periods = {group.period for group in groups}
   assert len(periods) > 1
   reads = accounting.cache_reads(layers, config)
@@ -133,7 +133,7 @@ def test_groups_hold_the_reach_of_heads_and_hardly_more(longest):
   mask = Mask(jnp.asarray(spans))
   reach_H = decode.reach(mask, longest)
   np.testing.assert_array_equal(reach_H, np.minimum(spans + 32, longest))
-  groups = decode.groups_of(mask, longest)
+  groups = decode.groups_of(mask, longest, 8)
   assert sorted(h for g in groups for h in g.heads) == list(range(8))
   for group in groups:
     assert group.rows == max(reach_H[h] for h in group.heads)
@@ -149,13 +149,29 @@ def test_open_residues_of_waves():
     integer=True,
   )
   mask = Mask(jnp.array([100.0, 90.0, 50.0, 10.0]), 4.0, wave)
-  groups = decode.groups_of(mask, 1000)
+  groups = decode.groups_of(mask, 1000, 4)
   # The third and the fourth head have all residues open.
   assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
     ((1, 0), 4, (0,), 26),
     ((2,), 1, (0,), 54),
     ((3,), 1, (0,), 14),
   }
+
+
+def test_a_head_of_keys_keeps_what_any_of_its_query_heads_reads():
+  wave = Wave(
+    jnp.array([4.0, 4.2, 3.0, 5.0]),
+    jnp.array([-0.25, 0.0, -0.25, -0.25]),
+    integer=True,
+  )
+  mask = Mask(jnp.array([100.0, 30.0, 9.0, 50.0]), 4.0, wave)
+  groups = decode.groups_of(mask, 1000, 2)
+  # Period 4 is open at residues 0, and at 0, 1 and 3. Two periods are none.
+  assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
+    ((0,), 4, (0, 1, 3), 26),
+    ((1,), 1, (0,), 54),
+  }
+  assert {tuple(g.query_heads) for g in groups} == {(0, 1), (2, 3)}
 
 
 def test_the_cache_takes_the_bytes_that_are_counted():

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention import (
   AdaptiveSelfAttention,
@@ -69,6 +71,46 @@ def test_without_masks_it_is_the_attention_of_flax():
   ).apply({"params": theirs}, X, mask=nn.make_causal_mask(X[..., 0]))
   y_BTD = module.apply({"params": params}, X)
   np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
+
+
+def test_a_head_of_keys_serves_several_heads():
+  """It gives what a layer gives that has the same keys once for each head."""
+  fields = {"num_heads": 6, "max_span": 8, "ramp": 2.0, "position": "rotary"}
+  module = layer(**fields, num_kv_heads=2)
+  params = init(module)
+  assert params["qkv"]["kernel"].shape == (12, 12 + 2 * 4)
+  assert params["span_logit"].shape == (6,)
+
+  def for_each_head(x):
+    q, *of_keys = jnp.split(x, [12, 16], axis=-1)
+    split = (x.reshape(*x.shape[:-1], 2, 2) for x in of_keys)
+    whole = (jnp.repeat(x, 3, axis=-2) for x in split)
+    return jnp.concatenate(
+      [q, *(x.reshape(*x.shape[:-2], 12) for x in whole)], axis=-1
+    )
+
+  whole = params | {"qkv": jax.tree.map(for_each_head, params["qkv"])}
+  np.testing.assert_allclose(
+    module.apply({"params": params}, X),
+    layer(**fields).apply({"params": whole}, X),
+    atol=1e-6,
+  )
+
+
+@pytest.mark.parametrize("position", [None, "rotary", "relative"])
+def test_packed_sequences_give_what_they_give_alone(position):
+  module = layer(max_span=8, position=position)
+  params = init(module)
+  ids = jnp.array([[0] * 4 + [1] * 5, [3] * 9])
+  y_BTD = module.apply({"params": params}, X, segment_ids=ids)
+  for row, part in ((0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 9))):
+    alone = module.apply({"params": params}, X[row : row + 1, part])[0]
+    np.testing.assert_allclose(y_BTD[row, part], alone, atol=1e-6)
+  # Padding before a sequence changes nothing, either.
+  key_mask = jnp.arange(9) >= jnp.array([[3], [0]])
+  y_BTD = module.apply({"params": params}, X, key_mask=key_mask)
+  alone = module.apply({"params": params}, X[:1, 3:])[0]
+  np.testing.assert_allclose(y_BTD[0, 3:], alone, atol=1e-6)
 
 
 def test_initial_values_depend_on_no_depth():
@@ -161,6 +203,8 @@ def test_positions():
   ("fields", "told"),
   [
     ({"num_heads": 0}, "num_heads=0"),
+    ({"num_kv_heads": 0}, "num_kv_heads=0"),
+    ({"num_kv_heads": 4}, "num_kv_heads=4"),
     ({"qkv_features": 7}, "qkv_features=7"),
     ({"qkv_features": 6, "position": "rotary"}, "position='rotary'"),
     ({"position": "absolute"}, "position='absolute'"),
@@ -192,3 +236,147 @@ def test_fields_that_are_not_possible_are_named(fields, told):
 def test_bounds_that_are_not_possible_are_named(name, value):
   with pytest.raises(ValueError, match=rf"^{name}={value} is not possible"):
     WaveBounds(**{name: value})
+
+
+# Everything a layer can learn; a dimension of heads that two devices share.
+WHOLE = {
+  "num_heads": 4,
+  "num_kv_heads": 2,
+  "qkv_features": 16,
+  "max_span": 8,
+  "ramp": 2.0,
+  "wave": WaveBounds(integer=True),
+  "position": "rotary",
+  "implementation": "blocked",
+}
+
+
+def value_and_gradient(apply, params, x_BTD=X):
+  return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(apply(p, x_BTD))))(params)
+
+
+def assert_alike(found, expected):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+    *(found, expected),
+  )
+
+
+@pytest.fixture(scope="module")
+def whole():
+  """Returns (the layer, its parameters, value and gradient of these)."""
+  module = layer(**WHOLE)
+  params = init(module)
+  plain = jax.jit(lambda p, x: module.apply({"params": p}, x))
+  return module, params, value_and_gradient(plain, params)
+
+
+@pytest.mark.parametrize("transform", [jax.checkpoint, "nn.remat", jax.vmap])
+def test_a_layer_under_transformations(whole, transform):
+  module, params, expected = whole
+
+  def plain(p, x):
+    return module.apply({"params": p}, x)
+
+  match transform:
+    case "nn.remat":
+      again = nn.remat(AdaptiveSelfAttention)(**REFERENCE | WHOLE)
+
+      def apply(p, x):
+        return again.apply({"params": p}, x)
+    case jax.vmap:  # over the sequences
+
+      def apply(p, x):
+        return jax.vmap(plain, (None, 0))(p, x[:, None])
+    case _:
+      apply = transform(plain)
+  assert_alike(value_and_gradient(jax.jit(apply), params), expected)
+
+
+def test_layers_stacked_by_scan(whole):
+  """The masks are those of layers one after the other."""
+  module, params, _ = whole
+
+  class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x_BTD):
+      def one(layer, x_BTD, _):
+        return x_BTD + layer(x_BTD), None
+
+      scanned = nn.scan(
+        one,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=2,
+      )
+      return scanned(layer(**WHOLE, name="layers"), x_BTD, None)[0]
+
+  params = Stacked().init(jax.random.key(0), X)["params"]
+  layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in (0, 1)]
+
+  def one_by_one(params, x_BTD):
+    for i in range(2):
+      of_layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+      x_BTD += module.apply({"params": of_layer}, x_BTD)
+    return x_BTD
+
+  def stacked(params, x_BTD):
+    return Stacked().apply({"params": params}, x_BTD)
+
+  assert_alike(
+    value_and_gradient(jax.jit(stacked), params),
+    value_and_gradient(jax.jit(one_by_one), params),
+  )
+  for mask, of_layer in zip(mask_params(params, module), layers, strict=True):
+    assert_alike(mask, mask_params({"layer": of_layer}, module)[0])
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="it needs two devices")
+@pytest.mark.parametrize("axis", ["streams", "heads"])
+def test_a_layer_dealt_to_two_devices(whole, axis):
+  module, params, expected = whole
+  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+
+  def dealt(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  x_BTD = dealt(X, "devices") if axis == "streams" else dealt(X)
+  if axis == "heads":
+    params = jax.tree.map(dealt, params)
+    params["out"]["kernel"] = dealt(params["out"]["kernel"], "devices")
+    params["span_logit"] = dealt(params["span_logit"], "devices")
+  apply = jax.jit(lambda p, x: module.apply({"params": p}, x))
+  assert_alike(value_and_gradient(apply, params, x_BTD), expected)
+
+
+def test_a_layer_in_a_model_of_nnx(whole):
+  """Through the bridge of flax; its masks are read from the same state."""
+  module, params, (value, gradient) = whole
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.attention = nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(X)
+
+    def __call__(self, x_BTD):
+      return self.attention(x_BTD)
+
+  model = Model(nnx.Rngs(0))
+  state = nnx.state(model, nnx.Param)
+  tree = nnx.to_pure_dict(state)
+  assert jax.tree.map(jnp.shape, tree["attention"]) == jax.tree.map(
+    jnp.shape, params
+  )
+  nnx.replace_by_pure_dict(state, {"attention": params})
+  nnx.update(model, state)
+
+  @nnx.jit
+  def found(model):
+    return nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(X))))(model)
+
+  found_value, found_gradient = found(model)
+  np.testing.assert_allclose(found_value, value, rtol=1e-5)
+  found_gradient = nnx.to_pure_dict(nnx.state(found_gradient, nnx.Param))
+  assert_alike(found_gradient["attention"], gradient)
+  (mask,) = mask_params(nnx.to_pure_dict(state), module)
+  assert_alike(mask, mask_params({"attention": params}, module)[0])

@@ -241,6 +241,8 @@ def test_longer_than_the_context_is_refused():
   [
     ("n_layer", 0),
     ("n_head", -1),
+    ("n_kv_head", -1),
+    ("n_kv_head", 3),
     ("width", 15),
     ("context_tokens", 0),
     ("attention", "sparse"),

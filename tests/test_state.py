@@ -107,7 +107,10 @@ def test_every_segment_is_the_end_of_one_sequence(
   attention, position, implementation
 ):
   config = changed(
-    attention=attention, position=position, implementation=implementation
+    n_kv_head=1,
+    attention=attention,
+    position=position,
+    implementation=implementation,
   )
   params = parameters(config)
   found = by_segments(config, params)

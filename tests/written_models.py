@@ -87,6 +87,14 @@ MODELS = {
     "position": "relative",
     "harmonics": 0,
   },
+  # Heads of keys serve two heads, or all four.
+  "grouped integer waves": {
+    "attention": "span_wave",
+    "period": "integer",
+    "position": "relative",
+    "n_kv_head": 2,
+  },
+  "grouped spans": {"n_kv_head": 1},
   # Texts that are longer than the context of layers without spans.
   "long, dense": {"attention": "dense", "context_tokens": 24},
   "long, dense, relative": {

@@ -1,11 +1,14 @@
 """Attention of one query to the KV cache of each head.
 
 The keys and values of a head stand in a ring of at least as many rows as its
-reach, ceil(z + R) tokens. Under a wave of an integer period P the rows are
-dealt into P residue classes by position, and only the classes at an open
-distance are read. That is exact: the weight of what is not read is zero.
+reach, ceil(z + R) tokens. Where a head of keys serves several heads of queries
+its ring reaches as far as the farthest of these. Under a wave of an integer
+period P the rows are dealt into P residue classes by position, and only the
+classes at an open distance are read. That is exact: the weight of what is not
+read is zero.
 
-Axes: G heads of one group, P residue classes, Y rows of each, r open residues.
+Axes: G heads of keys of one group, Q heads of queries that each of them serves,
+P residue classes, Y rows of each, r open residues.
 """
 
 import functools
@@ -25,16 +28,24 @@ class Group(NamedTuple):
   """Heads whose rings are of one size; static.
 
   Attributes:
-    heads: their indices in the layer.
+    heads: their indices among the layer's heads of keys.
+    queries: Q.
     period: P; 1 where all keys of a ring are read.
     rows: Y.
     residues: the open residues of distances mod P, the same for all its heads.
   """
 
   heads: tuple[int, ...]
+  queries: int
   period: int
   rows: int
   residues: tuple[int, ...]
+
+  @property
+  def query_heads(self) -> np.ndarray:
+    """The indices of the query heads, (G Q,)."""
+    first_G1 = self.queries * np.array(self.heads)[:, None]
+    return (first_G1 + np.arange(self.queries)).ravel()
 
   @property
   def ring_rows(self) -> int:
@@ -61,45 +72,60 @@ def reach(mask: masks.Mask, longest: int) -> np.ndarray:
   return np.asarray(masks.is_open(spans, np.arange(longest))).sum(axis=1)
 
 
-def groups_of(mask: masks.Mask, longest: int) -> tuple[Group, ...]:
-  """Returns a layer's heads in as few groups as _WASTE allows.
+def key_reach(mask: masks.Mask, longest: int, key_heads: int) -> np.ndarray:
+  """Returns for each head of keys the longest reach of its query heads."""
+  return reach(mask, longest).reshape(key_heads, -1).max(axis=1)
+
+
+def groups_of(
+  mask: masks.Mask, longest: int, key_heads: int
+) -> tuple[Group, ...]:
+  """Returns a layer's heads of keys in as few groups as _WASTE allows.
 
   Args:
-    mask: concrete.
+    mask: concrete, of the heads of queries.
     longest: the longest reach that a head gets.
+    key_heads: how many heads of keys the layer has.
   """
-  reach_H = reach(mask, longest)
-  strides = [(1, (0,))] * len(reach_H)
+  queries = len(mask.span) // key_heads
+  reach_H = key_reach(mask, longest, key_heads)
+  strides = [(1, (0,))] * key_heads
   if mask.wave is not None and mask.wave.integer:
-    strides = _strides(mask.wave)
+    strides = _strides(mask.wave, key_heads)
   groups = []
   for stride in sorted(set(strides)):
     heads = [h for h, other in enumerate(strides) if other == stride]
     period, residues = stride
     rows = {h: -(-int(reach_H[h]) // period) for h in heads}
     for part in _parted(sorted(heads, key=rows.get), rows):
-      groups.append(Group(part, period, rows[part[-1]], residues))
+      groups.append(Group(part, queries, period, rows[part[-1]], residues))
   return tuple(groups)
 
 
-def dense_groups(heads: int, longest: int) -> tuple[Group, ...]:
+def dense_groups(heads: int, longest: int, key_heads: int) -> tuple[Group, ...]:
   """Returns one group of all heads, whose rings are of the `longest` reach."""
-  return (Group(tuple(range(heads)), 1, longest, (0,)),)
+  every = tuple(range(key_heads))
+  return (Group(every, heads // key_heads, 1, longest, (0,)),)
 
 
-def _strides(wave):
-  """Returns (P, open residues) of each head.
+def _strides(wave, key_heads):
+  """Returns (P, open residues) of each head of keys.
 
-  It is (1, (0,)) where all residues are open, or none.
+  A residue is open if it is to any of its query heads. It is (1, (0,)) where
+  all residues are open, or none, or where the periods of these differ.
   """
   period_H = np.round(np.asarray(wave.period)).astype(int)
   open_HR = np.asarray(
     masks.wave_weight(np.arange(period_H.max()), wave) > masks.HIDDEN
   )
   strides = []
-  for P, open_R in zip(period_H.tolist(), open_HR, strict=True):
-    residues = tuple(np.flatnonzero(open_R[:P]).tolist())
-    strides.append((P, residues) if 0 < len(residues) < P else (1, (0,)))
+  for period_Q, open_QR in zip(
+    np.split(period_H, key_heads), np.split(open_HR, key_heads), strict=True
+  ):
+    P = int(period_Q[0])
+    residues = tuple(np.flatnonzero(open_QR.any(axis=0)[:P]).tolist())
+    strided = (period_Q == P).all() and 0 < len(residues) < P
+    strides.append((P, residues) if strided else (1, (0,)))
   return strides
 
 
@@ -135,11 +161,14 @@ def _parted(heads, rows):
 
 
 def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:
-  """Returns, for each group, (G, r, Y) log m + log w by distance."""
-  return tuple(
-    masks.log_weight(mask, group.distances())[np.array(group.heads)]
-    for group in groups
-  )
+  """Returns, for each group, (G, Q, r, Y) log m + log w by distance."""
+
+  def of_group(group):
+    distance_rY = group.distances()
+    bias = masks.log_weight(mask, distance_rY)[group.query_heads]
+    return bias.reshape(len(group.heads), group.queries, *distance_rY.shape)
+
+  return tuple(map(of_group, groups))
 
 
 def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
@@ -201,16 +230,18 @@ def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
   position = jnp.asarray(tokens_read).astype(jnp.int32)
   out_BHK = jnp.zeros((B, H, K), jnp.float32)
   for group, *arrays in zip(groups, k, v, bias, strict=True):
-    heads = np.array(group.heads)
-    out_BGK = _read(group, q_B1HK[:, 0, heads], *arrays, position, relative_RK)
-    out_BHK = out_BHK.at[:, heads].set(out_BGK)
+    heads = group.query_heads
+    shape = B, len(group.heads), group.queries, K
+    q_BGQK = q_B1HK[:, 0, heads].reshape(shape)
+    out_BGQK = _read(group, q_BGQK, *arrays, position, relative_RK)
+    out_BHK = out_BHK.at[:, heads].set(out_BGQK.reshape(B, len(heads), K))
   return out_BHK[:, None].astype(q_B1HK.dtype)
 
 
-def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
-  """Returns (B, G, K) of the query at `position`, whose key is in the ring."""
-  P, K = group.period, q_BGK.shape[-1]
-  q_BGK = q_BGK.astype(jnp.float32) / np.sqrt(K).astype(np.float32)
+def _read(group, q_BGQK, k, v, bias_GQrY, position, relative_RK):
+  """Returns (B, G, Q, K) of queries at `position`, whose key is in the ring."""
+  P, K = group.period, q_BGQK.shape[-1]
+  q_BGQK = q_BGQK.astype(jnp.float32) / np.sqrt(K).astype(np.float32)
   distance = group.distances()
   exists = distance <= position
   logits, values = [], []
@@ -220,38 +251,37 @@ def _read(group, q_BGK, k, v, bias_GrY, position, relative_RK):
     c = newest % P
     k_BGYK = lax.dynamic_index_in_dim(k, c, axis=2, keepdims=False)
     values.append(lax.dynamic_index_in_dim(v, c, axis=2, keepdims=False))
-    logits_BGY = jnp.einsum(
-      "bgk,bgyk->bgy", q_BGK, k_BGYK, preferred_element_type=jnp.float32
+    logits_BGQY = jnp.einsum(
+      "bgqk,bgyk->bgqy", q_BGQK, k_BGYK, preferred_element_type=jnp.float32
     )
-    by_age = jnp.where(exists[i][None], bias_GrY[:, i], -jnp.inf)[None]
+    by_age = jnp.where(exists[i], bias_GQrY[:, :, i], -jnp.inf)[None]
     if relative_RK is not None:
-      by_age += _of_distances(q_BGK, relative_RK, distance[i])
-    logits.append(logits_BGY + _by_row(by_age, newest // P))
-  logits_BGY = jnp.concatenate(logits, axis=-1)
-  weights_BGY = _softmax(logits_BGY)
+      by_age += _of_distances(q_BGQK, relative_RK, distance[i])
+    logits.append(logits_BGQY + _by_row(by_age, newest // P))
+  weights_BGQY = _softmax(jnp.concatenate(logits, axis=-1))
   return jnp.einsum(
-    "bgy,bgyk->bgk",
-    weights_BGY,
+    "bgqy,bgyk->bgqk",
+    weights_BGQY,
     values[0] if len(values) == 1 else jnp.concatenate(values, axis=2),
     preferred_element_type=jnp.float32,
   )
 
 
-def _softmax(logits_BGY):
+def _softmax(logits_BGQY):
   """Returns weights over the rows of a ring; zeros where all are hidden."""
-  highest_BG1 = jnp.max(logits_BGY, axis=-1, keepdims=True)
-  highest_BG1 = jnp.where(jnp.isfinite(highest_BG1), highest_BG1, 0.0)
-  weights_BGY = jnp.exp(logits_BGY - highest_BG1)
-  total_BG1 = jnp.sum(weights_BGY, axis=-1, keepdims=True)
-  return weights_BGY / jnp.where(total_BG1 > 0, total_BG1, 1.0)
+  highest_BGQ1 = jnp.max(logits_BGQY, axis=-1, keepdims=True)
+  highest_BGQ1 = jnp.where(jnp.isfinite(highest_BGQ1), highest_BGQ1, 0.0)
+  weights_BGQY = jnp.exp(logits_BGQY - highest_BGQ1)
+  total_BGQ1 = jnp.sum(weights_BGQY, axis=-1, keepdims=True)
+  return weights_BGQY / jnp.where(total_BGQ1 > 0, total_BGQ1, 1.0)
 
 
-def _of_distances(q_BGK, relative_RK, distance_Y):
-  """Returns (B, G, Y) q p, p the vector of each distance; zero beyond R."""
+def _of_distances(q_BGQK, relative_RK, distance_Y):
+  """Returns (B, G, Q, Y) q p, p the vector of each distance; zero beyond R."""
   R = len(relative_RK)
   vectors_YK = relative_RK[np.minimum(distance_Y, R - 1)].astype(jnp.float32)
   vectors_YK = jnp.where((distance_Y < R)[:, None], vectors_YK, 0.0)
-  return jnp.einsum("bgk,yk->bgy", q_BGK, vectors_YK)
+  return jnp.einsum("bgqk,yk->bgqy", q_BGQK, vectors_YK)
 
 
 def _by_row(by_age, newest):
