@@ -85,6 +85,45 @@ def initializer(
   return jax.nn.initializers.constant(_logit(np.float64(share)))
 
 
+def open_logits(bounds: MaskBounds, tokens: int) -> dict[str, np.ndarray]:
+  """Returns mask parameters (H,) by name that hide nothing, m = w = 1.
+
+  Spans end half a token after the last distance, so that the penalty moves them
+  and soon the loss as well. Periods lie evenly between their bounds.
+
+  Args:
+    bounds: of the layer.
+    tokens: the distances 0 .. tokens - 1 are open.
+
+  Raises:
+    ValueError: no length between the bounds opens so much.
+  """
+  lengths = {"span_logit": np.full(bounds.num_heads, tokens - 0.5)}
+  if bounds.max_span is None or bounds.max_span < tokens:
+    raise ValueError(
+      f"max_span={bounds.max_span} leaves no span open over {tokens} tokens; "
+      f"give at least {tokens}, or {2 * tokens} for spans that move readily"
+    )
+  if bounds.wave:
+    wave = bounds.wave
+    share_H = (np.arange(bounds.num_heads) + 0.5) / bounds.num_heads
+    period_H = wave.period_min + (wave.period_max - wave.period_min) * share_H
+    # At a trough w = 1/2 + P r - P/4, and at least that in a series.
+    lowest_H = np.round(period_H) if wave.integer else period_H
+    ratio_H = 0.25 + 0.501 / lowest_H
+    if ratio_H.max() >= wave.ratio_max:
+      raise ValueError(
+        f"ratio_max={wave.ratio_max} opens no wave of the period "
+        f"{period_H.min():g} fully; give ratio_max=0.5, and a period_min of "
+        "more than 2 where that is not enough"
+      )
+    lengths |= {"period_logit": period_H, "ratio_logit": ratio_H}
+  return {
+    name: to_logit(length_H, *_bounds_of(name, bounds))
+    for name, length_H in lengths.items()
+  }
+
+
 def mask_from_logits(
   logits: Mapping[str, jax.Array], bounds: MaskBounds
 ) -> masks.Mask:

@@ -158,15 +158,19 @@ def _rank_apart(path) -> int | None:
 
 
 def _is_dense_layer(tree) -> bool:
-  """Returns whether a node holds kernels qkv (D, 3 H K) and out (H K, ...)."""
+  """Returns whether a node holds kernels qkv and out of fitting shapes.
+
+  These are (D, H K + 2 G K) and (H K, ...).
+  """
   kernels = []
   for name in ("qkv", "out"):
     child = tree.get(name)
     if not isinstance(child, Mapping) or np.ndim(child.get("kernel")) < 2:
       return False
     kernels.append(np.shape(child["kernel"])[-2:])
-  (_, three), (features, _) = kernels
-  return three == 3 * features
+  (_, of_all), (features, _) = kernels
+  of_keys = of_all - features
+  return 0 < of_keys <= 2 * features and of_keys % 2 == 0
 
 
 def _natural_order(name):

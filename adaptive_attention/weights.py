@@ -24,7 +24,9 @@ from adaptive_attention.config import (
   fixes_the_model,
   model_config,
 )
+from adaptive_attention.mask_parameters import open_logits, parameter_names
 from adaptive_attention.model import Transformer
+from adaptive_attention.parameters import MASK_PARAMETERS
 from adaptive_attention.weight_files import WeightsError
 
 _SETTINGS = {  # theirs -> ours
@@ -250,8 +252,57 @@ def _shapes(config: ModelConfig) -> dict[str, tuple]:
   return {path: leaf.shape for path, leaf in flat.items()}
 
 
+def adapted(params: Mapping, saved: Mapping, config: ModelConfig) -> dict:
+  """Returns the parameters of a model with masks from those of one without.
+
+  What it computes over `config.max_context_tokens` stays the same: masks that
+  the given parameters lack are fully open. Others stay as they are.
+
+  Args:
+    params: a tree of parameters.
+    saved: the settings by name of the model that it is of; those that are
+      missing have their defaults.
+    config: the model's, which may differ in its masks.
+
+  Raises:
+    WeightsError: a setting that differs otherwise, masks that the model does
+      not have, or bounds that let no mask be fully open.
+  """
+  theirs = _checked_settings(saved, config)
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  return _with_masks(_tree(flat, _paths(theirs, config), config), config)
+
+
+def _paths(theirs: ModelConfig, config: ModelConfig):
+  """Returns the parameters that both models have, as `_tree` takes names."""
+  own = parameter_names(theirs.mask_bounds)
+  return {
+    path: (path, False)
+    for path in _shapes(config)
+    if path.split("/")[-1] in own or path.split("/")[-1] not in MASK_PARAMETERS
+  }
+
+
+def _with_masks(tree, config: ModelConfig):
+  """Returns the tree with fully open masks where it has none."""
+  missing = set(_shapes(config)) - set(
+    flax.traverse_util.flatten_dict(tree, sep="/")
+  )
+  if not missing:
+    return tree
+  try:
+    logits = open_logits(config.mask_bounds, config.max_context_tokens)
+  except ValueError as error:
+    raise WeightsError(f"model.{error}") from error
+  flat = flax.traverse_util.flatten_dict(tree, sep="/")
+  flat |= {path: logits[path.split("/")[-1]] for path in missing}
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
 def load(path: str | os.PathLike, config: ModelConfig) -> dict:
   """Returns the tree of float32 parameters that a file holds, in any dtype.
+
+  Masks that the file lacks are fully open; see `adapted`.
 
   Args:
     path: a .safetensors that `save` wrote, or a file of the published program's
@@ -273,10 +324,7 @@ def load(path: str | os.PathLike, config: ModelConfig) -> dict:
   try:
     match path.suffix:
       case ".safetensors":
-        arrays, saved = weight_files.read_safetensors(path)
-        _check_settings(saved, config)
-        names = {name: (name, False) for name in _shapes(config)}
-        return _tree(arrays, names, config)
+        return adapted(*weight_files.read_safetensors(path), config)
       case ".npz":
         return from_nanogpt(weight_files.read_npz(path), config)
       case ".pt":
@@ -308,8 +356,17 @@ def save(
   )
 
 
-def _check_settings(saved, config):
-  """Checks that the file's model computes what the settings ask for.
+# The settings of spans and of waves, which a model without them need not share.
+_OF_SPANS = ("max_span", "ramp")
+_OF_WAVES = (
+  *("period", "period_min", "period_max"),
+  *("ratio_min", "ratio_max", "harmonics"),
+)
+_KINDS = ("dense", "span", "span_wave")  # each has the masks of those before
+
+
+def _checked_settings(saved, config) -> ModelConfig:
+  """Returns the file's settings, whose model but for masks is that of `config`.
 
   A setting that the file's metadata lack has its default.
 
@@ -317,15 +374,22 @@ def _check_settings(saved, config):
     WeightsError: a setting that differs, or metadata that describe no model.
   """
   try:
-    theirs = dataclasses.asdict(model_config(saved))
+    theirs = model_config(saved)
   except (TypeError, ValueError) as error:
     raise WeightsError(f"its metadata describe no model: {error}") from error
+  free: tuple[str, ...] = ()
+  if _KINDS.index(theirs.attention) < _KINDS.index(config.attention):
+    free = ("attention", *_OF_WAVES)
+    if theirs.attention == "dense":
+      free += _OF_SPANS
+  values = dataclasses.asdict(theirs)
   for field, ours in dataclasses.asdict(config).items():
-    name, value = f"model.{field}", theirs[field]
-    if fixes_the_model(name) and value != ours:
+    name, value = f"model.{field}", values[field]
+    if fixes_the_model(name) and value != ours and field not in free:
       holds = "it holds a model with" if field in saved else "its metadata lack"
       default = "" if field in saved else ", which is the default"
       raise WeightsError(
         f"{holds} {name}={value!r}{default}, not {ours!r}; set "
         f"--config.{name}={value}"
       )
+  return theirs

@@ -47,8 +47,12 @@ def _of_a_run() -> ConfigDict:
   config.checkpoint_every_steps = 1_000
   # How many of the newest checkpoints are kept, besides the best by validation.
   config.keep_checkpoints = 2
-  # Parameters of the published program to start from: an .npz or .pt file.
+  # Parameters to start from: the folder of a run, a .safetensors that
+  # --mode=export wrote, or an .npz or .pt of the published program. Masks that
+  # they lack start fully open, so that nothing changes at first.
   config.init_from = ""
+  # "masks" to learn spans and waves alone, and hold the weights still.
+  config.train_only = ""
   # CPU devices to make without an accelerator; 0 for one per core, but only as
   # many as the batch can be dealt to.
   config.cpu_devices = 0

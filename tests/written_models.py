@@ -95,6 +95,7 @@ MODELS = {
     "n_kv_head": 2,
   },
   "grouped spans": {"n_kv_head": 1},
+  "grouped, dense": {"attention": "dense", "n_kv_head": 2},
   # Texts that are longer than the context of layers without spans.
   "long, dense": {"attention": "dense", "context_tokens": 24},
   "long, dense, relative": {

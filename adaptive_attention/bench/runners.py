@@ -143,7 +143,7 @@ def _step_runner(config, case, name):
   """
   parts = training_config(_step_settings(config, case, case.runs[name]))
   model = Transformer(parts.model)
-  rule = optimizer.make(parts.optimizer, parts.steps)
+  rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
   state = jax.device_get(steps.init_state(model, rule, parts.seed))
   params = _with_spans(state.params, case.spans, parts.model)
   memory = steps.start_memory(parts.model, batches.per_device(case.B))

@@ -125,7 +125,8 @@ USES = (
     "plan",
     "",
     "Does the same for a saved run, with the masks that it has learned.",
-    "cpu_devices target steps batch_size accumulation_steps model.dropout "
+    "cpu_devices target steps batch_size accumulation_steps train_only "
+    "model.dropout "
     f"model.remat optimizer.name {_COMPUTING}",
     saved=True,
     without="config",

@@ -73,6 +73,7 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
   if finetune_steps:
     config.steps = step + finetune_steps
     config.optimizer.mask_lr_multiplier = 0.0
+    config.train_only = ""
     devices = parallel.device_count()
     settings.check(config)
     settings.check_devices(config, devices)

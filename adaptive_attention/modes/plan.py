@@ -41,7 +41,7 @@ def run(config, workdir, *, step=None):
     console.say(f"{'workdir':<10} {workdir}")
   parts = settings.training_config(config)
   model = Transformer(parts.model)
-  rule = optimizer.make(parts.optimizer, parts.steps)
+  rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
   layers = _masks(parts, rule, workdir, step)
   device = targets.device_of(config.target) if config.target else None
   with _on(device):

@@ -21,18 +21,45 @@ class Optimizer(NamedTuple):
   Attributes:
     init, update: those of optax.
     learning_rate: step -> the learning rate of the update of this step.
+    trained: parameters -> the same, of which those that are held still have no
+      gradient.
   """
 
   init: Callable
   update: Callable
   learning_rate: optax.Schedule
+  trained: Callable
 
 
-def make(config: OptimizerConfig, total_steps: int) -> Optimizer:
-  """Makes the optimizer of a run of `total_steps` steps."""
+def make(
+  config: OptimizerConfig, total_steps: int, train_only: str = ""
+) -> Optimizer:
+  """Makes the optimizer of a run of `total_steps` steps.
+
+  Args:
+    train_only: "masks" to hold all but spans and waves still, which then take
+      no gradient and no decay; "" to train all.
+  """
   rate = learning_rate(config, total_steps)
   rule = transformation(config, rate)
-  return Optimizer(rule.init, rule.update, rate)
+  if not train_only:
+    return Optimizer(rule.init, rule.update, rate, lambda params: params)
+  rule = optax.chain(rule, optax.masked(optax.set_to_zero(), _is_held))
+  return Optimizer(rule.init, rule.update, rate, _with_held)
+
+
+def _is_held(params):
+  """Returns a tree of booleans: False for the parameters of masks."""
+  return jax.tree.map(lambda of_mask: not of_mask, is_mask_parameter(params))
+
+
+def _with_held(params):
+  """Returns the parameters, of which those of masks alone have a gradient."""
+  return jax.tree.map(
+    lambda x, held: jax.lax.stop_gradient(x) if held else x,
+    params,
+    _is_held(params),
+  )
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -140,7 +140,7 @@ def start(
         "out to start from the beginning"
       )
     if config.init_from:
-      state = state.replace(params=weights.load(config.init_from, config.model))
+      state = state.replace(params=_given(config.init_from, config.model))
     return Start(state, None, False)
   step = saved.resolve("latest" if which is None else which)
   # The settings are checked first, so that one that does not fit is named.
@@ -157,6 +157,21 @@ def start(
   )
   owed = meta["bits_per_char"] is None and config.every.evaluates(step)
   return Start(state, step, owed)
+
+
+def _given(init_from: str, model: ModelConfig) -> dict:
+  """Returns the parameters of a file, or of the newest checkpoint of a run."""
+  if not (pathlib.Path(init_from) / "checkpoints").is_dir():
+    return weights.load(init_from, model)
+  with Checkpoints(init_from) as saved:
+    step = saved.resolve("latest")
+    params, meta = saved.restore_params(step)
+  try:
+    params = weights.adapted(params, meta["config"]["model"], model)
+  except weights.WeightsError as error:
+    raise weights.WeightsError(f"init_from={init_from}: {error}") from error
+  console.say(f"parameters of step {step} of {init_from}")
+  return params
 
 
 def _say_changes(changed):

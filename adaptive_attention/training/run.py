@@ -53,7 +53,7 @@ def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
     checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as saved,
   ):
     model = Transformer(config.model)
-    rule = optimizer.make(config.optimizer, config.steps)
+    rule = optimizer.make(config.optimizer, config.steps, config.train_only)
     start = resume.start(saved, model, rule, config, corpus, which)
     _say_start(config, workdir, corpus, start)
     if start.step >= config.steps and not start.owed:

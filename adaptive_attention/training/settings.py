@@ -47,6 +47,7 @@ _CHOICES = {
   "bench.compare": ("", "torch"),
   "data.corpus": ("enwik8", "python_source"),
   "target": ("", *TARGETS),
+  "train_only": ("", "masks"),
 }
 
 # The settings by which several processes find each other.
@@ -78,6 +79,11 @@ def check(config, names: Collection[str] | None = None):
     *_bounds(flat),
     *_processes(config),
     *_data_needs(config),
+    (
+      "train_only",
+      not config.train_only or config.model.attention != "dense",
+      "'' for all parameters, as model.attention='dense' has no masks",
+    ),
   ]:
     if names is None or name in names:
       _require(condition, name, flat[name], expected)
@@ -187,6 +193,7 @@ def training_config(config: ConfigDict) -> TrainingConfig:
     eval_batch_size=config.eval_batch_size,
     keep_checkpoints=config.keep_checkpoints,
     init_from=config.init_from,
+    train_only=config.train_only,
     copies=tuple(n for n in ("tensorboard", "wandb") if config[n]),
     record=config.to_dict(),
   )

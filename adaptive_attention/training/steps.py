@@ -74,7 +74,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
     key = jax.random.fold_in(key, parallel.device_index())
     tokens_read = jnp.where(batch.restart, jnp.uint32(0), memory.tokens_read)
     local, memory = _gradient(
-      model, state.params, memory.at(tokens_read), batch.tokens, key
+      *(model, optimizer.trained, state.params),
+      *(memory.at(tokens_read), batch.tokens, key),
     )
     grads, (nats, penalty) = parallel.mean(local)
     loss = nats + penalty
@@ -97,14 +98,16 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
   return parallel.train_step(step)
 
 
-def _gradient(model, params, memory, tokens_ABT, key):
+def _gradient(model, trained, params, memory, tokens_ABT, key):
   """Computes the mean gradient over all sequences of a device, part by part.
 
   Returns:
     ((gradient, (nats, penalty)), the memory of all parts after it).
   """
   A, B, _ = tokens_ABT.shape
-  value_and_grad = jax.value_and_grad(_loss, has_aux=True)
+  value_and_grad = jax.value_and_grad(
+    lambda params, *rest: _loss(trained(params), *rest), has_aux=True
+  )
 
   def accumulate(carry, part):
     total, left = carry

@@ -65,7 +65,9 @@ class TrainingConfig:
       all of them.
     eval_batch_size: windows or streams at a time in evaluation.
     keep_checkpoints: how many of the newest are kept.
-    init_from: a file of parameters to start from; "" for drawn ones.
+    init_from: parameters to start from, a file or a run's folder; "" for drawn
+      ones.
+    train_only: "masks" to hold all others still; "" to train all.
     copies: where the metrics go besides, of "tensorboard" and "wandb".
     record: all settings, for config.json and the checkpoints.
   """
@@ -81,5 +83,6 @@ class TrainingConfig:
   eval_batch_size: int
   keep_checkpoints: int
   init_from: str
+  train_only: str
   copies: tuple[str, ...]
   record: Mapping[str, object]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from adaptive_attention import mask_parameters
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.training.checkpoint import Checkpoints
 from tests.training.test_checkpoint import flip
@@ -498,6 +499,47 @@ def test_tensorboard_and_wandb(main, tiny_flags, tmp_path):
     )
     assert code == 1
     assert "needs the package wandb" in err
+
+
+def test_a_dense_run_learns_masks_alone(main, tiny_flags, tmp_path):
+  dense, adaptive = tmp_path / "dense", tmp_path / "adaptive"
+  flags = flags_with(tiny_flags, steps=2, model__attention="dense")
+  assert main(*flags, f"--workdir={dense}")[0] == 0
+  flags = flags_with(
+    tiny_flags,
+    steps=2,
+    model__attention="span_wave",
+    model__ratio_max=0.5,
+    model__span_coef=1e-3,
+    init_from=dense,
+    train_only="masks",
+    optimizer__warmup_steps=0,
+  )
+  code, out, err = main(*flags, f"--workdir={adaptive}")
+  assert code == 0, err
+  assert f"parameters of step 2 of {dense}" in out
+  with Checkpoints(dense) as before, Checkpoints(adaptive) as after:
+    expected, _ = before.restore_params(2)
+    found, _ = after.restore_params(2)
+  masks = found["block_0"]["attention"]
+  learned = {name: masks.pop(name) for name in list(masks) if "logit" in name}
+  assert len(learned) == 3
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  opened = mask_parameters.open_logits(
+    ModelConfig(
+      n_head=len(learned["span_logit"]),
+      context_tokens=expected["position_0"].shape[0],
+      ratio_max=0.5,
+    ).mask_bounds,
+    expected["position_0"].shape[0],
+  )
+  for name, logit_H in learned.items():
+    assert (logit_H != opened[name]).all()
+  # Without masks there is nothing to train.
+  flags = flags_with(tiny_flags, train_only="masks", model__attention="dense")
+  code, _, err = main(*flags, f"--workdir={tmp_path / 'none'}")
+  assert code == 2
+  assert "train_only='masks' is not possible" in err
 
 
 def test_start_from_other_parameters(main, tiny_flags, tmp_path):

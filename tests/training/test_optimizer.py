@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from adaptive_attention.config import OptimizerConfig
@@ -107,6 +108,30 @@ def test_it_tells_the_rate_that_it_has():
     np.testing.assert_allclose(  # of equal gradients Adam takes the sign
       updates["bias"], -rule.learning_rate(step), rtol=1e-4
     )
+
+
+def test_masks_alone_are_trained():
+  """Nothing else moves, decays, or counts where the gradient is clipped."""
+  params = PARAMS | {"attention": {"span_logit": jnp.array([1.0, -2.0])}}
+  config = OptimizerConfig(warmup_steps=0, clip_norm=1e-3)
+  rule = optimizer.make(config, 10, "masks")
+
+  def loss(params):
+    params = rule.trained(params)
+    return sum(jnp.sum(jnp.square(x + 1)) for x in jax.tree.leaves(params))
+
+  grads = jax.grad(loss)(params)
+  assert optax.tree.norm(grads) == optax.tree.norm(grads["attention"]) > 0
+  updates, state = rule.update(grads, rule.init(params), params)
+  moved = optax.apply_updates(params, updates)
+  assert (moved["attention"]["span_logit"] != np.array([1.0, -2.0])).all()
+  moved["attention"] = params["attention"]
+  jax.tree.map(np.testing.assert_array_equal, moved, params)
+  # The state is that of any run, which may train all parameters later.
+  whole = optimizer.make(config, 10).init(params)
+  assert [x.shape for x in jax.tree.leaves(whole)] == [
+    x.shape for x in jax.tree.leaves(state)
+  ]
 
 
 @pytest.mark.parametrize(
