@@ -5,9 +5,10 @@ program and files of parameters, and `accounting` counts what the masks save.
 """
 
 from adaptive_attention.attention import attend, attend_ring
-from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.generation import generate
 from adaptive_attention.layer import AdaptiveSelfAttention
+from adaptive_attention.mask_bounds import WaveBounds
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer

@@ -7,102 +7,19 @@ configs/base.py is filled from here. Names end in `_tokens` for lengths and in
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.attention.choice import device
+from adaptive_attention.mask_bounds import MaskBounds, WaveBounds, require
 
 
 def defaults(settings: type) -> dict[str, Any]:
   """Returns the default of each field of a dataclass, as it is written."""
   return {field.name: field.default for field in dataclasses.fields(settings)}
-
-
-def _require(settings: Any, name: str, condition: bool, expected: str) -> None:
-  if not condition:
-    raise ValueError(
-      f"{name}={getattr(settings, name)!r} is not possible; expected {expected}"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class WaveBounds:
-  """Bounds of the waves that the heads of a layer can learn.
-
-  A head's period is P = P_min + (P_max - P_min) sigmoid(period_logit), its
-  ratio r = r_min + (r_max - r_min) sigmoid(ratio_logit).
-
-  Attributes:
-    period_min, period_max: in tokens.
-    ratio_min, ratio_max: shares of the period. At ratio_max = 1/2 a wave can
-      open fully.
-    harmonics: the highest harmonic of the wave's series, or None for the exact
-      wave.
-    integer: whether periods are rounded. Then a wave is a stride, and the pairs
-      that it hides can be skipped in whole blocks.
-
-  Raises:
-    ValueError: a bound that is not possible.
-  """
-
-  period_min: float = 2.0
-  period_max: float = 8.0
-  ratio_min: float = -0.25
-  ratio_max: float = 0.25
-  harmonics: int | None = None
-  integer: bool = False
-
-  def __post_init__(self) -> None:
-    _require(
-      self,
-      "period_min",
-      1 <= self.period_min < math.inf,
-      "a period of at least 1 token",
-    )
-    _require(
-      self,
-      "period_max",
-      self.period_min < self.period_max < math.inf,
-      f"more than period_min={self.period_min}, and finite",
-    )
-    _require(
-      self,
-      "ratio_min",
-      -0.25 <= self.ratio_min < 0,
-      "-0.25 up to less than 0, so that a query can attend to itself",
-    )
-    _require(
-      self, "ratio_max", 0 < self.ratio_max <= 0.5, "more than 0, up to 0.5"
-    )
-    _require(
-      self,
-      "harmonics",
-      self.harmonics is None or self.harmonics >= 1,
-      "at least 1, or None for the exact wave",
-    )
-
-
-class MaskBounds(NamedTuple):
-  """The bounds that turn the parameters of a layer into masks.
-
-  Attributes:
-    num_heads: H.
-    max_span: the longest span in tokens, or None where no span is learned.
-    ramp: R in tokens.
-    wave: the bounds of the waves, or None where there are none.
-    span_coef: nats per token of the penalty.
-    causal_span: the span of every head where none is learned, in tokens.
-  """
-
-  num_heads: int
-  max_span: float | None
-  ramp: float
-  wave: WaveBounds | None
-  span_coef: float
-  causal_span: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +43,8 @@ class ModelConfig:
   # Earlier tokens whose keys and values a layer holds. Training then reads
   # streams, batch_size of them, and not random parts of the text.
   memory_tokens: int = 0
-  # "learned": added before every layer, as published. "rotary": queries and
+  # "learned": added before every layer, as published. "learned_once": added
+  # before the first, as in GPT-2. "rotary": queries and
   # keys are turned, and there is no longest context. "relative": a learned
   # vector for each distance, as in Sukhbaatar et al. 2019. With a memory
   # "learned" is not possible.
@@ -158,6 +76,8 @@ class ModelConfig:
   dropout: float = 0.0
   # Whether linear layers and norms have biases.
   bias: bool = False
+  # GELU of the MLPs by "erf", as published, or by "tanh", as in GPT-2.
+  gelu: str = "erf"
   # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
   dtype: str = "auto"
   # Which activations the backward pass computes again, so that they need not be
@@ -183,14 +103,14 @@ class ModelConfig:
 
   def _check_sizes(self) -> None:
     for name in ("vocab_size", "n_layer", "n_head", "width", "context_tokens"):
-      _require(self, name, getattr(self, name) >= 1, "an integer of at least 1")
-    _require(
+      require(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+    require(
       self,
       "width",
       self.width % self.n_head == 0,
       f"a multiple of model.n_head={self.n_head}",
     )
-    _require(
+    require(
       self,
       "n_kv_head",
       self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0,
@@ -198,11 +118,12 @@ class ModelConfig:
     )
     for name in ("max_span", "ramp"):
       value = getattr(self, name)
-      _require(self, name, 0 < value < math.inf, "more than 0 tokens, finite")
+      require(self, name, 0 < value < math.inf, "more than 0 tokens, finite")
 
   def _check_choices(self) -> None:
     choices = {
-      "position": ("learned", "rotary", "relative"),
+      "position": ("learned", "learned_once", "rotary", "relative"),
+      "gelu": ("erf", "tanh"),
       "attention": ("dense", "span", "span_wave"),
       "period": ("real", "integer"),
       "dtype": ("auto", "float32", "bfloat16"),
@@ -210,8 +131,8 @@ class ModelConfig:
       "implementation": ("auto", *IMPLEMENTATIONS),
     }
     for name, allowed in choices.items():
-      _require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
-    _require(
+      require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
+    require(
       self,
       "position",
       self.position != "rotary" or self.width // self.n_head % 2 == 0,
@@ -220,15 +141,15 @@ class ModelConfig:
     )
 
   def _check_memory(self) -> None:
-    _require(self, "memory_tokens", self.memory_tokens >= 0, "0 or more")
-    _require(
+    require(self, "memory_tokens", self.memory_tokens >= 0, "0 or more")
+    require(
       self,
       "position",
-      self.position != "learned" or not self.memory_tokens,
+      not self.learns_positions or not self.memory_tokens,
       "rotary or relative, as learned positions do not tell a token from those "
       f"of the model.memory_tokens={self.memory_tokens} before",
     )
-    _require(
+    require(
       self,
       "remat",
       self.remat != "block" or not self.memory_tokens,
@@ -237,14 +158,14 @@ class ModelConfig:
     )
 
   def _check_masks(self) -> None:
-    _require(self, "span_init", 0 < self.span_init < 1, "between 0 and 1")
-    _require(
+    require(self, "span_init", 0 < self.span_init < 1, "between 0 and 1")
+    require(
       self, "span_coef", 0 <= self.span_coef < math.inf, "0 or more, finite"
     )
-    _require(
+    require(
       self, "dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"
     )
-    _require(
+    require(
       self, "harmonics", self.harmonics >= 0, "0 for the exact wave, or more"
     )
     self._wave_bounds()
@@ -277,6 +198,11 @@ class ModelConfig:
     )
 
   @property
+  def learns_positions(self) -> bool:
+    """Whether there is a vector for each position, and none beyond them."""
+    return self.position in ("learned", "learned_once")
+
+  @property
   def max_context_tokens(self) -> int:
     """The most tokens that a query attends to in training, memory included."""
     return self.context_tokens + self.memory_tokens
@@ -298,7 +224,7 @@ class ModelConfig:
     if self.attention == "dense":
       return self.max_context_tokens
     reach = math.ceil(self.max_span + self.ramp)
-    if self.position == "learned":
+    if self.learns_positions:
       return min(reach, self.context_tokens)
     return reach
 
@@ -384,17 +310,17 @@ class OptimizerConfig:
   def _check(self) -> None:
     for name, value in vars(self).items():
       if not isinstance(value, str):
-        _require(self, name, math.isfinite(value), "a finite number")
-        _require(self, name, value >= 0, "at least 0")
+        require(self, name, math.isfinite(value), "a finite number")
+        require(self, name, value >= 0, "at least 0")
     choices = {"name": ("adamw", "adagrad"), "clip": ("global", "tensor")}
     for name, allowed in choices.items():
-      _require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
+      require(self, name, getattr(self, name) in allowed, f"one of {allowed}")
     for name in ("beta1", "beta2"):
-      _require(self, name, getattr(self, name) < 1, "less than 1")
-    _require(
+      require(self, name, getattr(self, name) < 1, "less than 1")
+    require(
       self,
       "min_learning_rate",
       self.min_learning_rate <= self.learning_rate,
       f"at most optimizer.learning_rate={self.learning_rate}",
     )
-    _require(self, "clip_norm", self.clip_norm > 0, "more than 0")
+    require(self, "clip_norm", self.clip_norm > 0, "more than 0")

@@ -61,7 +61,7 @@ def _prompt(prompt_BT, config: ModelConfig) -> jax.Array:
 
 def slides(config: ModelConfig) -> bool:
   """Returns whether there is a longest context, which slides along a text."""
-  return config.position == "learned"
+  return config.learns_positions
 
 
 def prefill(

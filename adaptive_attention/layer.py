@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_attention import masks, positions, state
-from adaptive_attention.config import MaskBounds, ModelConfig, WaveBounds
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_bounds import MaskBounds, WaveBounds
 from adaptive_attention.mask_parameters import (
   initializer,
   mask_from_logits,

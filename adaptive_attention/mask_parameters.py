@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention import masks, parameters
-from adaptive_attention.config import MaskBounds, ModelConfig, WaveBounds
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_bounds import MaskBounds, WaveBounds
 from adaptive_attention.parameters import MASK_PARAMETERS
 
 _EDGE = 1e-7  # of a share: at 0 and 1 there is no finite logit

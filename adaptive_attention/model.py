@@ -1,10 +1,9 @@
 """The transformer and its parts as Flax (linen) modules.
 
-The block is the published one: pre-norm, no biases unless asked for, GELU with
-erf, learned positions added before every block (or relative ones inside
-attention), the token embedding tied to the output layer. The modules hold
-parameters. `masks` says which pairs are open, and `state` is what a model keeps
-of earlier tokens.
+The block is the published one, unless settings ask for another: pre-norm, no
+biases, GELU with erf, learned positions added before every block, the token
+embedding tied to the output layer. The modules hold parameters. `masks` says
+which pairs are open, and `state` is what a model keeps of earlier tokens.
 """
 
 import math
@@ -41,15 +40,17 @@ def _recomputed(module: Any, method: str) -> Any:
 
 
 class MLP(nn.Module):
-  """down(gelu(up(x))), with GELU by erf.
+  """down(gelu(up(x))).
 
   Attributes:
     hidden_features: the width of up(x).
+    gelu: "erf" for GELU by the error function, "tanh" for its approximation.
     dropout_rate: the share of the output to drop.
     use_bias, dtype, kernel_init, out_kernel_init: as in the attention layer.
   """
 
   hidden_features: int
+  gelu: str = "erf"
   dropout_rate: float = 0.0
   use_bias: bool = True
   dtype: Any = None
@@ -69,7 +70,7 @@ class MLP(nn.Module):
       )
 
     x_BTF = dense(self.hidden_features, self.kernel_init, "up")(x_BTD)
-    x_BTF = nn.gelu(x_BTF, approximate=False)
+    x_BTF = nn.gelu(x_BTF, approximate=self.gelu == "tanh")
     x_BTD = dense(x_BTD.shape[-1], self.out_kernel_init, "down")(x_BTF)
     return nn.Dropout(self.dropout_rate)(x_BTD, deterministic=deterministic)
 
@@ -111,7 +112,7 @@ def attention_layer(
     span_init=config.span_init,
     span_coef=config.span_coef,
     wave=config.wave,
-    position=None if config.position == "learned" else config.position,
+    position=None if config.learns_positions else config.position,
     window_tokens=config.max_context_tokens,
     implementation=None
     if config.implementation == "auto"
@@ -125,6 +126,7 @@ def _mlp(config: ModelConfig) -> MLP:
   mlp = _recomputed(MLP, "__call__") if config.remat == "mlp" else MLP
   return mlp(
     hidden_features=4 * config.width,
+    gelu=config.gelu,
     dropout_rate=config.dropout,
     name="mlp",
     **_branch_fields(config),
@@ -228,7 +230,7 @@ class Transformer(nn.Module):
     position = state.positions(B, T)
     layers = []
     for i, layer_state in enumerate(state.layers):
-      if cfg.position == "learned":
+      if cfg.position == "learned" or (i == 0 and cfg.learns_positions):
         x_BTD += self._learned_positions(i, T, state)[None]
       x_BTD = x_BTD.astype(cfg.compute_dtype)
       if i == 0:
@@ -272,8 +274,8 @@ class Transformer(nn.Module):
     cfg = self.config
     # At least so many; where `tokens_read` is traced there may be more.
     end = (state.known_tokens_read or 0) + T
-    if cfg.position == "learned" and end > cfg.context_tokens:
+    if cfg.learns_positions and end > cfg.context_tokens:
       raise ValueError(
         f"{end} tokens are more than the {cfg.context_tokens} for which "
-        "model.position='learned' was learned; give fewer"
+        f"model.position={cfg.position!r} was learned; give fewer"
       )

@@ -65,9 +65,19 @@ def write_safetensors(path, arrays: Mapping, config: Mapping, step: int):
   Raises:
     OSError: the file cannot be written; the old content stays.
   """
+  metadata = {"config": json.dumps(config), "step": str(step)}
+  write_arrays(path, arrays, metadata)
+
+
+def write_arrays(path, arrays: Mapping, metadata: dict[str, str]):
+  """Replaces a .safetensors as a whole.
+
+  Raises:
+    OSError: the file cannot be written; the old content stays.
+  """
   content = safetensors.numpy.save(
     {name: np.ascontiguousarray(value) for name, value in arrays.items()},
-    metadata={"config": json.dumps(config), "step": str(step)},
+    metadata=metadata,
   )
   atomic_write(path, content)
 
@@ -82,16 +92,29 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict, dict]:
   try:
     with safetensors.safe_open(path, "np") as file:
       config = dict(json.loads((file.metadata() or {})["config"]))
-    tensors = safetensors.deserialize(path.read_bytes())
   except Exception as error:  # errors of json, safetensors and others
     raise _unreadable(error, "that --mode=export wrote") from error
+  return read_arrays(path), config
+
+
+def read_arrays(path: pathlib.Path) -> dict:
+  """Returns {name: array} of any .safetensors.
+
+  Raises:
+    WeightsError: the file is damaged, or holds an array of other than
+      floating-point numbers.
+  """
+  try:
+    tensors = safetensors.deserialize(path.read_bytes())
+  except Exception as error:
+    raise _unreadable(error, "of whole arrays") from error
   arrays = {}
   for name, tensor in tensors:
     if tensor["dtype"] not in _DTYPES:
       raise _wrong_dtype(name, tensor["dtype"])
     dtype = np.dtype(_DTYPES[tensor["dtype"]])
     arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-  return arrays, config
+  return arrays
 
 
 def read_npz(path) -> dict:

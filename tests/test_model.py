@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from adaptive_attention import masks
-from adaptive_attention.config import ModelConfig, WaveBounds
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.layer import AdaptiveSelfAttention
+from adaptive_attention.mask_bounds import WaveBounds
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Transformer
 from adaptive_attention.parameters import MASK_PARAMETERS

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from adaptive_attention import parameters
-from adaptive_attention.config import ModelConfig, OptimizerConfig, WaveBounds
+from adaptive_attention.config import ModelConfig, OptimizerConfig
 from adaptive_attention.layer import AdaptiveSelfAttention
+from adaptive_attention.mask_bounds import WaveBounds
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer

@@ -252,10 +252,13 @@ def test_parameters_too_few_or_too_many_are_named(file):
 @pytest.mark.parametrize(
   ("spoil", "told"),
   [
-    (lambda c: c.pop("width"), "lack model.width=512"),
+    (
+      lambda c: c.pop("width"),
+      "the default of what they lack",
+    ),
     (lambda c: c.update(depth=3), "model.depth=3 is unknown"),
     (lambda c: c.update(ramp=3.0), "--config.model.ramp=3.0"),
-    (lambda c: c.clear(), "lack model.vocab_size"),
+    (lambda c: c.clear(), "model.vocab_size=256 (not"),
   ],
 )
 def test_settings_of_another_model_are_named(

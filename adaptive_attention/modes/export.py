@@ -2,7 +2,7 @@
 
 import pathlib
 
-from adaptive_attention import weights
+from adaptive_attention import gpt2, weights
 from adaptive_attention.mask_parameters import hardened
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
@@ -17,7 +17,16 @@ from adaptive_attention.training import (
 from adaptive_attention.training import run as training
 
 
-def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
+def run(
+  config,
+  workdir,
+  *,
+  corpus=None,
+  step,
+  harden=False,
+  finetune_steps=0,
+  layout="",
+):
   """Writes model.safetensors beside the checkpoints of the run.
 
   Args:
@@ -29,13 +38,20 @@ def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
       `hardened` one, and exports that.
     finetune_steps: how many steps the hardened model is trained on, with its
       masks fixed.
+    layout: "gpt2" to write WORKDIR/gpt2, a folder that other programs read as a
+      GPT-2, instead; see `gpt2.write`.
 
   Raises:
     SettingsError: the model has no masks, or it cannot be trained on with these
-      settings.
+      settings, or the layout is unknown.
+    WeightsError: the layout has no place for the model.
     CheckpointError: WORKDIR/hardened exists already.
   """
   workdir = pathlib.Path(workdir)
+  if layout not in ("", "gpt2"):
+    raise settings.SettingsError(
+      f"--layout={layout!r} is unknown; give gpt2, or leave it out"
+    )
   if harden:
     tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
@@ -44,12 +60,20 @@ def run(config, workdir, *, corpus=None, step, harden=False, finetune_steps=0):
         settings.training_config(tuned), workdir, corpus, which=str(step)
       )
       step = tuned.steps
+  _write(workdir, step, layout)
+
+
+def _write(workdir, step, layout):
+  """Writes a checkpoint's parameters beside the checkpoints."""
   with checkpoint.Checkpoints(workdir) as saved:
     params, meta = saved.restore_params(step)
-  path = workdir / "model.safetensors"
   model_config = settings.model_config(meta["config"]["model"])
+  path = workdir / (layout or "model.safetensors")
   with logbook.writing(path):
-    weights.save(path, params, model_config, step)
+    if layout:
+      gpt2.write(path, params, model_config)
+    else:
+      weights.save(path, params, model_config, step)
   console.say(f"step {step} written to {path}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
+from adaptive_attention.fitted import adapted
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import path_today
 from adaptive_attention.training import (
@@ -167,7 +168,7 @@ def _given(init_from: str, model: ModelConfig) -> dict:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
   try:
-    params = weights.adapted(params, meta["config"]["model"], model)
+    params = adapted(params, meta["config"]["model"], model)
   except weights.WeightsError as error:
     raise weights.WeightsError(f"init_from={init_from}: {error}") from error
   console.say(f"parameters of step {step} of {init_from}")

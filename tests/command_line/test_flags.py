@@ -46,6 +46,7 @@ VALUES = {
   "seed": 2**32 - 1,
   "harden": True,
   "finetune_steps": 3,
+  "layout": "gpt2",
 }
 by_name = pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
 

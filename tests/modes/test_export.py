@@ -46,7 +46,7 @@ def test_a_file_that_is_no_such_file_is_told(tmp_path):
   path = tmp_path / "model.safetensors"
   weights.save(path, some_params(), SMALL, 7)
   other = ModelConfig(n_layer=2, n_head=3, width=24, context_tokens=32)
-  with pytest.raises(weights.WeightsError, match="context_tokens=16, not 32"):
+  with pytest.raises(weights.WeightsError, match=r"context_tokens=16 \(not 32"):
     weights.load(path, other)
   # What does not change the function may differ.
   free = ModelConfig(
