@@ -14,7 +14,7 @@ from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import State, init_cache, init_memory
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
   "AdaptiveSelfAttention",

@@ -144,6 +144,7 @@ def test_steps_are_timed_in_the_middle_of_their_streams(
   assert none == Stateless(1)
 
 
+@pytest.mark.every_case
 def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
   """Keys that are read and cached are those counted for the case's spans."""
   wave = {"attention": "span_wave", "period": "integer", "harmonics": 0}

@@ -156,7 +156,11 @@ def test_it_learns(main, tiny_flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+  ("number", "code"),
+  [
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.every_case),
+  ],
 )
 def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   whole_run, main, tiny_flags, tmp_path, number, code

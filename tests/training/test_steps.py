@@ -233,7 +233,13 @@ def test_the_memory_stays_in_its_place(tiny):
   assert sizes["temporary"] - short["temporary"] < 1.5 * layer
 
 
-@pytest.mark.parametrize(("remat", "most"), [("mlp", 0.7), ("block", 0.45)])
+@pytest.mark.parametrize(
+  ("remat", "most"),
+  [
+    pytest.param("mlp", 0.7, marks=pytest.mark.every_case),
+    ("block", 0.45),
+  ],
+)
 def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
   config = remembering(tiny) if remat == "mlp" else tiny
   config.model.update(n_layer=4, width=32, context_tokens=16, dropout=0.3)
@@ -336,7 +342,9 @@ def test_metrics_are_those_of_the_parameters(tiny):
   np.testing.assert_allclose(history[0]["open_share"], counted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("period", ["real", "integer"])
+@pytest.mark.parametrize(
+  "period", [pytest.param("real", marks=pytest.mark.every_case), "integer"]
+)
 def test_blocked_trains_as_the_reference_does(tiny, period):
   tiny.model.update(context_tokens=96, n_layer=1, period=period)
   histories = []
