@@ -61,9 +61,17 @@ class Choice(NamedTuple):
 
 
 def call_of(
-  q_BTHK, k_BSGK, *, mask, ring, memory, relative_RK, segments, **others
+  q_BTHK,
+  k_BSGK,
+  *,
+  mask,
+  memory,
+  ring=None,
+  relative_RK=None,
+  segments=None,
+  **others,
 ) -> Call:
-  """Returns the call of these arguments."""
+  """Returns the call of these arguments; no choice depends on the others."""
   del others
   B, T, H, K = q_BTHK.shape
   S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]

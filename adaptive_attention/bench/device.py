@@ -129,7 +129,7 @@ def _inputs(case):
 def ours(case: Case, most_bytes: int) -> Iterable[Attention]:
   """Yields our implementations that serve a case in reasonable time."""
   shape = jax.ShapeDtypeStruct((case.B, case.T, case.H, case.K), case.dtype)
-  call = choice.call_of(shape, shape, case.mask, None, case.memory, None)
+  call = choice.call_of(shape, shape, mask=case.mask, memory=case.memory)
   best = choice.chosen(call)
   console.say(f"{case.name}: ours is {best}")
   blocks = blocks_in_turn(case)

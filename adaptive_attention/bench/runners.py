@@ -74,7 +74,7 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
 def _serving(case: Case) -> list[str]:
   """Returns which implementations serve a call on this device."""
   q, k, _, _ = jax.eval_shape(lambda: cases.inputs(case))
-  call = choice.call_of(q, k, case.mask, None, case.memory, None)
+  call = choice.call_of(q, k, mask=case.mask, memory=case.memory)
   return [name for name in IMPLEMENTATIONS if not choice.refusal(call, name)]
 
 
