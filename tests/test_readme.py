@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_attention import mask_params
 from adaptive_attention.command_line.uses import USES
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.training import settings
@@ -88,11 +89,44 @@ def test_the_module_example_is_as_it_says():
   assert layer.apply(params, x_BTD).shape == (2, 5, 32)
 
 
+def swapped(example, difference):
+  """Returns the lines of an example with those of a difference changed."""
+  old, added = [], "import optax\n"
+  for line in difference.splitlines():
+    text = line[1:] + "\n"
+    if line[0] == "-":
+      old.append(text)
+    elif old:
+      assert example.count("".join(old)) == 1
+      example, old = example.replace("".join(old), text), []
+    else:
+      added += text
+  return example.replace("import optax\n", added)
+
+
+def test_the_models_of_others_are_as_they_say(capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  own = blocks("python")[1].replace("range(300)", "range(2)")
+  assert len(own.splitlines()) < 50
+  (difference,) = blocks("diff")
+  ours = swapped(own, difference)
+  assert "MultiHead" in own and "MultiHead" not in ours
+  shapes = {}
+  for example in (own, ours):
+    names = {}
+    exec(example, names)
+    assert re.fullmatch(r"\d\.\d\d bits per byte\n", capsys.readouterr().out)
+    shapes[example] = jax.tree.map(jnp.shape, names["params"])
+  layers = mask_params(names["params"], names["LAYER"])
+  assert [mask.span.shape for mask in layers] == [(4,), (4,)]
+  assert "span_logit" not in str(shapes[own])
+
+
 def test_the_attend_example_is_as_it_says():
   q_BTHK = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 4)))
   q_BTHK = q_BTHK.astype(jnp.float32)
   names = {"q_BTHK": q_BTHK, "k_BSHK": q_BTHK, "v_BSHK": q_BTHK}
-  exec(blocks("python")[1], names)
+  exec(blocks("python")[2], names)
   assert names["out_BTHK"].shape == (1, 5, 2, 4)
 
 
@@ -101,7 +135,7 @@ def test_the_state_example_is_as_it_says():
 
   tokens_BT = jnp.zeros((4, 512), int)
   small = "n_layer=1, width=16, "
-  example = blocks("python")[2].replace("Config(", f"Config({small}")
+  example = blocks("python")[3].replace("Config(", f"Config({small}")
   config = ModelConfig(n_layer=1, width=16, max_span=2048, position="rotary")
   init = jax.jit(Transformer(config).init)
   names = init(jax.random.key(0), tokens_BT) | {"tokens_BT": tokens_BT}
@@ -119,7 +153,7 @@ def test_the_writing_example_is_as_it_says(capsys):
   prompt_BT = np.zeros((2, 5), int)
   names = {"config": config, "prompt_BT": prompt_BT}
   names |= jax.jit(Transformer(config).init)(jax.random.key(0), prompt_BT)
-  exec(blocks("python")[3], names)
+  exec(blocks("python")[4], names)
   assert names["tokens_BT"].shape == (2, 100)
   assert int(capsys.readouterr().out) == names["state"].nbytes
   assert names["state"].tokens_read == 6
