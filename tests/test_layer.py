@@ -97,7 +97,7 @@ def test_a_head_of_keys_serves_several_heads():
   )
 
 
-@pytest.mark.parametrize("position", [None, "rotary", "relative"])
+@pytest.mark.parametrize("position", ["rotary", "relative"])
 def test_packed_sequences_give_what_they_give_alone(position):
   module = layer(max_span=8, position=position)
   params = init(module)
@@ -247,7 +247,6 @@ WHOLE = {
   "ramp": 2.0,
   "wave": WaveBounds(integer=True),
   "position": "rotary",
-  "implementation": "blocked",
 }
 
 

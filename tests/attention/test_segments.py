@@ -1,5 +1,7 @@
 """Packed sequences: no pair across segments, and no block of such pairs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,21 +29,16 @@ def arrays(B, T):
 @everywhere
 def test_a_segment_gives_what_it_gives_alone(implementation):
   """Its positions matter by their distances alone."""
-  lengths = 37, 1, 90, 12
-  q, k, v = arrays(2, 140)
+  lengths = 37, 1, 90
+  q, k, v = arrays(2, 128)
   mask = Mask(jnp.float32([20.5, 100.0]), 8.0)
-  ids = np.repeat([7, -3, 7_000_000, 0], lengths)
-  packed = attend(
-    *(q, k, v, mask),
-    segment_ids=np.stack([ids, ids]),
-    implementation=implementation,
-  )
+  ids = np.repeat([7, -3, 7_000_000], lengths)
+  run = jax.jit(functools.partial(attend, implementation=implementation))
+  packed = run(q, k, v, mask, segment_ids=np.stack([ids, ids]))
   start = 0
   for n in lengths:
     part = slice(start, start + n)
-    alone = attend(
-      *(x[:, part] for x in (q, k, v)), mask, implementation=implementation
-    )
+    alone = run(*(x[:, part] for x in (q, k, v)), mask)
     np.testing.assert_allclose(packed[:, part], alone, atol=2e-6)
     start += n
 
@@ -68,6 +65,7 @@ def test_blocks_across_segments_are_not_computed(wave):
   for x in poisoned:
     x[:, :first] = np.nan
 
+  @jax.jit
   def last(k, v):
     mask = Mask(jnp.full(2, 1e4), 32.0, wave)
     return attend(q, k, v, mask, segment_ids=ids, implementation="blocked")[
@@ -108,7 +106,10 @@ def test_what_the_segments_of_a_call_are():
   )
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize(
+  "transform",
+  [jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.every_case)],
+)
 def test_under_transformations_as_plainly(transform):
   case = Case("plain", 70, 70, (9.5, 60.5), segments=((30, 40), (70,)), B=2)
   q, k, v, _ = inputs(case)
@@ -117,17 +118,15 @@ def test_under_transformations_as_plainly(transform):
     out = attend(q, k, v, case.mask, segment_ids=ids)
     return jnp.sum(out**2)
 
-  gradient = jax.grad(total, (0, 1, 2))
+  gradient = jax.jit(jax.grad(total, (0, 1, 2)))
   plain = gradient(q, k, v, case.segment_ids)
   found = jax.grad(transform(total), (0, 1, 2))(q, k, v, case.segment_ids)
   for one, other in zip(found, plain, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-6)
-  # Three calls of other segments at once.
-  ids = np.stack(
-    [case.segment_ids, case.segment_ids[::-1], 0 * case.segment_ids]
-  )
+  # Two calls of other segments at once.
+  ids = np.stack([case.segment_ids, 0 * case.segment_ids])
   together = jax.vmap(gradient, (None, None, None, 0))(q, k, v, ids)
-  for i in range(3):
+  for i in range(2):
     for one, other in zip(together, gradient(q, k, v, ids[i]), strict=True):
       np.testing.assert_allclose(one[i], other, atol=1e-6)
 

@@ -124,7 +124,13 @@ def assert_alike(found, expected, rtol=1e-4):
     np.testing.assert_allclose(one, other, atol=rtol * most)
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.every_case] * ("op by" in name))
+    for name in TRANSFORMED
+  ],
+)
 def test_blocked_is_transformed_as_the_reference_is(name):
   transformed = TRANSFORMED[name]
   exact = transformed(attention("reference"))
