@@ -48,7 +48,12 @@ def plain():
     {"attention": "span", "max_span": 400},
     {"attention": "span_wave"},
     {"attention": "span_wave", "harmonics": 0},
-    {"attention": "span_wave", "period": "integer", "period_max": 17.0},
+    {
+      "attention": "span_wave",
+      "period": "integer",
+      "period_max": 17.0,
+      "harmonics": 0,
+    },
   ],
 )
 def test_masks_that_are_added_are_fully_open(plain, changes):
