@@ -54,18 +54,32 @@ def _paths(theirs: ModelConfig, config: ModelConfig):
 
 def _with_masks(tree, config: ModelConfig):
   """Returns the tree with fully open masks where it has none."""
-  missing = set(shapes_of(config)) - set(
-    flax.traverse_util.flatten_dict(tree, sep="/")
-  )
+  flat = flax.traverse_util.flatten_dict(tree, sep="/")
+  missing = set(shapes_of(config)) - set(flat)
   if not missing:
     return tree
   try:
     logits = open_logits(config.mask_bounds, config.max_context_tokens)
   except ValueError as error:
     raise WeightsError(f"model.{error}") from error
-  flat = flax.traverse_util.flatten_dict(tree, sep="/")
   flat |= {path: logits[path.split("/")[-1]] for path in missing}
   return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def check_tied(output, tree):
+  """Checks that an output layer, if there is one, is the embedding.
+
+  Raises:
+    WeightsError: it differs.
+  """
+  if output is not None and not np.array_equal(
+    weight_files.float_array("lm_head.weight", output).astype(np.float32),
+    tree["embed"]["embedding"],
+  ):
+    raise WeightsError(
+      "lm_head.weight differs from wte.weight; expected an output layer tied to "
+      "the embedding"
+    )
 
 
 def fitted(found, names, config):

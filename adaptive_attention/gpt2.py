@@ -17,7 +17,7 @@ import numpy as np
 from adaptive_attention import weight_files
 from adaptive_attention.atomic_write import atomic_write
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.fitted import fitted
+from adaptive_attention.fitted import check_tied, fitted
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.weight_files import WeightsError
 
@@ -123,14 +123,7 @@ def from_gpt2(arrays: Mapping[str, Any], config: ModelConfig) -> dict:
   output = found.pop("lm_head.weight", None)
   names = {name: (path, False) for name, path in _names(config).items()}
   tree = fitted(found, names, config)
-  if output is not None and not np.array_equal(
-    weight_files.float_array("lm_head.weight", output).astype(np.float32),
-    tree["embed"]["embedding"],
-  ):
-    raise WeightsError(
-      "lm_head.weight differs from wte.weight; expected an output layer that "
-      "is the embedding"
-    )
+  check_tied(output, tree)
   return tree
 
 

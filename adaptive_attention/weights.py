@@ -13,11 +13,10 @@ import re
 from collections.abc import Mapping
 
 import flax.traverse_util
-import numpy as np
 
 from adaptive_attention import gpt2, weight_files
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.fitted import adapted, fitted
+from adaptive_attention.fitted import adapted, check_tied, fitted
 from adaptive_attention.weight_files import WeightsError
 
 _SETTINGS = {  # theirs -> ours
@@ -168,14 +167,7 @@ def from_nanogpt(params: Mapping, config: ModelConfig) -> dict:
   }
   output = found.pop("lm_head.weight", None)
   tree = fitted(found, names, config)
-  if output is not None and not np.array_equal(
-    weight_files.float_array("lm_head.weight", output).astype(np.float32),
-    tree["embed"]["embedding"],
-  ):
-    raise WeightsError(
-      "lm_head.weight differs from transformer.wte.weight; expected an "
-      "output layer tied to the embedding, as in the published program"
-    )
+  check_tied(output, tree)
   return tree
 
 
