@@ -77,8 +77,8 @@ def check_tied(output, tree):
     tree["embed"]["embedding"],
   ):
     raise WeightsError(
-      "lm_head.weight differs from wte.weight; expected an output layer tied to "
-      "the embedding"
+      "lm_head.weight differs from wte.weight; expected an output layer tied "
+      "to the embedding"
     )
 
 
