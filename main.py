@@ -9,6 +9,7 @@ import sys
 from adaptive_attention.command_line import flags
 from adaptive_attention.errors import Error
 from adaptive_attention.training import console, signals
+from adaptive_attention.training.settings import holds_tokens
 from configs import base
 from data import CorpusError
 
@@ -62,13 +63,21 @@ def _run(given: flags.Given):
 
 
 def load_corpus(config):
-  """Returns the bytes that the settings name, split.
+  """Returns the bytes or tokens that the settings name, split.
 
   Raises:
     CorpusError: they cannot be read or fetched.
   """
-  from data import enwik8, python_source, text_file
+  from data import enwik8, python_source, text_file, tokens
 
+  if holds_tokens(config.data.path):
+    return tokens.load(
+      config.data.path,
+      config.model.vocab_size,
+      config.data.cache_dir,
+      bytes_per_token=config.data.bytes_per_token or None,
+      log=console.say,
+    )
   if config.data.path:
     return text_file.load(config.data.path)
   match config.data.corpus:

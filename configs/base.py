@@ -77,9 +77,14 @@ def _of_the_data() -> ConfigDict:
   # "enwik8", or "python_source", the sources of Python's standard library.
   config.corpus = "enwik8"
   # Any local file instead (raw, .gz, .bz2, .xz, .zip with one member), split
-  # 90/5/5.
+  # 90/5/5. Or tokens, with model.vocab_size that of their tokenizer: a folder
+  # with train.bin and val.bin as nanoGPT writes them (16 or 32 bits a token),
+  # and perhaps a test.bin; or an .npy of integers, split 90/5/5.
   config.path = ""
-  # Where a downloaded corpus is kept.
+  # How many bytes of text a token stands for, on average, so that losses are
+  # told per byte too; 0 if it is not known.
+  config.bytes_per_token = 0.0
+  # Where a downloaded corpus is kept, and the digests of files of tokens.
   config.cache_dir = "data/cache"
   return config
 

@@ -1,4 +1,4 @@
-"""Sources of text: each module has a `load` that returns a Corpus."""
+"""Sources of data: each module has a `load` that returns a Corpus."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,16 @@ class CorpusError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """A text in three splits, as read-only uint8 arrays.
+  """Bytes or tokens in three splits, as read-only arrays of integers.
 
   Attributes:
     name: the name under which results are reported.
-    sha256: the digest of train, valid and test, joined.
+    sha256: the digest of what is in the splits.
+    train, valid, test: the splits; `test` may be empty where tokens are read.
+    largest: a number that no token exceeds.
+    bytes_per_token: how many bytes of text a token stands for, on average; None
+      if that is not known.
+    unit: what an element of a split is: "byte" or "token".
   """
 
   name: str
@@ -27,6 +32,9 @@ class Corpus:
   train: np.ndarray
   valid: np.ndarray
   test: np.ndarray
+  largest: int = 255
+  bytes_per_token: float | None = 1.0
+  unit: str = "byte"
 
 
 def split(name: str, content, sizes=None, sha256=None) -> Corpus:
@@ -49,8 +57,7 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
   content.flags.writeable = False
   total = len(content)
   if sizes is None:
-    small = total * 5 // 100
-    sizes = (total - 2 * small, small, small)
+    sizes = sizes_of(total)
   if total < _LEAST_BYTES:
     raise CorpusError(
       f"{name} has {total} bytes; expected at least {_LEAST_BYTES} for "
@@ -68,6 +75,12 @@ def split(name: str, content, sizes=None, sha256=None) -> Corpus:
     )
   train, valid, test = np.split(content, np.cumsum(sizes)[:-1])
   return Corpus(name, sha256 or sha256_of(content), train, valid, test)
+
+
+def sizes_of(total: int) -> tuple[int, int, int]:
+  """Returns the sizes of train, valid and test, 90, 5 and 5 per cent."""
+  small = total * 5 // 100
+  return total - 2 * small, small, small
 
 
 def sha256_of(content: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from adaptive_attention import (
   generation,
 )
 from adaptive_attention.model import Transformer
-from adaptive_attention.training import console
+from adaptive_attention.training.units import Units
 from tests.written_models import (
   CONFIG,
   LENGTH,
@@ -70,7 +70,7 @@ def test_only_bytes_are_drawn_where_only_these_are_asked_for(temperature):
     config, params, TEXT[:, :7], 60, **options, draw_below=generation.BYTES
   )
   assert made.max() < 256
-  assert len(console.text_of(made[0])) >= 10
+  assert len(Units().text_of(made[0])) >= 10
 
 
 def test_tokens_are_shown_as_they_come():
@@ -179,7 +179,7 @@ def test_numbers_that_are_no_tokens_are_named():
     generation.step(params, CONFIG, np.array([1, 256, 2]), state)
   for tokens in ([97, 256 + 98], [97, -1]):
     with pytest.raises(ValueError, match="is not a byte; expected 0 to 255"):
-      console.text_of(tokens)
+      Units().text_of(tokens)
   for option in ({"steps": -1}, {"steps": 1, "draw_below": 0}):
     with pytest.raises(ValueError, match="is not possible; expected"):
       write(CONFIG, params, TEXT[:, :3], **option)

@@ -339,16 +339,16 @@ def test_a_record_with_bad_bytes_goes_on(main, odd, tmp_path):
 def test_configs_build_and_know_their_fields(path):
   if path.stem == "__init__":
     return
-  from adaptive_attention.training import settings
+  from adaptive_attention.training import earlier_settings, settings
   from configs import base
 
   config = runpy.run_path(str(path))["get_config"]()
   settings.check(config)
-  known, found = (settings._flatten(c) for c in (base.get_config(), config))
+  known, found = (settings.flatten(c) for c in (base.get_config(), config))
   assert {n: type(v) for n, v in found.items()} == {
     n: type(v) for n, v in known.items()
   }
-  changed = settings.changes(base.get_config(), config)
+  changed = earlier_settings.changes(base.get_config(), config)
   assert bool(changed) == (path.stem != "base")
   assert config.is_locked
   with pytest.raises(AttributeError):

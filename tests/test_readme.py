@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_attention import mask_params
+from adaptive_attention import gpt2, mask_params
 from adaptive_attention.command_line.uses import USES
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.model import Transformer
 from adaptive_attention.training import settings
 from configs import base
 
@@ -43,17 +44,34 @@ def test_the_two_commands_come_first():
   )
 
 
+def write_gpt2(folder, **sizes):
+  config = ModelConfig(
+    n_head=12,
+    vocab_size=50257,
+    position="learned_once",
+    attention="dense",
+    bias=True,
+    gelu="tanh",
+    **sizes,
+  )
+  init = jax.jit(Transformer(config).init)
+  tokens = jnp.zeros((1, config.context_tokens), int)
+  params = init(jax.random.key(0), tokens)["params"]
+  gpt2.write(folder, jax.device_get(params), config)
+
+
 def test_commands_run(main, text, tmp_path):
   """Each runs as it is written, but short and in the test's own folders."""
   short = [
     "--config.steps=2",
     "--config.batch_size=2",
     "--config.model.n_layer=1",
-    "--config.model.width=16",
+    "--config.model.width=48",  # of 4, 8 and 12 heads
     "--config.model.context_tokens=64",
     "--config.model.implementation=reference",
     f"--config.data.path={text}",
   ]
+  write_gpt2(tmp_path / "gpt2", n_layer=1, width=48, context_tokens=64)
   ran = 0
   for flags in commands():
     mode = next((f for f in flags if f.startswith("--mode=")), "--mode=train")
@@ -68,13 +86,14 @@ def test_commands_run(main, text, tmp_path):
         folder = flags[flags.index("--workdir") + 1]
       flags = [f for f in flags if not f.startswith(("--workdir", "runs/"))]
       flags = [f.replace("=runs/", f"={tmp_path}/") for f in flags] + short
+      flags = [f.replace("=gpt2", f"={tmp_path}/gpt2") for f in flags]
       if mode == "--mode=train":
         own = pathlib.Path(folder).stem
         flags.append(f"--workdir={tmp_path / own}")
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 12
+  assert ran == 13
 
 
 def test_the_module_example_is_as_it_says():
@@ -131,8 +150,6 @@ def test_the_attend_example_is_as_it_says():
 
 
 def test_the_state_example_is_as_it_says():
-  from adaptive_attention.model import Transformer
-
   tokens_BT = jnp.zeros((4, 512), int)
   small = "n_layer=1, width=16, "
   example = blocks("python")[3].replace("Config(", f"Config({small}")
@@ -145,8 +162,6 @@ def test_the_state_example_is_as_it_says():
 
 
 def test_the_writing_example_is_as_it_says(capsys):
-  from adaptive_attention.model import Transformer
-
   config = ModelConfig(
     n_layer=1, width=16, n_head=2, max_span=16, position="rotary"
   )
@@ -175,6 +190,6 @@ def test_the_table_of_modes_has_their_flags():
 def test_files_and_flags_that_readme_names_exist():
   for path in re.findall(r"\]\(([\w/.]+)\)", README):
     assert (ROOT / path).exists(), path
-  names = settings._flatten(base.get_config())
+  names = settings.flatten(base.get_config())
   for name in re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)?)", README):
     assert name in names, name

@@ -51,15 +51,19 @@ FLAGS = {
     "How to evaluate: window (disjoint), stride:N, or memory (read once, as "
     "streams); memory for a model that has one, else window, if not given."
   ),
-  "prompt": Flag("The text that a sample continues."),
-  "prompt_file": Flag("A file with that text, taken byte for byte."),
-  "tokens": Flag("How many bytes to write.", int, 1),
-  "temperature": Flag(
-    "Divides the logits; 0 for the likeliest byte.", float, 0.0
+  "prompt": Flag(
+    "The text that a sample continues; numbers, where tokens were learned."
   ),
-  "top_k": Flag("Draw from so many of the likeliest bytes; 0 for all.", int, 0),
+  "prompt_file": Flag("A file with that text, taken byte for byte."),
+  "tokens": Flag("How many bytes, or tokens, to write.", int, 1),
+  "temperature": Flag(
+    "Divides the logits; 0 for the likeliest token.", float, 0.0
+  ),
+  "top_k": Flag(
+    "Draw from so many of the likeliest tokens; 0 for all.", int, 0
+  ),
   "top_p": Flag(
-    "Draw from the likeliest bytes of so much probability.", float, 0.0
+    "Draw from the likeliest tokens of so much probability.", float, 0.0
   ),
   "num": Flag("How many texts to write.", int, 1),
   "seed": Flag("Equal seeds give equal texts; under 2^32.", int, 0, 2**32 - 1),

@@ -16,6 +16,7 @@ from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import (
   checkpoint,
   console,
+  earlier_settings,
   logbook,
   parallel,
   settings,
@@ -85,7 +86,7 @@ def saved_settings(given: Given, workdir, project: Project):
     step = checkpoints.resolve(given.flags.get("step", "latest"))
     saved = checkpoints.read_meta(step)["config"]
   config, defaults, said = project.get_config(), project.get_config(), []
-  unknown = settings.restore(config, saved)
+  unknown = earlier_settings.restore(config, saved)
   if unknown:
     listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
     said.append(f"ignored: {listed} of the checkpoint, unknown to this version")
@@ -110,6 +111,8 @@ def _check_data_settings(given, config):
   if config.data.path:
     read = f"data.path={config.data.path} is read"
     unused |= {"data.corpus": read, "data.cache_dir": read}
+  if settings.holds_tokens(config.data.path):
+    del unused["data.cache_dir"]  # it keeps the digests of the files
   for name, why in unused.items():
     if name in given.overrides:
       raise SettingsError(
@@ -121,7 +124,9 @@ def _check_data_settings(given, config):
 def _corpus(config, project):
   if config.data.path:  # absolute, so that the run finds it from any folder
     config.data.path = str(pathlib.Path(config.data.path).absolute())
-  return project.load_corpus(config)
+  corpus = project.load_corpus(config)
+  settings.check_vocabulary(config, corpus)
+  return corpus
 
 
 def _sequences(given, config) -> int:

@@ -1,7 +1,6 @@
 """Evaluates a checkpoint."""
 
 import collections
-import dataclasses
 
 from adaptive_attention import accounting
 from adaptive_attention.mask_parameters import mask_params
@@ -14,6 +13,7 @@ from adaptive_attention.training import (
   parallel,
   resume,
   settings,
+  units,
 )
 
 
@@ -39,24 +39,25 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
   predict = evaluator.Evaluator(
     Transformer(model_config), config.eval_batch_size
   )
-  data = getattr(corpus, split)[: config.eval_tokens or None]
+  data = _split(corpus, split)[: config.eval_tokens or None]
   result = predict(params, data, protocol)
   layers = mask_params(params, model_config)
+  read = units.of(corpus)
   record = collections.OrderedDict(
     step=step,
     split=split,
     protocol=protocol,
-    **dataclasses.asdict(result),
+    **read.record(result),
     **_costs(layers, model_config, protocol),
-    data={"name": corpus.name, "sha256": corpus.sha256},
+    data=units.source(corpus),
   )
-  part = f"first {len(data):,} bytes of " if config.eval_tokens else ""
+  part = f"first {len(data):,} {read.unit}s of " if config.eval_tokens else ""
   macs = record["attention_macs_per_token"]
   try:  # the record is written even if nothing can be printed
     console.say(
       f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
-      f"{result.bits_per_char:.4f} +- {result.stderr:.4f} bits per character, "
-      f"{result.bytes:,} bytes, {result.tokens_per_second:,.0f} tokens/s"
+      f"{read.full(result.bits, result.stderr)}, {result.tokens:,} "
+      f"{read.unit}s, {result.tokens_per_second:,.0f} tokens/s"
     )
     found = accounting.attention_choice(model_config)
     console.say(f"attention: {console.macs_text(macs, found)}")
@@ -64,6 +65,21 @@ def run(config, workdir, *, corpus, step, split="valid", protocol=None):
   finally:
     if parallel.is_primary():
       logbook.write_evaluation(workdir, record)
+
+
+def _split(corpus, split):
+  """Returns a split of the data.
+
+  Raises:
+    EvaluationError: the data have no such split.
+  """
+  data = getattr(corpus, split)
+  if not len(data):
+    raise evaluator.EvaluationError(
+      f"{corpus.name} has no split {split}; add {split}.bin to it, or give "
+      "--split=valid"
+    )
+  return data
 
 
 def _costs(layers, config, protocol) -> dict:

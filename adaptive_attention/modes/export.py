@@ -13,6 +13,7 @@ from adaptive_attention.training import (
   parallel,
   resume,
   settings,
+  units,
 )
 from adaptive_attention.training import run as training
 
@@ -120,12 +121,13 @@ def _harden(config, workdir, corpus, step):
     figures = [
       evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
         parallel.replicate(tree), data
-      ).bits_per_char
+      ).bits
       for tree, model_config in ((params, before), (rounded, after))
     ]
-    part = f" of {len(data):,} bytes" if config.eval_tokens else ""
+    read = units.of(corpus)
+    part = f" of {len(data):,} {read.unit}s" if config.eval_tokens else ""
     console.say(
-      f"step {step}, validation bits per character{part}: as trained "
+      f"step {step}, validation {read.name}{part}: as trained "
       f"{figures[0]:.4f}, hardened {figures[1]:.4f} "
       f"({figures[1] - figures[0]:+.4f})"
     )

@@ -10,7 +10,13 @@ import numpy as np
 from adaptive_attention import generation
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.training import checkpoint, console, logbook, settings
+from adaptive_attention.training import (
+  checkpoint,
+  console,
+  logbook,
+  settings,
+  units,
+)
 
 
 class GenerationError(Error):
@@ -37,7 +43,7 @@ def run(
     config: the checkpoint's settings.
     workdir, step: the run's folder and the checkpoint.
     prompt, prompt_file: as in `read_prompt`.
-    tokens, num: how many bytes to write, and how many texts side by side.
+    tokens, num: how many tokens to write, and how many texts side by side.
     temperature, top_k, top_p: as in `generation.generate`.
     seed: text b of a seed is the same for any number of texts.
 
@@ -45,31 +51,34 @@ def run(
     SettingsError: a flag is out of bounds, or there is not one prompt.
     GenerationError: the prompt cannot be used.
   """
-  prompt = read_prompt(prompt, prompt_file)
+  typed, source = read_prompt(prompt, prompt_file)
   drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
   _check_drawing(drawing)
   model_config = settings.model_config(config.model)
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    params, _ = checkpoints.restore_params(step)
+    params, meta = checkpoints.restore_params(step)
+  read = units.of_record(meta["data"])
+  prompt_BT = _tokens(typed, source, read, model_config)[None].repeat(num, 0)
   began = time.perf_counter()
   made_BT, rest = _generate(
-    params, model_config, np.tile(prompt, (num, 1)), tokens, seed, drawing
+    params, model_config, read, prompt_BT, tokens, seed, drawing
   )
-  seconds = time.perf_counter() - began
-  texts = [console.text_of(np.concatenate([prompt, row])) for row in made_BT]
+  took = f"{time.perf_counter() - began:.1f} s, compilation included"
   layers = mask_params(params, model_config)
   _print_and_write(
-    texts,
+    [read.text_of(row) for row in np.hstack([prompt_BT, made_BT])],
     rest,
-    f"{num} x {tokens} bytes in {seconds:.1f} s, compilation included",
+    f"{num} x {tokens} {read.unit}s in {took}",
     f"cache: {console.cache_text(layers, model_config)}",
     path=pathlib.Path(workdir) / "sample.txt",
     step=step,
   )
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
-  """Returns the bytes of the prompt, (T,) uint8.
+def read_prompt(
+  prompt: str | None, prompt_file: str | None
+) -> tuple[bytes, str]:
+  """Returns the bytes of the prompt, and what they come from.
 
   Args:
     prompt: a text as it was typed, UTF-8 or not; None if it is in a file.
@@ -95,7 +104,23 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> np.ndarray:
       ) from error
   if not data:
     raise GenerationError(f"{source} is empty; give at least one byte")
-  return np.frombuffer(data, np.uint8)
+  return data, source
+
+
+def _tokens(text: bytes, source: str, read: units.Units, config) -> np.ndarray:
+  """Returns the tokens of a prompt, (T,).
+
+  Raises:
+    GenerationError: it holds what is not a token of the model, or none.
+  """
+  try:
+    tokens = read.tokens_of(text)
+    generation.check_tokens(tokens, config)
+  except (units.TokensError, ValueError) as error:
+    raise GenerationError(f"{source}: {error}") from error
+  if not len(tokens):
+    raise GenerationError(f"{source} holds no token; give at least one number")
+  return tokens
 
 
 def _check_drawing(drawing):
@@ -110,11 +135,11 @@ def _check_drawing(drawing):
     raise SettingsError(str(error)) from error
 
 
-def _generate(params, config, prompt_BT, tokens, seed, drawing):
+def _generate(params, config, read, prompt_BT, tokens, seed, drawing):
   """Writes texts, and prints the first of them as it comes.
 
   Returns:
-    (B, tokens) bytes, and the end of the first text, which is not yet printed.
+    (B, tokens) tokens, and the end of the first text, which is not yet printed.
   """
   if generation.slides(config) and (
     prompt_BT.shape[1] + tokens > config.context_tokens + 1
@@ -123,15 +148,15 @@ def _generate(params, config, prompt_BT, tokens, seed, drawing):
       f"positions were learned for {config.context_tokens} tokens: each time "
       "the context is full, its later half is read again"
     )
-  first = console.Text()
-  console.write_out(console.text_of(prompt_BT[0]))
+  first = read.writer()
+  console.write_out(first(prompt_BT[0]))
   made_BT = generation.generate(
     jax.device_put(params),
     config,
     prompt_BT,
     tokens,
     jax.random.key(seed),
-    draw_below=generation.BYTES,
+    draw_below=read.draw_below,
     on_tokens=lambda new_BT: console.write_out(first(new_BT[0])),
     **drawing,
   )

@@ -1,4 +1,4 @@
-"""Which bytes are read when: pure functions, so that nothing needs saving."""
+"""Which tokens are read when: pure functions, so that nothing needs saving."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Batch(NamedTuple):
   """The input of a step; each leaf has the devices' axis N in front.
 
   Attributes:
-    tokens: (A, B, T + 1) uint8; A accumulation steps of B sequences each.
+    tokens: (A, B, T + 1) int32; A accumulation steps of B sequences each.
     stop: int32, whether a signal came in.
     restart: bool, whether the streams start again with this segment.
   """
@@ -35,7 +35,7 @@ def shapes(
   N, A = parallel.local_device_count(), accumulation_steps
   B = per_device(batch_size) // A
   return Batch(
-    jax.ShapeDtypeStruct((N, A, B, context_tokens + 1), np.uint8),
+    jax.ShapeDtypeStruct((N, A, B, context_tokens + 1), np.int32),
     jax.ShapeDtypeStruct((N,), np.int32),
     jax.ShapeDtypeStruct((N,), np.bool_),
   )
@@ -110,17 +110,17 @@ def shard(data, index: int, count: int):
 
 
 def train_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """Returns (B, T + 1) uint8: random parts of a shard.
+  """Returns (B, T + 1) int32: random parts of a shard.
 
-  Inputs are the first T bytes of a row, targets the last T. `data` is the
-  shard's own; the draw differs between shards even where their bytes do not.
+  Inputs are the first T tokens of a row, targets the last T. `data` is the
+  shard's own; the draw differs between shards even where their tokens do not.
   It depends on the arguments alone.
   """
   generator = np.random.default_rng((seed, step, shard_index))
   starts_B = generator.integers(
     0, len(data) - context_tokens, size=batch_size, dtype=np.int64
   )
-  return np.asarray(data)[starts_B[:, None] + np.arange(context_tokens + 1)]
+  return _rows(data, starts_B, context_tokens)
 
 
 def segments(length: int, batch_size: int, context_tokens: int) -> int:
@@ -129,11 +129,11 @@ def segments(length: int, batch_size: int, context_tokens: int) -> int:
 
 
 def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
-  """Returns (B, T + 1) uint8: the next segment of each of B streams.
+  """Returns (B, T + 1) int32: the next segment of each of B streams.
 
   The streams lie end to end in the shard; each goes on at a step where it ended
   at the one before, until all reach their ends together. Then they start again,
-  from a first byte that is drawn for each pass out of those that would be left
+  from a first token that is drawn for each pass out of those that would be left
   over. The arguments are those of `train_batch`; the result depends on them
   alone.
   """
@@ -144,16 +144,22 @@ def stream_batch(data, *, seed, step, shard_index, batch_size, context_tokens):
   generator = np.random.default_rng((seed, epoch, shard_index))
   first = generator.integers(0, spare, endpoint=True)
   starts_B = first + T * (count * np.arange(B, dtype=np.int64) + segment)
-  return np.asarray(data)[starts_B[:, None] + np.arange(T + 1)]
+  return _rows(data, starts_B, T)
+
+
+def _rows(data, starts_B, context_tokens):
+  """Returns the T + 1 tokens from each start on, whatever dtype stores them."""
+  index_BT = starts_B[:, None] + np.arange(context_tokens + 1)
+  return np.asarray(data)[index_BT].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """A split cut up for evaluation: batches of rows of T + 1 bytes.
+  """A split cut up for evaluation: batches of rows of T + 1 tokens.
 
-  Row r of batch g holds the bytes from starts[g, r] on and predicts the byte
+  Row r of batch g holds the tokens from starts[g, r] on and predicts the one
   after each of its first T; of these predictions those from scored_from to
-  scored_to count. Each byte of the split but the first counts in exactly one.
+  scored_to count. Each token of the split but the first counts in exactly one.
   """
 
   starts: np.ndarray
@@ -170,9 +176,9 @@ class Reading:
     return len(self.starts)
 
   def tokens(self, data, batch: int):
-    """Returns (R, T + 1) uint8, zeros beyond the split."""
+    """Returns (R, T + 1) int32, zeros beyond the split."""
     starts_R = self.starts[batch]
-    tokens = np.zeros((len(starts_R), self.context_tokens + 1), np.uint8)
+    tokens = np.zeros((len(starts_R), self.context_tokens + 1), np.int32)
     for row, start in enumerate(starts_R):
       part = data[start : start + self.context_tokens + 1]
       tokens[row, : len(part)] = part
@@ -195,11 +201,11 @@ class Reading:
 def windows(
   length: int, context_tokens: int, stride_tokens: int, rows: int
 ) -> Reading:
-  """Cuts a split of `length` bytes into windows, one every `stride_tokens`.
+  """Cuts a split of `length` tokens into windows, one every `stride_tokens`.
 
   With stride = context they are disjoint. With a shorter stride each window
   but the first counts only its last `stride_tokens` predictions, each of which
-  has at least context - stride earlier bytes before it.
+  has at least context - stride earlier tokens before it.
   """
   predictions = length - 1
   beyond_first = max(0, predictions - context_tokens)
@@ -218,18 +224,18 @@ def windows(
 def streams(
   length: int, context_tokens: int, warm_tokens: int, rows: int
 ) -> Reading:
-  """Cuts a split of `length` bytes into `rows` streams, read side by side.
+  """Cuts a split of `length` tokens into `rows` streams, read side by side.
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
-  `warm_tokens`, rounded up to segments, before the bytes that they count. So
-  the bytes before a prediction do not depend on the number of streams. The
+  `warm_tokens`, rounded up to segments, before the tokens that they count. So
+  the tokens before a prediction do not depend on the number of streams. The
   first stream counts a split alone that is no longer than that.
   """
   T = context_tokens
   count = -(-(length - 1) // T)
   warm = min(-(-warm_tokens // T), count)
   # The first stream has nothing before it. It counts while the others warm up,
-  # so that all have read the same number of bytes at any time.
+  # so that all have read the same number of tokens at any time.
   each = warm + -(-(count - warm) // rows)
   segment_G1 = np.arange(each)[:, None]
   row_R = np.arange(rows)

@@ -95,9 +95,7 @@ class Checkpoints:
     )
 
   def _best(self, steps):
-    best = _best_of(
-      {step: self.read_meta(step)["bits_per_char"] for step in steps}
-    )
+    best = _best_of({step: self.read_meta(step)["bits"] for step in steps})
     if best is None:
       raise CheckpointError(
         "--step=best finds no checkpoint that was evaluated; choose latest or "
@@ -111,7 +109,7 @@ class Checkpoints:
     params,
     opt_state,
     meta: Mapping,
-    bits_per_char: float | None = None,
+    bits: float | None = None,
     memory=None,
   ):
     """Writes a checkpoint and reads it back; only then removes older ones.
@@ -120,7 +118,7 @@ class Checkpoints:
       step: its number, which must be new.
       params, opt_state: trees of arrays, each complete on this host.
       meta: what else to keep; JSON.
-      bits_per_char: of the validation split, if it was evaluated.
+      bits: per token of the validation split, if it was evaluated.
       memory: the memory of the streams of all devices, a tree of arrays.
 
     Raises:
@@ -134,7 +132,7 @@ class Checkpoints:
     meta = {
       **meta,
       "step": step,
-      "bits_per_char": bits_per_char,
+      "bits": bits,
       "leaves": {name: leaf_table.table(tree) for name, tree in items.items()},
       "sha256": {name: leaf_table.digest(tree) for name, tree in items.items()},
     }
@@ -174,14 +172,14 @@ class Checkpoints:
     figures = {}
     for step in steps:
       with contextlib.suppress(DamageError):
-        figures[step] = self._meta(step)["bits_per_char"]
+        figures[step] = self._meta(step)["bits"]
     for step in figures.keys() - {_best_of(figures), *steps[-self._keep :]}:
       leftovers.set_aside(self._folder / str(step))
     leftovers.remove(self._folder)
 
-  def record_evaluation(self, step: int, bits_per_char: float):
+  def record_evaluation(self, step: int, bits: float):
     """Adds the result of a later evaluation to a checkpoint."""
-    meta = {**self.read_meta(step), "bits_per_char": bits_per_char}
+    meta = {**self.read_meta(step), "bits": bits}
     with self._writing(step):
       checkpoint_meta.write(self._folder / str(step), meta)
 

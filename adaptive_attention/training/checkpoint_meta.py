@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from adaptive_attention.atomic_write import atomic_write
 from adaptive_attention.errors import first_line
 
-_REQUIRED = ("step", "bits_per_char", "leaves", "sha256")
+_REQUIRED = ("step", "bits", "leaves", "sha256")
+_EARLIER = {"bits_per_char": "bits"}  # names of earlier versions
 _SEAL = "meta_sha256"  # earlier versions wrote none
 
 
@@ -31,14 +32,15 @@ def read(folder: pathlib.Path, step: int) -> dict:
   """
   try:
     meta = json.loads(_path(folder).read_text(encoding="utf-8"))
-    found, *_ = (meta[name] for name in _REQUIRED)
+    named = {_EARLIER.get(name, name): meta[name] for name in meta}
+    found, *_ = (named[name] for name in _REQUIRED)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise DamageError(f"meta: {first_line(error)}") from error
   if found != step:
     raise DamageError(f"meta: it belongs to step {found}")
   if meta.get(_SEAL, "") not in ("", sealed(meta)[_SEAL]):
     raise DamageError("meta: its sha256 differs from the one that was saved")
-  return meta
+  return named
 
 
 def write(folder: pathlib.Path, meta: Mapping):

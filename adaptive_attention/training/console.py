@@ -1,18 +1,14 @@
 """The console: text of any characters, and streams that may be closed."""
 
-import codecs
 import contextlib
 import os
-import re
 import sys
 
 import jax
-import numpy as np
 
 from adaptive_attention import accounting
 from adaptive_attention.attention.choice import Choice
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.generation import BYTES
 
 _handlers = []  # the last is the innermost
 
@@ -85,12 +81,13 @@ def duration_text(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s"
 
 
-def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
+def step_text(step, last, numbers, bits, seconds, tokens_per_second) -> str:
   """Returns the line about a step.
 
   Args:
     step, last: its number, and that of the run's last step.
-    numbers: its metrics, and `bits_per_char`.
+    numbers: its metrics.
+    bits: its bits per token, as `Units.brief` writes them.
     seconds, tokens_per_second: of one step; None if no step was timed yet.
   """
   timed = ""
@@ -102,7 +99,7 @@ def step_text(step, last, numbers, seconds, tokens_per_second) -> str:
     )
   return (
     f"step {step:>6} {100 * step / last:5.1f}%  "
-    f"loss {numbers['loss']:.4f}  bpc {numbers['bits_per_char']:.4f}  "
+    f"loss {numbers['loss']:.4f}  {bits}  "
     f"lr {numbers['learning_rate']:.2e}  grad {numbers['grad_norm']:.3f}  "
     f"span {numbers['span_mean']:.1f}  open {numbers['open_share']:.3f}{timed}"
   )
@@ -139,36 +136,3 @@ def cache_text(layers, config: ModelConfig) -> str:
     for name, n in accounting.cache_reads(layers, config).items()
   )
   return f"{sizes} per sequence; keys read per token: {reads}"
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class Text:
-  """Turns bytes into text that a terminal can show, part by part.
-
-  Bytes that are not UTF-8 and control characters, but for newline and tab, are
-  written as \\xNN.
-  """
-
-  def __init__(self):
-    make = codecs.getincrementaldecoder("utf-8")
-    self._decoder = make(errors="backslashreplace")
-
-  def __call__(self, tokens, last=False) -> str:
-    for token in tokens[(tokens < 0) | (tokens >= BYTES)][:1]:
-      raise ValueError(
-        f"the token {token} is not a byte; expected 0 to {BYTES - 1}; "
-        f"generate(draw_below={BYTES}) draws bytes alone"
-      )
-    text = self._decoder.decode(bytes(tokens.astype(np.uint8)), last)
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def text_of(tokens) -> str:
-  """Returns tokens as text that a terminal can show.
-
-  Raises:
-    ValueError: a token is not a byte.
-  """
-  return Text()(np.asarray(tokens), last=True)

@@ -1,4 +1,7 @@
-"""Bits per character of a split, each byte of which is predicted once."""
+"""Bits per token of a split, each token of which is predicted once.
+
+Where the data are bytes, these are bits per character: see `units`.
+"""
 
 import dataclasses
 import lzma
@@ -26,7 +29,7 @@ class EvaluationError(Error):
   """A split cannot be evaluated."""
 
 
-_CHUNK_BYTES = 1024  # of the standard error: neighbours are not independent
+_CHUNK_TOKENS = 1024  # of the standard error: neighbours are not independent
 _NOT_PREDICTED = -1.0  # no loss is negative
 
 
@@ -35,21 +38,21 @@ class Result:
   """The result on a split: totals over counts.
 
   Attributes:
-    bits_per_char: total nats / bytes / ln 2.
-    stderr: its standard error, from the spread over chunks of 1024 bytes.
-    bytes: how many bytes were predicted.
+    bits: total nats / tokens / ln 2.
+    stderr: its standard error, from the spread over chunks of 1024 tokens.
+    tokens: how many tokens were predicted.
     tokens_per_second: how many were predicted per second.
   """
 
-  bits_per_char: float
+  bits: float
   stderr: float
-  bytes: int
+  tokens: int
   tokens_per_second: float
 
   @property
   def loss(self) -> float:
-    """Nats per byte."""
-    return self.bits_per_char * math.log(2)
+    """Nats per token."""
+    return self.bits * math.log(2)
 
 
 def default_protocol(config: ModelConfig) -> str:
@@ -105,24 +108,24 @@ class Evaluator:
     self._compiled = set()  # (with a memory, rows) that are compiled
 
   def __call__(self, params, data, protocol: str | None = None) -> Result:
-    """Evaluates `params`, replicated, on all bytes of `data`.
+    """Evaluates `params`, replicated, on all tokens of `data`.
 
     All compiling is done before the clock starts.
 
     Args:
       protocol: one that `check_protocol` accepts; None for the model's own.
         "window": disjoint windows. "stride:N": windows that start every N
-        bytes, of whose predictions the last N count. "memory": the split is
+        tokens, of whose predictions the last N count. "memory": the split is
         read like one stream with its memory, cut into several. Each but the
-        first is warmed with the bytes before it that its predictions depend on:
-        through L layers up to L memories, or less far where the reaches are
-        short. These bytes cost as much as those that count. There are fewer
+        first is warmed with the tokens before it that its predictions depend
+        on: through L layers up to L memories, or less far where the reaches are
+        short. These tokens cost as much as those that count. There are fewer
         streams than `batch_size` if they would cost more than twice as much as
         one stream.
 
     Raises:
       SettingsError: as `check_protocol`.
-      EvaluationError: no byte of the split is predicted, or losses are not
+      EvaluationError: no token of the split is predicted, or losses are not
         finite.
     """
     if protocol is None:
@@ -130,8 +133,8 @@ class Evaluator:
     check_protocol(protocol, self._config)
     if len(data) < 2:
       raise EvaluationError(
-        f"a split of {len(data)} byte(s) is too short; expected at least 2, as "
-        "the first byte is not predicted; give a longer text"
+        f"a split of {len(data)} token(s) is too short; expected at least 2, "
+        "as the first is not predicted; give a longer one"
       )
     reading = self._reading(params, len(data), protocol)
     shape = (protocol == "memory", reading.starts.shape[1])
@@ -145,13 +148,13 @@ class Evaluator:
     assert (nats != _NOT_PREDICTED).all()
     if not np.isfinite(nats).all():
       raise EvaluationError(
-        f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} bytes have a loss "
+        f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} tokens have a loss "
         "that is not finite; choose an older checkpoint with --step=N"
       )
     return Result(
-      bits_per_char=nats.mean() / math.log(2),
+      bits=nats.mean() / math.log(2),
       stderr=_standard_error(nats) / math.log(2),
-      bytes=len(nats),
+      tokens=len(nats),
       tokens_per_second=len(nats) / seconds,
     )
 
@@ -185,7 +188,7 @@ class Evaluator:
       per_device //= 2
 
   def _predict(self, params, data, reading, protocol):
-    """Returns (len(data) - 1,) nats in float32, for the bytes of a reading."""
+    """Returns (len(data) - 1,) nats in float32, for the tokens of a reading."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = Stateless(self._config.n_layer)
@@ -206,7 +209,7 @@ def _standard_error(nats: np.ndarray) -> float:
   """Returns the standard error of the mean, in nats, from sums of chunks."""
   if len(nats) == 1:
     return 0.0  # it is unknown; 0 keeps the record valid JSON
-  chunk = min(_CHUNK_BYTES, -(-len(nats) // 2))
+  chunk = min(_CHUNK_TOKENS, -(-len(nats) // 2))
   starts = np.arange(0, len(nats), chunk)
   counts = np.diff(np.append(starts, len(nats)))
   residuals = np.add.reduceat(nats, starts) - nats.mean() * counts
@@ -215,8 +218,8 @@ def _standard_error(nats: np.ndarray) -> float:
 
 
 def order0_entropy(data) -> float:
-  """Returns the bits per character of a coder that knows each byte's share."""
-  counts = np.bincount(np.asarray(data), minlength=256)
+  """Returns the bits per token of a coder that knows each token's share."""
+  counts = np.bincount(np.asarray(data))
   shares = counts[counts > 0] / len(data)
   return float(-np.sum(shares * np.log2(shares)))
 

@@ -16,8 +16,9 @@ from adaptive_attention.training import (
   parallel,
   signals,
 )
+from adaptive_attention.training.units import Units
 
-_PROMPT_BYTES, _SAMPLE_BYTES = 32, 200
+_PROMPT_TOKENS, _SAMPLE_TOKENS = 32, 200
 
 
 def record(
@@ -27,6 +28,7 @@ def record(
   *,
   config: ModelConfig,
   step_tokens: int,
+  units: Units,
   last: int,
   began: float,
   book: logbook.Logbook,
@@ -38,16 +40,17 @@ def record(
     metrics: those of `steps.make_train_step`, on the host.
     seconds: the time per step; None if no step was timed yet.
     step_tokens: how many tokens a step has, over all devices.
+    units: those of the losses.
     last: the run's last step.
     began: when this process began with the run, by time.perf_counter.
     book: the record.
     ends: asked to end the run if the record cannot be written.
   """
   layers = metrics["masks"]
-  bits_per_char = metrics["cross_entropy"] / math.log(2)
+  bits = float(metrics["cross_entropy"] / math.log(2))
   rate = None if seconds is None else step_tokens / seconds
-  numbers = metrics | {"bits_per_char": bits_per_char}
-  console.say(console.step_text(step, last, numbers, seconds, rate))
+  said = units.brief(bits)
+  console.say(console.step_text(step, last, metrics, said, seconds, rate))
   wall_seconds = time.perf_counter() - began
   _write(
     book,
@@ -55,7 +58,7 @@ def record(
     step,
     "train",
     loss=metrics["loss"],
-    bits_per_char=bits_per_char,
+    **units.figures(bits),
     tokens_per_second=rate,
     seconds=book.seconds + wall_seconds,
     **{
@@ -88,6 +91,7 @@ def evaluate(
   *,
   predict: evaluator.Evaluator,
   data,
+  units: Units,
   last: int,
   saved,
   book: logbook.Logbook,
@@ -99,7 +103,8 @@ def evaluate(
 
   Args:
     predict: the evaluator.
-    data: the bytes to predict.
+    data: the tokens to predict.
+    units: those of the result.
     last: the run's last step, at which the results of other coders are printed.
     saved: the run's checkpoints.
     book: the record.
@@ -108,16 +113,17 @@ def evaluate(
   with _given_up(ends, step):
     result = predict(state.params, data)
   text = (
-    f"valid {step:>5} bpc {result.bits_per_char:.4f} +- {result.stderr:.4f} "
-    f"over {result.bytes:,} bytes in "
-    f"{result.bytes / result.tokens_per_second:.1f} s"
+    f"valid {step:>5} {units.brief(result.bits, result.stderr)} "
+    f"over {result.tokens:,} {units.unit}s in "
+    f"{result.tokens / result.tokens_per_second:.1f} s"
   )
   if step == last:
     text += (
-      f"; the same bytes have an order-0 entropy of "
-      f"{evaluator.order0_entropy(data):.4f}, and lzma takes "
-      f"{evaluator.lzma_bits_per_char(data):.4f}"
+      f"; the same {units.unit}s have an order-0 entropy of "
+      f"{evaluator.order0_entropy(data):.4f}"
     )
+    if units.is_text:
+      text += f", and lzma takes {evaluator.lzma_bits_per_char(data):.4f}"
   console.say(text)
   _write(
     book,
@@ -125,13 +131,10 @@ def evaluate(
     step,
     "valid",
     loss=result.loss,
-    bits_per_char=result.bits_per_char,
-    stderr=result.stderr,
-    bytes=result.bytes,
-    tokens_per_second=result.tokens_per_second,
+    **units.record(result),
   )
   if parallel.is_primary():
-    saved.record_evaluation(step, result.bits_per_char)
+    saved.record_evaluation(step, result.bits)
 
 
 def sample(
@@ -140,32 +143,34 @@ def sample(
   *,
   config: ModelConfig,
   data,
+  units: Units,
   seed: int,
   ends: signals.Signals,
 ):
   """Prints a text that the model writes; it changes nothing else.
 
   Args:
-    data: a text that begins with the prompt.
+    data: tokens that begin with the prompt.
+    units: how they are written.
     seed: the number that the draws follow from, with the step.
     ends: the signals, which may end the writing.
   """
   if not parallel.is_primary():
     return
-  prompt = np.asarray(data[:_PROMPT_BYTES])
+  prompt = np.asarray(data[:_PROMPT_TOKENS])
   with _given_up(ends, step):
     written = generation.generate(
       jax.device_get(state.params),
       config,
       prompt[None],
-      _SAMPLE_BYTES,
+      _SAMPLE_TOKENS,
       jax.random.fold_in(jax.random.key(seed), step),
       temperature=0.8,
       # Its shape stays the same while the spans change.
       cache="dense",
-      draw_below=generation.BYTES,
+      draw_below=units.draw_below,
     )[0]
-  text = console.text_of(np.concatenate([prompt, written]))
+  text = units.text_of(np.concatenate([prompt, written]))
   console.say(f"sample {step:>4} {text}")
 
 

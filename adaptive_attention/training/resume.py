@@ -16,9 +16,9 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.state import path_today
 from adaptive_attention.training import (
   console,
+  earlier_settings,
   logbook,
   parallel,
-  settings,
   steps,
 )
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
@@ -147,7 +147,9 @@ def start(
   # The settings are checked first, so that one that does not fit is named.
   meta = saved.read_meta(step)
   check_same_data(corpus, meta, step)
-  _say_changes(settings.check_resumed(meta["config"], config.record, step))
+  _say_changes(
+    earlier_settings.check_resumed(meta["config"], config.record, step)
+  )
   params, opt_state, _ = saved.restore(step, state.params, state.opt_state)
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(step)
@@ -156,7 +158,7 @@ def start(
   state = state.replace(
     step=np.asarray(step, np.int32), params=params, opt_state=opt_state
   )
-  owed = meta["bits_per_char"] is None and config.every.evaluates(step)
+  owed = meta["bits"] is None and config.every.evaluates(step)
   return Start(state, step, owed)
 
 
@@ -217,7 +219,7 @@ def start_memory(
 
 
 def check_same_data(corpus, meta, step):
-  """Checks that a checkpoint was trained on these bytes.
+  """Checks that a checkpoint was trained on these data.
 
   Raises:
     DataError: naming both.

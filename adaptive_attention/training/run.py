@@ -24,6 +24,7 @@ from adaptive_attention.training import (
   resume,
   signals,
   steps,
+  units,
 )
 from adaptive_attention.training.training_config import TrainingConfig
 
@@ -91,24 +92,28 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
 
 def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
   """Binds what follows a step to what it works with in this run."""
-  data = {"name": corpus.name, "sha256": corpus.sha256}
+  read = units.of(corpus)
   return loop.Follow(
     record=functools.partial(
       milestones.record,
       config=config.model,
       step_tokens=config.batch_size * config.model.context_tokens,
+      units=read,
       last=config.steps,
       began=began,
       book=book,
       ends=ends,
     ),
     save=functools.partial(
-      milestones.save, saved=saved, meta={"config": config.record, "data": data}
+      milestones.save,
+      saved=saved,
+      meta={"config": config.record, "data": units.source(corpus)},
     ),
     evaluate=functools.partial(
       milestones.evaluate,
       predict=evaluator.Evaluator(model, config.eval_batch_size),
       data=corpus.valid[: config.eval_tokens],
+      units=read,
       last=config.steps,
       saved=saved,
       book=book,
@@ -118,6 +123,7 @@ def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
       milestones.sample,
       config=config.model,
       data=corpus.valid,
+      units=read,
       seed=config.seed,
       ends=ends,
     ),
@@ -160,7 +166,7 @@ def _say_start(config, workdir, corpus, start):
     "workdir": str(workdir),
     "data": f"{corpus.name}, sha256 {corpus.sha256}; train "
     f"{len(corpus.train):,}, valid {len(corpus.valid):,}, test "
-    f"{len(corpus.test):,} bytes",
+    f"{len(corpus.test):,} {units.of(corpus).unit}s",
     "model": f"{config.model.attention}, "
     f"{accounting.parameter_count(start.state.params):,} parameters, "
     f"computed in {config.model.compute_dtype}",

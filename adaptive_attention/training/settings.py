@@ -6,18 +6,17 @@ unknown names; no other file of this floor uses it.
 """
 
 import contextlib
-import dataclasses
 import math
+import pathlib
 from collections.abc import Collection, Iterator, Mapping
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict as Settings
 
 from adaptive_attention import accounting
 from adaptive_attention import config as configs
 from adaptive_attention.config import (
   ModelConfig,
   OptimizerConfig,
-  fixes_the_model,
 )
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.training.targets import TARGETS
@@ -40,6 +39,7 @@ _LEAST = {
   "process_count": 0,
   "process_index": -1,
   "bench.repeats": 1,
+  "data.bytes_per_token": 0,
 }
 # The most that some may be: jax.random.key takes 32 bits, steps are int32.
 _MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
@@ -74,7 +74,7 @@ def check(config, names: Collection[str] | None = None):
   Raises:
     SettingsError: naming the field, its value and what was expected.
   """
-  flat = _flatten(config)
+  flat = flatten(config)
   for name, condition, expected in [
     *_bounds(flat),
     *_processes(config),
@@ -130,17 +130,32 @@ def _processes(config) -> _Conditions:
   )
 
 
+def holds_tokens(path: str) -> bool:
+  """Returns whether `data.path` is one of tokens, not text.
+
+  It is so if it is a folder, or an .npy.
+  """
+  return path.endswith(".npy") or (bool(path) and pathlib.Path(path).is_dir())
+
+
 def _data_needs(config) -> _Conditions:
-  """Yields the conditions that follow from the data being bytes."""
+  """Yields the conditions that follow from what the data are."""
   yield (
     "eval_tokens",
     config.eval_tokens != 1,
-    "at least 2, as the first byte is not predicted, or 0 for all",
+    "at least 2, as the first is not predicted, or 0 for all",
   )
+  if holds_tokens(config.data.path):
+    return
   yield (
     "model.vocab_size",
     config.model.vocab_size >= 256,
     "at least 256, as the data are bytes",
+  )
+  yield (
+    "data.bytes_per_token",
+    not config.data.bytes_per_token,
+    f"0, as the data are bytes (data.path={config.data.path!r}), not tokens",
   )
 
 
@@ -169,7 +184,7 @@ def _as_settings():
     raise SettingsError(f"config.{error}") from error
 
 
-def training_config(config: ConfigDict) -> TrainingConfig:
+def training_config(config: Settings) -> TrainingConfig:
   """Takes the settings of a training run apart.
 
   Raises:
@@ -199,7 +214,7 @@ def training_config(config: ConfigDict) -> TrainingConfig:
   )
 
 
-def machine(config: ConfigDict) -> dict:
+def machine(config: Settings) -> dict:
   """Returns the settings of the machine, as `parallel.start` takes them."""
   return {name: config[name] for name in MACHINE}
 
@@ -248,6 +263,20 @@ def check_attention(config, *, here: bool = False):
     raise SettingsError(f"config.model.{error}") from error
 
 
+def check_vocabulary(config, corpus):
+  """Checks that the model knows each token of the data.
+
+  Raises:
+    SettingsError: naming the vocabulary and the largest token.
+  """
+  _require(
+    config.model.vocab_size > corpus.largest,
+    "model.vocab_size",
+    config.model.vocab_size,
+    f"more than {corpus.largest}, the largest {corpus.unit} of {corpus.name}",
+  )
+
+
 def check_data(config, corpus, devices: int):
   """Checks that every shard holds a sequence, or a segment of all its streams.
 
@@ -256,16 +285,18 @@ def check_data(config, corpus, devices: int):
   """
   T = config.model.context_tokens
   shard = len(corpus.train) // devices
-  for split, length in (
-    ("each device's part of the train split", shard),
-    ("the validation split", len(corpus.valid)),
-    ("the test split", len(corpus.test)),
-  ):
+  lengths = {
+    "each device's part of the train split": shard,
+    "the validation split": len(corpus.valid),
+  }
+  if len(corpus.test):  # tokens may come without
+    lengths["the test split"] = len(corpus.test)
+  for split, length in lengths.items():
     _require(
       length > max(T, 2),
       "model.context_tokens",
       T,
-      f"less than the {length} bytes of {split} of {corpus.name}",
+      f"less than the {length} {corpus.unit}s of {split} of {corpus.name}",
     )
   streams = config.batch_size // devices
   _require(
@@ -275,96 +306,16 @@ def check_data(config, corpus, devices: int):
     f"streams of at least one segment of {T} tokens, that is at most "
     f"{(shard - 1) // T} on each of {devices} device(s), as with "
     f"model.memory_tokens={config.model.memory_tokens} they share the {shard} "
-    f"bytes of a device's part of the train split of {corpus.name}",
+    f"{corpus.unit}s of a device's part of the train split of {corpus.name}",
   )
 
 
-def check_resumed(
-  saved: Mapping, given: Mapping, step: int
-) -> dict[str, tuple]:
-  """Checks that a run may go on with the given settings.
-
-  Args:
-    saved: all settings of the checkpoint of `step`.
-    given: all settings that the run goes on with.
-
-  Returns:
-    The settings that differ, as `changes` returns them.
-
-  Raises:
-    SettingsError: naming the setting that does not fit.
-  """
-  saved, given = (
-    dict(these, model=dataclasses.asdict(model_config(these["model"])))
-    for these in (saved, given)
-  )
-  changed = {
-    name: (old, new)
-    for name, (old, new) in changes(saved, given).items()
-    if old is not None  # the version of the checkpoint lacks this setting
-  }
-  for name, (old, new) in changed.items():
-    if name == "init_from" and new:
-      raise SettingsError(
-        f"config.init_from={new!r} means nothing to a run that goes on from "
-        f"step {step}; leave it out, or give another --workdir"
-      )
-    # Each optimizer has a state of its own kind.
-    if fixes_the_model(name) or name == "optimizer.name":
-      raise SettingsError(
-        f"config.{name}={new!r} does not fit the checkpoint of step {step}, "
-        f"which was trained with {old!r}; leave it so, or give another "
-        "--workdir"
-      )
-  return changed
-
-
-def restore(config: ConfigDict, saved: Mapping) -> dict:
-  """Sets every setting in `config` to that of a checkpoint.
-
-  A setting that the checkpoint lacks, as its version did not have it, stays.
-
-  Args:
-    config: the defaults, with their references.
-    saved: the settings of a checkpoint, read from JSON.
-
-  Returns:
-    The settings that this version does not know.
-
-  Raises:
-    SettingsError: a value of another type, or an unknown setting of the model.
-  """
-  known, values = _flatten(config), _flatten(saved)
-  model_config(saved["model"])
-  for name in known.keys() & values.keys():
-    value = values[name]
-    if isinstance(known[name], tuple):  # JSON has only lists
-      value = tuple(value)
-    try:
-      config.update_from_flattened_dict({name: value})
-    except (TypeError, ValueError) as error:
-      raise SettingsError(
-        f"the checkpoint's config.{name}={value!r} is not possible; expected "
-        f"{type(known[name]).__name__}; use the version that it was made with"
-      ) from error
-  return {name: values[name] for name in values.keys() - known.keys()}
-
-
-def changes(old, new) -> dict[str, tuple]:
-  """Returns name -> (old value, new value) of the settings that differ."""
-  old, new = _flatten(old), _flatten(new)
-  return {
-    name: (old.get(name), value)
-    for name, value in new.items()
-    if old.get(name) != value
-  }
-
-
-def _flatten(config, prefix=""):
+def flatten(config, prefix="") -> dict:
+  """Returns name -> value of all settings, those of sections with a dot."""
   flat = {}
   for name, value in config.items():
     if hasattr(value, "items"):
-      flat |= _flatten(value, f"{prefix}{name}.")
+      flat |= flatten(value, f"{prefix}{name}.")
     else:
       flat[prefix + name] = value
   return flat

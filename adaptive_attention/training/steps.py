@@ -133,11 +133,10 @@ def _loss(params, model, tokens_BT, memory, first_stream, key):
   """Computes nats per token plus penalty: (loss, ((nats, penalty), memory)).
 
   Args:
-    tokens_BT: (B, T + 1) uint8, inputs and the target after each.
+    tokens_BT: (B, T + 1) int32, inputs and the target after each.
     first_stream: the index in the memory of the first of these sequences.
     key: the key that dropout follows from.
   """
-  tokens_BT = tokens_BT.astype(jnp.int32)
   logits_BTV, memory = model.apply(
     {"params": params},
     tokens_BT[:, :-1],
@@ -175,12 +174,12 @@ def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
 def make_eval_step(model: Transformer):
   """Makes step(params, memory, tokens_B(T+1)) -> (memory, nats_BT).
 
-  It runs on this process' devices. The nats of a byte are those after the bytes
-  before it in its row and, with a memory, after those that were read before.
+  It runs on this process' devices. The nats of a token are those after the
+  tokens before it in its row and, with a memory, after those that were read
+  before.
   """
 
   def step(params, memory, tokens):
-    tokens = tokens.astype(jnp.int32)
     logits_BTV, memory = model.apply(
       {"params": params}, tokens[:, :-1], state=memory
     )

@@ -56,7 +56,7 @@ def whole(run, tmp_path_factory):
 
 def figures(workdir):
   with Checkpoints(workdir) as saved:
-    return {s: saved.read_meta(s)["bits_per_char"] for s in saved.steps()}
+    return {s: saved.read_meta(s)["bits"] for s in saved.steps()}
 
 
 class Killed(BaseException):

@@ -152,7 +152,7 @@ def test_the_mode(main, trained, tmp_path):
     first, meta = saved.restore_params(12)
     last, _ = saved.restore_params(15)
   assert meta["config"]["model"]["period"] == "integer"
-  np.testing.assert_allclose(meta["bits_per_char"], hard_bpc, atol=1e-4)
+  np.testing.assert_allclose(meta["bits"], hard_bpc, atol=1e-4)
   for name in ("span_logit", "period_logit", "ratio_logit"):
     np.testing.assert_array_equal(
       *(params["block_0"]["attention"][name] for params in (first, last))

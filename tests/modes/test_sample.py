@@ -5,7 +5,7 @@ from adaptive_attention.modes import sample
 
 def test_a_prompt_of_bytes_that_are_no_text():
   typed = b"caf\xe9 \xff".decode("utf-8", "surrogateescape")
-  assert bytes(sample.read_prompt(typed, None)) == b"caf\xe9 \xff"
+  assert sample.read_prompt(typed, None) == (b"caf\xe9 \xff", "--prompt")
 
 
 def test_the_mode(main, tiny_flags, tmp_path):

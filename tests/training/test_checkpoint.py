@@ -168,9 +168,7 @@ def change_meta(folder):
   """Changes a number, as a flipped bit can; the file stays JSON."""
   path = folder / "meta" / "metadata"
   text = path.read_text()
-  changed = re.sub(
-    r'"bits_per_char": ?\S+?([,}])', r'"bits_per_char": 0.5\1', text
-  )
+  changed = re.sub(r'"bits": ?\S+?([,}])', r'"bits": 0.5\1', text)
   assert changed != text
   path.write_text(changed)
 
@@ -338,7 +336,7 @@ def test_an_evaluation_may_come_after_the_save(tmp_path):
   with Checkpoints(tmp_path) as saved:
     saved.record_evaluation(1, 2.5)
     assert saved.resolve("best") == 1
-    assert saved.read_meta(1)["bits_per_char"] == 2.5
+    assert saved.read_meta(1)["bits"] == 2.5
   save(tmp_path, [3, 4, 5], keep=2)
   with Checkpoints(tmp_path) as saved:
     assert saved.steps() == [1, 4, 5]

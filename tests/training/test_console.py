@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from adaptive_attention.training import console
@@ -83,14 +82,3 @@ def test_bytes_text(count, text):
 )
 def test_duration_text(seconds, text):
   assert console.duration_text(seconds) == text
-
-
-def test_text_is_safe_to_show():
-  data = "né\ttab\nline".encode() + b"\x1b[2J\xff\x00\x7f" + "\x85".encode()
-  expected = "né\ttab\nline\\x1b[2J\\xff\\x00\\x7f\\x85"
-  assert console.text_of(np.frombuffer(data, np.uint8)) == expected
-  # A character may come in parts.
-  part = console.Text()
-  bytes_ = np.frombuffer(data, np.uint8)
-  shown = "".join(part(bytes_[i : i + 1]) for i in range(len(bytes_)))
-  assert shown + part(bytes_[:0], last=True) == expected

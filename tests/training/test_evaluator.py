@@ -68,9 +68,9 @@ def test_it_is_the_sum_over_bytes(params, protocol, stride):
   result = evaluator.Evaluator(Transformer(CONFIG), 8)(
     parallel.replicate(params), DATA, protocol
   )
-  assert result.bytes == len(DATA) - 1
+  assert result.tokens == len(DATA) - 1
   np.testing.assert_allclose(
-    result.bits_per_char, expected.mean() / math.log(2), rtol=1e-6
+    result.bits, expected.mean() / math.log(2), rtol=1e-6
   )
   np.testing.assert_allclose(result.loss, expected.mean(), rtol=1e-6)
 
@@ -85,13 +85,11 @@ def test_no_batch_size_changes_it(params, length):
     for batch_size in (1, 7, 64)
   ]
   for result in results[1:]:
-    assert result.bytes == length - 1
-    np.testing.assert_allclose(
-      result.bits_per_char, results[0].bits_per_char, rtol=1e-6
-    )
+    assert result.tokens == length - 1
+    np.testing.assert_allclose(result.bits, results[0].bits, rtol=1e-6)
     # A spread of the same nats: it is off by as much as these are.
     np.testing.assert_allclose(
-      result.stderr, results[0].stderr, atol=1e-6 * result.bits_per_char
+      result.stderr, results[0].stderr, atol=1e-6 * result.bits
     )
 
 
@@ -118,7 +116,7 @@ def test_protocols_that_are_none(protocol):
 
 def test_a_model_that_is_not_finite_has_no_figure(params):
   spoiled = {**params, "position_0": params["position_0"] * np.nan}
-  with pytest.raises(evaluator.EvaluationError, match="400 of 400 bytes"):
+  with pytest.raises(evaluator.EvaluationError, match="400 of 400 tokens"):
     evaluator.Evaluator(Transformer(CONFIG), 8)(
       parallel.replicate(spoiled), DATA, "window"
     )
@@ -128,7 +126,7 @@ def test_a_model_that_is_not_finite_has_no_figure(params):
 def test_a_split_of_which_nothing_is_predicted(params, length):
   predict = evaluator.Evaluator(Transformer(CONFIG), 8)
   with pytest.raises(
-    evaluator.EvaluationError, match=f"split of {length} byte"
+    evaluator.EvaluationError, match=f"split of {length} token"
   ):
     predict(parallel.replicate(params), DATA[:length], "window")
 
@@ -157,14 +155,12 @@ def test_by_memory_each_byte_attends_to_all_before_it(remembering, batch_size):
   result = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
     parallel.replicate(remembering), DATA, "memory"
   )
-  assert result.bytes == 400
-  np.testing.assert_allclose(
-    result.bits_per_char, nats.mean() / math.log(2), rtol=1e-5
-  )
+  assert result.tokens == 400
+  np.testing.assert_allclose(result.bits, nats.mean() / math.log(2), rtol=1e-5)
   windows = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
     parallel.replicate(remembering), DATA, "window"
   )
-  assert abs(windows.bits_per_char - result.bits_per_char) > 1e-3
+  assert abs(windows.bits - result.bits) > 1e-3
 
 
 DEEP = {
@@ -204,7 +200,7 @@ def test_by_memory_it_is_what_one_stream_says(changes):
     result = evaluator.Evaluator(Transformer(config), batch_size)(
       placed, DATA[:397], "memory"
     )
-    assert result.bytes == 396
+    assert result.tokens == 396
     np.testing.assert_allclose(result.loss, np.mean(nats), rtol=1e-6)
 
 
