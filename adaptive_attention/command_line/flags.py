@@ -48,8 +48,16 @@ FLAGS = {
   ),
   "split": Flag("What to evaluate: valid or test.", ("valid", "test")),
   "protocol": Flag(
-    "How to evaluate: window (disjoint), stride:N, or memory (read once, as "
-    "streams); memory for a model that has one, else window, if not given."
+    "How to evaluate: window (disjoint), stride:N, memory (read once, as "
+    "streams), or memory:N (with N tokens of memory); memory for a model that "
+    "has one, else window, if not given."
+  ),
+  "against": Flag(
+    "The folder of another run, evaluated on the same tokens: the difference "
+    "is printed with a standard error of its own."
+  ),
+  "against_protocol": Flag(
+    "The protocol of that run's evaluation, if it is another one."
   ),
   "prompt": Flag(
     "The text that a sample continues; numbers, where tokens were learned."

@@ -1,7 +1,5 @@
 """Evaluates a checkpoint."""
 
-import collections
-
 from adaptive_attention import accounting
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
@@ -10,58 +8,62 @@ from adaptive_attention.training import (
   console,
   evaluator,
   logbook,
+  paired,
   parallel,
+  protocols,
   resume,
   settings,
   units,
 )
 
 
-def run(config, workdir, *, corpus, step, split="valid", protocol=None):
+def run(
+  config,
+  workdir,
+  *,
+  corpus,
+  step,
+  split="valid",
+  protocol=None,
+  against=None,
+  against_protocol=None,
+):
   """Evaluates a checkpoint; writes eval_SPLIT.json, appends to evals.jsonl.
 
   Args:
     config: the checkpoint's settings; `eval_tokens` says how much of the
       split is evaluated, 0 for all of it.
-    workdir: the run's folder.
-    corpus: the data, with splits `valid` and `test`.
-    step: the checkpoint.
-    split: "valid" or "test".
-    protocol: "window", "stride:N" or "memory"; None for the model's own.
+    workdir, step: the run's folder and the checkpoint.
+    corpus, split: the data, and which of its splits: "valid" or "test".
+    protocol: one of `protocols`; None for the model's own.
+    against: the folder of another run, of whose last evaluation of the same
+      tokens the difference is printed.
+    against_protocol: the protocol of that evaluation; None for the same.
+
+  Raises:
+    SettingsError: the protocol is unknown or does not fit the model.
+    EvaluationError: there is no such split, or no such evaluation of another.
   """
   model_config = settings.model_config(config.model)
-  protocol = protocol or evaluator.default_protocol(model_config)
-  evaluator.check_protocol(protocol, model_config)
+  protocol = protocol or protocols.default(model_config)
+  model_config = protocols.model_for(protocol, model_config)
+  data = _split(corpus, split)[: config.eval_tokens or None]
+  other = _other(against, against_protocol, corpus, split, protocol, data)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   resume.say_other_data(corpus, meta)
-  params = parallel.replicate(params)
   predict = evaluator.Evaluator(
     Transformer(model_config), config.eval_batch_size
   )
-  data = _split(corpus, split)[: config.eval_tokens or None]
-  result = predict(params, data, protocol)
+  result = predict(parallel.replicate(params), data, protocol)
   layers = mask_params(params, model_config)
-  read = units.of(corpus)
-  record = collections.OrderedDict(
-    step=step,
-    split=split,
-    protocol=protocol,
-    **read.record(result),
-    **_costs(layers, model_config, protocol),
-    data=units.source(corpus),
-  )
-  part = f"first {len(data):,} {read.unit}s of " if config.eval_tokens else ""
-  macs = record["attention_macs_per_token"]
+  record = {
+    **{"step": step, "split": split, "protocol": protocol},
+    **_figures(result, layers, corpus, protocol, model_config),
+    **_compared(result, other, against),
+  }
   try:  # the record is written even if nothing can be printed
-    console.say(
-      f"step {step}  {part}{split} of {corpus.name}, {protocol}: "
-      f"{read.full(result.bits, result.stderr)}, {result.tokens:,} "
-      f"{read.unit}s, {result.tokens_per_second:,.0f} tokens/s"
-    )
-    found = accounting.attention_choice(model_config)
-    console.say(f"attention: {console.macs_text(macs, found)}")
-    console.say(f"cache: {console.cache_text(layers, model_config)}")
+    _say(record, result, corpus, config.eval_tokens, layers, model_config)
   finally:
     if parallel.is_primary():
       logbook.write_evaluation(workdir, record)
@@ -82,15 +84,70 @@ def _split(corpus, split):
   return data
 
 
-def _costs(layers, config, protocol) -> dict:
-  """Returns what attention and the KV cache cost with these masks."""
+def _other(against, by, corpus, split, protocol, data) -> dict | None:
+  """Returns the record of another run's evaluation of the same tokens.
+
+  Args:
+    against: the run's folder; None for no other.
+    by: the protocol of that evaluation, if it is not the same.
+  """
+  if against is not None:
+    same = corpus.sha256, split, by or protocol, len(data) - 1
+    return paired.earlier(against, *same)
+  if by is not None:
+    raise settings.SettingsError(
+      f"--against_protocol={by} means nothing without --against; give both"
+    )
+  return None
+
+
+def _figures(result, layers, corpus, protocol, config) -> dict:
+  """Returns a result, and what attention and the KV cache cost."""
   return {
+    **units.of(corpus).record(result),
     "attention_macs_per_token": accounting.attention_macs_per_token(
       layers,
       config,
       config.context_tokens,
-      evaluator.memory_of(protocol, config),
+      protocols.memory_of(protocol, config),
     ),
     "cache_bytes": accounting.cache_bytes(layers, config),
     "cache_reads": accounting.cache_reads(layers, config),
+    "data": units.source(corpus),
+    "chunk_bits": paired.kept(result),
   }
+
+
+def _compared(result, other, against) -> dict:
+  """Returns what the result has more than the record of another run, if any."""
+  if other is None:
+    return {}
+  told = {"workdir": str(against)}
+  told |= {name: other[name] for name in ("step", "protocol")}
+  return {"against": told | paired.difference(result, other)._asdict()}
+
+
+def _say(record, result, corpus, part, layers, config):
+  """Prints a result and what it costs.
+
+  Args:
+    part: how many tokens of the split were read at most; 0 for all.
+  """
+  read = units.of(corpus)
+  first = f"first {result.tokens + 1:,} {read.unit}s of " if part else ""
+  console.say(
+    f"step {record['step']}  {first}{record['split']} of {corpus.name}, "
+    f"{record['protocol']}: {read.full(result.bits, result.stderr)}, "
+    f"{result.tokens:,} {read.unit}s, {result.tokens_per_second:,.0f} tokens/s"
+  )
+  if "against" in record:
+    other = record["against"]
+    console.say(
+      f"against step {other['step']} of {other['workdir']}, "
+      f"{other['protocol']}: {other['bits']:+.4f} +- {other['stderr']:.4f} "
+      f"{read.name}, token by token"
+    )
+  found = accounting.attention_choice(config)
+  macs = record["attention_macs_per_token"]
+  console.say(f"attention: {console.macs_text(macs, found)}")
+  console.say(f"cache: {console.cache_text(layers, config)}")

@@ -6,14 +6,12 @@ Where the data are bytes, these are bits per character: see `units`.
 import dataclasses
 import lzma
 import math
-import re
 import time
 
 import numpy as np
 
 from adaptive_attention.attention import decode
-from adaptive_attention.config import ModelConfig
-from adaptive_attention.errors import Error, SettingsError
+from adaptive_attention.errors import Error
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.segment_memory import tokens_before
@@ -21,6 +19,7 @@ from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   batches,
   parallel,
+  protocols,
   steps,
 )
 
@@ -42,52 +41,19 @@ class Result:
     stderr: its standard error, from the spread over chunks of 1024 tokens.
     tokens: how many tokens were predicted.
     tokens_per_second: how many were predicted per second.
+    chunk_bits: the total bits of each chunk; see `paired`.
   """
 
   bits: float
   stderr: float
   tokens: int
   tokens_per_second: float
+  chunk_bits: np.ndarray
 
   @property
   def loss(self) -> float:
     """Nats per token."""
     return self.bits * math.log(2)
-
-
-def default_protocol(config: ModelConfig) -> str:
-  """Returns "memory" for a model that has one, else "window"."""
-  return "memory" if config.memory_tokens else "window"
-
-
-def check_protocol(protocol: str, config: ModelConfig):
-  """Checks that a protocol is known and fits the model.
-
-  Raises:
-    SettingsError: it is not "window", "memory" or "stride:N", the stride is not
-      in 1..context, or the model has no memory.
-  """
-  match re.fullmatch(r"window|memory|stride:(\d+)", protocol):
-    case None:
-      raise SettingsError(
-        f"--protocol={protocol} is unknown; expected window, stride:N or memory"
-      )
-    case found if found[1] is not None:
-      if not 1 <= int(found[1]) <= config.context_tokens:
-        raise SettingsError(
-          f"--protocol={protocol} is not possible; expected a stride from 1 to "
-          f"the context of {config.context_tokens} tokens"
-        )
-  if protocol == "memory" and not config.memory_tokens:
-    raise SettingsError(
-      "--protocol=memory needs a model that was trained with "
-      "model.memory_tokens; choose window or stride:N"
-    )
-
-
-def memory_of(protocol: str, config: ModelConfig) -> int:
-  """Returns how many tokens before its own row a prediction may attend to."""
-  return config.memory_tokens if protocol == "memory" else 0
 
 
 class Evaluator:
@@ -113,31 +79,25 @@ class Evaluator:
     All compiling is done before the clock starts.
 
     Args:
-      protocol: one that `check_protocol` accepts; None for the model's own.
-        "window": disjoint windows. "stride:N": windows that start every N
-        tokens, of whose predictions the last N count. "memory": the split is
-        read like one stream with its memory, cut into several. Each but the
-        first is warmed with the tokens before it that its predictions depend
-        on: through L layers up to L memories, or less far where the reaches are
-        short. These tokens cost as much as those that count. There are fewer
-        streams than `batch_size` if they would cost more than twice as much as
-        one stream.
+      protocol: one that `protocols.check` accepts; None for the model's own.
+        There are fewer streams than `batch_size` if warming them would make
+        the split cost more than twice as much as one stream.
 
     Raises:
-      SettingsError: as `check_protocol`.
+      SettingsError: as `protocols.check`.
       EvaluationError: no token of the split is predicted, or losses are not
         finite.
     """
     if protocol is None:
-      protocol = default_protocol(self._config)
-    check_protocol(protocol, self._config)
+      protocol = protocols.default(self._config)
+    protocols.check(protocol, self._config)
     if len(data) < 2:
       raise EvaluationError(
         f"a split of {len(data)} token(s) is too short; expected at least 2, "
         "as the first is not predicted; give a longer one"
       )
     reading = self._reading(params, len(data), protocol)
-    shape = (protocol == "memory", reading.starts.shape[1])
+    shape = (protocols.reads_streams(protocol), reading.starts.shape[1])
     if shape not in self._compiled:
       self._predict(params, data, reading.part(slice(1)), protocol)
       self._compiled.add(shape)
@@ -151,17 +111,19 @@ class Evaluator:
         f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} tokens have a loss "
         "that is not finite; choose an older checkpoint with --step=N"
       )
+    chunk_bits = chunk_sums(nats) / math.log(2)
     return Result(
       bits=nats.mean() / math.log(2),
-      stderr=_standard_error(nats) / math.log(2),
+      stderr=standard_error(chunk_bits, len(nats)),
       tokens=len(nats),
       tokens_per_second=len(nats) / seconds,
+      chunk_bits=chunk_bits,
     )
 
   def _reading(self, params, length, protocol) -> batches.Reading:
     """Returns the share of this process."""
     T, R = self._config.context_tokens, self._batch_size
-    if protocol == "memory":
+    if protocols.reads_streams(protocol):
       streams = self._streams(params, length)
       mine = parallel.process_share(streams.starts.shape[1])
       return streams.part(rows=slice(mine.start, mine.stop))
@@ -192,7 +154,7 @@ class Evaluator:
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = Stateless(self._config.n_layer)
-    if protocol == "memory":
+    if protocols.reads_streams(protocol):
       first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
       memory = steps.start_memory(self._config, first_NB.shape[1])
       memory = memory.replace(first_position=parallel.deal(first_NB))
@@ -205,16 +167,29 @@ class Evaluator:
     return nats
 
 
-def _standard_error(nats: np.ndarray) -> float:
-  """Returns the standard error of the mean, in nats, from sums of chunks."""
-  if len(nats) == 1:
+def _chunk_starts(count: int) -> np.ndarray:
+  """Returns where the chunks begin of so many tokens; two or more, if any."""
+  return np.arange(0, count, min(_CHUNK_TOKENS, -(-count // 2)))
+
+
+def chunk_sums(losses: np.ndarray) -> np.ndarray:
+  """Returns the total of each chunk of the tokens' losses."""
+  return np.add.reduceat(losses, _chunk_starts(len(losses)))
+
+
+def standard_error(sums: np.ndarray, count: int) -> float:
+  """Returns the standard error of the mean of `count` losses.
+
+  Args:
+    sums: their `chunk_sums`, or what two of these differ by. Chunks are taken
+      to be independent of each other, and tokens are not.
+  """
+  if count == 1:
     return 0.0  # it is unknown; 0 keeps the record valid JSON
-  chunk = min(_CHUNK_TOKENS, -(-len(nats) // 2))
-  starts = np.arange(0, len(nats), chunk)
-  counts = np.diff(np.append(starts, len(nats)))
-  residuals = np.add.reduceat(nats, starts) - nats.mean() * counts
-  scale = len(starts) / (len(starts) - 1)
-  return math.sqrt(scale * np.sum(residuals**2)) / len(nats)
+  counts = np.diff(np.append(_chunk_starts(count), count))
+  residuals = sums - np.sum(sums) / count * counts
+  scale = len(sums) / (len(sums) - 1)
+  return math.sqrt(scale * np.sum(residuals**2)) / count
 
 
 def order0_entropy(data) -> float:

@@ -61,10 +61,14 @@ def write_json(path, content):
 
 
 def write_evaluation(workdir, record):
-  """Adds a record to evals.jsonl, and replaces eval_SPLIT.json by it."""
+  """Adds a record to evals.jsonl, and replaces eval_SPLIT.json by it.
+
+  `chunk_bits`, which are many numbers, are kept in the former alone.
+  """
   workdir = pathlib.Path(workdir)
   _append_line(workdir / "evals.jsonl", record)
-  write_json(workdir / f"eval_{record['split']}.json", record)
+  shown = {name: record[name] for name in record if name != "chunk_bits"}
+  write_json(workdir / f"eval_{record['split']}.json", shown)
 
 
 def _append_line(path, content):

@@ -36,6 +36,8 @@ VALUES = {
   "step": "12",
   "split": "test",
   "protocol": "stride:6",
+  "against": "another",
+  "against_protocol": "window",
   "prompt": "query",
   "prompt_file": "some/file",
   "tokens": 7,

@@ -12,7 +12,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import init_memory
-from adaptive_attention.training import evaluator, parallel
+from adaptive_attention.training import evaluator, parallel, protocols
 from adaptive_attention.training.steps import cross_entropy
 
 CONFIG = ModelConfig(
@@ -93,14 +93,22 @@ def test_no_batch_size_changes_it(params, length):
     )
 
 
+def standard_error(nats):
+  return evaluator.standard_error(evaluator.chunk_sums(nats), len(nats))
+
+
 def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
   nats = np.random.default_rng(0).normal(2.0, 0.5, 200_000)
-  stderr = evaluator._standard_error(nats)
+  stderr = standard_error(nats)
   np.testing.assert_allclose(stderr, 0.5 / math.sqrt(200_000), rtol=0.25)
   # Bytes that come in equal pairs hold half as much.
   pairs = np.repeat(nats[:100_000], 2)
   np.testing.assert_allclose(
-    evaluator._standard_error(pairs), 0.5 / math.sqrt(100_000), rtol=0.25
+    standard_error(pairs), 0.5 / math.sqrt(100_000), rtol=0.25
+  )
+  # Their level does not matter, also where the last chunk is a short one.
+  np.testing.assert_allclose(
+    standard_error(nats[:5_000] + 7), standard_error(nats[:5_000]), rtol=1e-9
   )
 
 
@@ -110,7 +118,7 @@ def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
 )
 def test_protocols_that_are_none(protocol):
   with pytest.raises(SettingsError, match="--protocol=") as error:
-    evaluator.check_protocol(protocol, CONFIG)
+    protocols.check(protocol, CONFIG)
   assert "\n" not in str(error.value)
 
 
@@ -204,6 +212,33 @@ def test_by_memory_it_is_what_one_stream_says(changes):
     np.testing.assert_allclose(result.loss, np.mean(nats), rtol=1e-6)
 
 
+def test_a_model_without_a_memory_is_read_with_one(remembering):
+  """Parameters know nothing of a memory: it is that of a model with one."""
+  plain = dataclasses.replace(REMEMBERING, memory_tokens=0, remat="block")
+  read = protocols.model_for("memory:40", plain)
+  assert read == REMEMBERING
+  assert protocols.model_for("memory:7", REMEMBERING).memory_tokens == 7
+  placed = parallel.replicate(remembering)
+  found, expected = (
+    evaluator.Evaluator(Transformer(config), 4)(placed, DATA, protocol)
+    for config, protocol in ((read, "memory:40"), (REMEMBERING, "memory"))
+  )
+  assert found.bits == expected.bits
+  assert protocols.memory_of("memory:40", read) == 40
+  assert protocols.memory_of("window", REMEMBERING) == 0
+  learned = dataclasses.replace(plain, position="learned")
+  relative = dataclasses.replace(plain, position="relative", attention="dense")
+  for config, protocol, message in (
+    (plain, "memory:0", "a memory of 1 token or more"),
+    (plain, "memory:", "is unknown"),
+    (plain, "memory", "choose window, stride:N or memory:N"),
+    (learned, "memory:40", "--protocol=memory:40: model.position='learned'"),
+    (relative, "memory:40", "of the 0 that vectors were learned for"),
+  ):
+    with pytest.raises(SettingsError, match=message):
+      protocols.model_for(protocol, config)
+
+
 def test_warming_costs_no_more_than_what_counts():
   predict = evaluator.Evaluator(Transformer(REMEMBERING), 64)
   params = drawn(REMEMBERING)
@@ -269,6 +304,16 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
       other["bits_per_char"], first["bits_per_char"], rtol=1e-6
     )
   assert figure("--protocol=stride:6")["protocol"] == "stride:6"
+  beside = figure(
+    *("--protocol=stride:6", f"--against={tmp_path}"),
+    "--against_protocol=window",
+  )["against"]
+  assert (beside["step"], beside["protocol"]) == (12, "window")
+  np.testing.assert_allclose(
+    beside["bits"],
+    records[-1]["bits_per_char"] - first["bits_per_char"],
+    atol=2e-6,
+  )
   assert figure("--step=best", "--split=test", split="test")["split"] == "test"
   # A config names the folder; the model is still the checkpoint's.
   assert figure("--config=configs/enwik8.py")["bytes"] == 999
@@ -277,11 +322,18 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
   other = figure(f"--config.data.path={other}")
   assert other["data"]["sha256"] != first["data"]["sha256"]
   lines = (tmp_path / "evals.jsonl").read_text().splitlines()
-  assert [json.loads(line) for line in lines] == records
+  found = [json.loads(line) for line in lines]
+  assert all(len(record.pop("chunk_bits")) == 2 for record in found)
+  assert found == records
   for flags, said in (
     (["--step=5"], "one of"),
     (["--config.model.n_layer=3"], "takes the model from the checkpoint"),
     (["--protocol=stride:99"], "to the context of 24"),
+    (["--against_protocol=window"], "means nothing without --against"),
+    (
+      [f"--against={tmp_path}", "--protocol=stride:5"],
+      "has no evaluation of the same 999 tokens of valid",
+    ),
   ):
     code, _, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
     assert code in (1, 2)

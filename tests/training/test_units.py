@@ -10,7 +10,7 @@ from adaptive_attention.training.evaluator import Result
 from adaptive_attention.training.units import Numbers, Text, Units
 
 BPE = Units("token", 4.0)
-RESULT = Result(bits=3.0, stderr=0.01, tokens=900, tokens_per_second=50.0)
+RESULT = Result(3.0, 0.01, 900, 50.0, np.array([1350.0, 1350.0]))
 
 
 def test_text_is_safe_to_show():
