@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
+from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
 from adaptive_attention.masks import Mask, Wave
 
@@ -280,6 +281,7 @@ _LONG = {
   "spans, wave": (_INTEGER_WAVE, "spans", 20_000),
   "dense": ({}, "dense", 20_000),
 }
+_LONG_MEMORY = 4096
 _SHORT = {"spans": ({}, "spans", 512), "context read again": ({}, None, 512)}
 DECODES = tuple(
   Decode(f"decode {B} x {context}", B, context, spans, runs)
@@ -289,6 +291,42 @@ DECODES = tuple(
   )
   for B in (1, 8)
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """Generation by a trained model, B texts at once.
+
+  Attributes:
+    params, config: the model.
+    runs: name -> (tokens of a memory beyond the context, kind of cache). The
+      next token comes after so many that the cache is full.
+  """
+
+  name: str
+  B: int
+  params: dict
+  config: ModelConfig
+  runs: dict
+
+
+def of_trained(name: str, params, config: ModelConfig) -> list[Writing]:
+  """Returns the cases of generation by a model, by one text and by eight.
+
+  Each is timed with the KV cache of its spans and with a dense one, at the
+  length of its context and, unless its positions are learned, after as many as
+  4,096 tokens more.
+  """
+  kinds = ("dense",) if config.attention == "dense" else ("spans", "dense")
+  memories = (0,) if config.learns_positions else (0, _LONG_MEMORY)
+  runs = {
+    f"{kind} {config.context_tokens + memory}": (memory, kind)
+    for memory in memories
+    for kind in kinds
+  }
+  return [
+    Writing(f"decode {B}, {name}", B, params, config, runs) for B in (1, 8)
+  ]
 
 
 def named(cases: Iterable, names: str) -> list:

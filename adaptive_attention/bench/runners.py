@@ -10,7 +10,7 @@ import numpy as np
 from adaptive_attention import accounting, generation
 from adaptive_attention.attention import IMPLEMENTATIONS, attend, choice
 from adaptive_attention.bench import cases, device, torch
-from adaptive_attention.bench.cases import Case, Decode, Step
+from adaptive_attention.bench.cases import Case, Decode, Step, Writing
 from adaptive_attention.bench.timing import Runner, compiled
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, with_lengths
@@ -20,6 +20,7 @@ from adaptive_attention.training import (
   console,
   optimizer,
   parallel,
+  protocols,
   steps,
 )
 from adaptive_attention.training.settings import training_config
@@ -28,7 +29,9 @@ MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
 _DECODE_TOKENS = 32  # per call
 
 
-def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
+def of(
+  case: Case | Step | Decode | Writing, config, *, compare=""
+) -> list[Runner]:
   """Returns the runners of a case.
 
   If the case cannot run here, a line says why, and the list is empty.
@@ -69,6 +72,8 @@ def of(case: Case | Step | Decode, config, *, compare="") -> list[Runner]:
       ]
     case Decode():
       return [_decode_runner(case, name) for name in case.runs]
+    case Writing():
+      return [_writing_runner(case, name) for name in case.runs]
 
 
 def _serving(case: Case) -> list[str]:
@@ -195,17 +200,34 @@ def _decode_runner(case, name):
   first_B1 = jnp.zeros((case.B, 1), int)
   params = jax.jit(model.init)(jax.random.key(0), first_B1)["params"]
   params = _with_waves(_with_spans(params, case.spans, config), config)
+  if kind is not None:
+    return _cache_runner(case, name, params, config, kind, position)
   start = time.perf_counter()
-  if kind is None:
-    call, counts, times = _by_context(model, params, case), None, 1
-  else:
-    cache, call = _by_cache(params, config, case, kind, position)
-    counts = _cache_counts(params, config, cache.nbytes // case.B, kind)
-    times = _DECODE_TOKENS
+  call = _by_context(model, params, case)
   call()
-  seconds = time.perf_counter() - start
+  return Runner(case.name, name, "token", call, time.perf_counter() - start)
+
+
+def _writing_runner(case, name):
+  """Makes the runner of generation by a trained model."""
+  memory, kind = case.runs[name]
+  config = case.config
+  if memory:
+    config = protocols.model_for(f"memory:{memory}", config)
+  position = max(1, config.max_context_tokens - _DECODE_TOKENS)
+  params = jax.device_put(case.params)
+  return _cache_runner(case, name, params, config, kind, position)
+
+
+def _cache_runner(case, name, params, config, kind, position):
+  """Makes the runner that draws tokens after `position` others."""
+  start = time.perf_counter()
+  cache, call = _by_cache(params, config, case, kind, position)
+  call()
   return Runner(
-    case.name, name, "token", call, seconds, counts=counts, times=times
+    *(case.name, name, "token", call, time.perf_counter() - start),
+    counts=_cache_counts(params, config, cache.nbytes // case.B, kind),
+    times=_DECODE_TOKENS,
   )
 
 
@@ -220,13 +242,13 @@ def _by_cache(params, config, case, kind, position):
   """Makes (cache, a call that draws some tokens one after the other)."""
   first_B1 = jnp.zeros((case.B, 1), int)
   logits_BV, cache = generation.prefill(params, config, first_B1, kind)
-  carried = [logits_BV, cache.at(jnp.uint32(position))]
+  carried = [logits_BV, cache]
 
   def call():
     _, *carried[:] = generation.go_on(
       params,
       config,
-      carried[1],
+      carried[1].at(jnp.uint32(position)),
       carried[0],
       jax.random.split(jax.random.key(0), case.B),
       0,

@@ -111,12 +111,12 @@ def _profile(timed, folder):
 
 
 def _learned_cases(folder):
-  """Returns the layers of a trained run as cases with their masks."""
+  """Returns the layers of a trained run, with their masks, and its texts."""
   with checkpoint.Checkpoints(folder) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
   model = model_config(meta["config"]["model"])
-  return [
+  layers = [
     cases.case_of_mask(
       f"layer {i} of step {step}",
       model.context_tokens,
@@ -126,3 +126,6 @@ def _learned_cases(folder):
     )
     for i, mask in enumerate(mask_params(params, model))
   ]
+  if jax.default_backend() != "cpu":
+    return layers
+  return layers + cases.of_trained(f"step {step}", params, model)

@@ -175,6 +175,8 @@ def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
 
 def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
   """Spans, waves, heads and widths of each layer are those of the run."""
+  tiny.model.position = "rotary"
+  tiny.model.max_span = 12
   state = init_state(tiny)
   with checkpoint.Checkpoints(tmp_path) as saved:
     meta = {"config": tiny.to_dict(), "data": {"name": "x", "sha256": "0"}}
@@ -190,6 +192,32 @@ def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
     assert len(found) == 4
     opened = int(accounting.open_pairs(mask, T).sum())
     assert {r["open_pairs"] for r in found} == {opened}
+  # Its texts are timed with its own cache, and with a dense one.
+  reach = accounting.cache_bytes(layers, ModelConfig(**tiny.model))["reach"]
+  for B in (1, 8):
+    texts = {r["run"]: r for r in rows if r["case"] == f"decode {B}, step 7"}
+    assert texts.keys() == {
+      f"{kind} {length} token"
+      for kind in ("spans", "dense")
+      for length in (T, T + 4096)
+    }
+    for name, row in texts.items():
+      assert row["reach_bytes"] == reach
+      assert row["median_ms"] > 0
+      if name.startswith("spans"):
+        assert row["cache_bytes"] < 2 * reach
+
+
+def test_texts_of_a_model_without_spans_have_a_dense_cache():
+  config = ModelConfig(attention="dense", position="rotary")
+  (one, eight) = cases.of_trained("x", {}, config)
+  assert (one.B, eight.B) == (1, 8)
+  assert one.runs == {"dense 512": (0, "dense"), "dense 4608": (4096, "dense")}
+  learned = ModelConfig()
+  assert cases.of_trained("x", {}, learned)[0].runs.keys() == {
+    "spans 512",
+    "dense 512",
+  }
 
 
 def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
