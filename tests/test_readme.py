@@ -47,7 +47,7 @@ def test_the_two_commands_come_first():
 def write_gpt2(folder, **sizes):
   config = ModelConfig(
     n_head=12,
-    vocab_size=50257,
+    vocab_size=256,
     position="learned_once",
     attention="dense",
     bias=True,
@@ -66,6 +66,7 @@ def test_commands_run(main, text, tmp_path):
     "--config.steps=2",
     "--config.batch_size=2",
     "--config.model.n_layer=1",
+    "--config.model.vocab_size=256",
     "--config.model.width=48",  # of 4, 8 and 12 heads
     "--config.model.context_tokens=64",
     "--config.model.implementation=reference",
