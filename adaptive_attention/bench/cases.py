@@ -311,19 +311,17 @@ class Writing:
 
 
 def of_trained(name: str, params, config: ModelConfig) -> list[Writing]:
-  """Returns the cases of generation by a model, by one text and by eight.
+  """Returns the cases of generation by a model, one text and eight at once.
 
-  Each is timed with the KV cache of its spans and with a dense one, at the
-  length of its context and, unless its positions are learned, after as many as
-  4,096 tokens more.
+  A model with spans is timed with their KV cache and with a dense one, of the
+  same length for any text. One without is timed at the length of its context
+  and, unless its positions are learned, of 4,096 tokens more.
   """
-  kinds = ("dense",) if config.attention == "dense" else ("spans", "dense")
-  memories = (0,) if config.learns_positions else (0, _LONG_MEMORY)
-  runs = {
-    f"{kind} {config.context_tokens + memory}": (memory, kind)
-    for memory in memories
-    for kind in kinds
-  }
+  runs = {"spans": (0, "spans"), "dense": (0, "dense")}
+  if config.attention == "dense":
+    memories = (0,) if config.learns_positions else (0, _LONG_MEMORY)
+    context = config.context_tokens
+    runs = {f"dense {context + more}": (more, "dense") for more in memories}
   return [
     Writing(f"decode {B}, {name}", B, params, config, runs) for B in (1, 8)
   ]

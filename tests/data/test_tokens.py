@@ -61,6 +61,11 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, cache):
     np.testing.assert_array_equal(load(path, cache, vocab_size).train, train)
 
 
+def test_bytes_in_32_bits(tmp_path, cache):
+  path = folder(tmp_path / "bytes", "<u4", train=TRAIN % 256, val=VALID % 256)
+  np.testing.assert_array_equal(load(path, cache, 256).train, TRAIN % 256)
+
+
 def test_few_tokens_of_16_bits_are_not_taken_for_32(tmp_path, cache):
   train, val = TRAIN % 4, VALID[:100] % 4
   path = folder(tmp_path / "dna", "<u2", train=train[:1000], val=val)

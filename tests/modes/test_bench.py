@@ -196,27 +196,26 @@ def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
   # Its texts are timed with its own cache, and with a dense one.
   reach = accounting.cache_bytes(layers, ModelConfig(**tiny.model))["reach"]
   texts = {r["run"]: r for r in rows if r["case"] == "decode 1, step 7"}
-  assert texts.keys() == {
-    f"{kind} {length} token"
-    for kind in ("spans", "dense")
-    for length in (T, T + 4096)
-  }
-  for name, row in texts.items():
+  assert texts.keys() == {"spans token", "dense token"}
+  for row in texts.values():
     assert row["reach_bytes"] == reach
     assert row["median_ms"] > 0
-    if name.startswith("spans"):
-      assert row["cache_bytes"] < 2 * reach
+  assert texts["spans token"]["keys_read"] < texts["dense token"]["keys_read"]
 
 
-def test_texts_of_a_model_without_spans_have_a_dense_cache():
-  config = ModelConfig(attention="dense", position="rotary")
-  (one, eight) = cases.of_trained("x", {}, config)
+def test_texts_of_a_model_without_spans_are_timed_at_two_lengths(tiny):
+  tiny.model.attention, tiny.model.position = "dense", "rotary"
+  config = ModelConfig(**tiny.model)
+  params = init_state(tiny).params
+  one, eight = cases.of_trained("x", params, config)
   assert (one.B, eight.B) == (1, 8)
-  assert one.runs == {"dense 512": (0, "dense"), "dense 4608": (4096, "dense")}
-  learned = ModelConfig()
-  assert cases.of_trained("x", {}, learned)[0].runs.keys() == {
-    "spans 512",
-    "dense 512",
+  learned = ModelConfig(attention="dense")
+  assert cases.of_trained("x", {}, learned)[0].runs.keys() == {"dense 512"}
+  found = {runner.name: runner.counts for runner in runners.of(one, tiny)}
+  T, key_bytes = config.context_tokens, 2 * config.width * 4
+  assert {n: counts["cache_bytes"] for n, counts in found.items()} == {
+    f"dense {T}": T * key_bytes,
+    f"dense {T + 4096}": (T + 4096) * key_bytes,
   }
 
 

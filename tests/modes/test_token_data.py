@@ -71,10 +71,12 @@ def test_a_run_on_tokens(main, tiny_flags, numbers, tmp_path):
     "--config.sample_every_steps=6",
   ]
   run = tmp_path / "run"
-  code, _, err = main(*flags, f"--workdir={run}")
-  assert code == 2
   largest = tokens.max()
-  assert f"vocab_size=256 is not possible; expected more than {largest}" in err
+  for few in (256, largest):
+    few_flag = f"--config.model.vocab_size={few}"
+    code, _, err = main(*flags, few_flag, f"--workdir={run}")
+    assert code == 2
+    assert f"={few} is not possible; expected more than {largest}" in err
   flags.append(f"--config.model.vocab_size={largest + 1}")
   trained(main, flags, run, "--config.steps=6")
   out, rows = trained(main, flags, run)

@@ -163,3 +163,21 @@ def test_rows_hold_the_bytes_and_zeros_beyond(rows):
   last = windows[(len(windows) - 1) // rows * rows :]
   np.testing.assert_array_equal(tokens[: len(last)], last)
   assert not tokens[len(last) :].any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64])
+def test_tokens_arrive_whole_whatever_stores_them(dtype):
+  data = np.arange(300).astype(dtype)
+  if dtype(0).itemsize > 2:
+    data += 70_000
+  draw = {"seed": 0, "step": 0, "shard_index": 0}
+  sizes = {"batch_size": 2, "context_tokens": 9}
+  for read in (batches.train_batch, batches.stream_batch):
+    rows = read(data, **draw, **sizes)
+    assert rows.dtype == np.int32
+    assert set(rows.ravel().tolist()) <= set(data.tolist())
+    assert (np.diff(rows) % 256 == 1).all()
+  reading = batches.windows(len(data), 9, 9, 4)
+  rows = reading.tokens(data, 0)
+  assert rows.dtype == np.int32
+  np.testing.assert_array_equal(rows[0], data[:10])

@@ -34,6 +34,7 @@ def test_a_prompt_is_read_as_it_is_written():
   np.testing.assert_array_equal(BPE.tokens_of(b" 12 3\n50256 "), [12, 3, 50256])
   np.testing.assert_array_equal(Units().tokens_of(b"a\xff"), [97, 255])
   assert not len(BPE.tokens_of(b" \n"))
+  assert (Units().draw_below, BPE.draw_below) == (256, None)
   for word in (b"def", b"-1", b"1.5", b"1234567890", b"\xff"):
     with pytest.raises(units.TokensError, match="give such numbers"):
       BPE.tokens_of(b"1 " + word)
