@@ -270,7 +270,20 @@ def whole():
   return module, params, value_and_gradient(plain, params)
 
 
-@pytest.mark.parametrize("transform", [jax.checkpoint, "nn.remat", jax.vmap])
+two_devices = pytest.mark.skipif(
+  len(jax.devices()) < 2, reason="it needs two devices"
+)
+
+
+@pytest.mark.parametrize(
+  "transform",
+  [
+    jax.checkpoint,
+    "nn.remat",
+    jax.vmap,
+    pytest.param(jax.pmap, marks=two_devices),
+  ],
+)
 def test_a_layer_under_transformations(whole, transform):
   module, params, expected = whole
 
@@ -283,13 +296,15 @@ def test_a_layer_under_transformations(whole, transform):
 
       def apply(p, x):
         return again.apply({"params": p}, x)
-    case jax.vmap:  # over the sequences
+    case jax.vmap | jax.pmap:  # over the sequences
 
       def apply(p, x):
-        return jax.vmap(plain, (None, 0))(p, x[:, None])
+        return transform(plain, in_axes=(None, 0))(p, x[:, None])
     case _:
       apply = transform(plain)
-  assert_alike(value_and_gradient(jax.jit(apply), params), expected)
+  if transform is not jax.pmap:
+    apply = jax.jit(apply)
+  assert_alike(value_and_gradient(apply, params), expected)
 
 
 def test_layers_stacked_by_scan(whole):
@@ -331,7 +346,7 @@ def test_layers_stacked_by_scan(whole):
     assert_alike(mask, mask_params({"layer": of_layer}, module)[0])
 
 
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="it needs two devices")
+@two_devices
 @pytest.mark.parametrize("axis", ["streams", "heads"])
 def test_a_layer_dealt_to_two_devices(whole, axis):
   module, params, expected = whole
