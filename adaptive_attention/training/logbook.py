@@ -1,4 +1,4 @@
-"""The files that a run writes: metrics.jsonl, its copies, and others."""
+"""The files that a run writes: metrics, their copies, masks, and others."""
 
 import contextlib
 import datetime
@@ -130,11 +130,37 @@ def _commit() -> str:
     return "unknown"
 
 
+class _Lines:
+  """A file with a line of JSON for each of some steps, open for more of them.
+
+  Lines after `resumed_step` are dropped, and those of it whose split is in
+  `made_again`.
+
+  Attributes:
+    kept: the lines that were there and stay.
+  """
+
+  def __init__(self, path, resumed_step, made_again=()):
+    self._path = path
+    self.kept = _drop_after(path, resumed_step, made_again)
+    with writing(path):
+      self._file = path.open("a", encoding="utf-8")
+
+  def write(self, line):
+    with writing(self._path):
+      self._file.write(json.dumps(line) + "\n")
+      self._file.flush()
+
+  def close(self):
+    with contextlib.suppress(OSError):  # which `write` has reported
+      self._file.close()
+
+
 class Logbook:
   """The record of one training run; a context manager.
 
-  On entering, lines of metrics.jsonl after `resumed_step` are dropped, as the
-  run makes those steps again. Only the primary process writes.
+  On entering, lines of metrics.jsonl and masks.jsonl after `resumed_step` are
+  dropped, as the run makes those steps again. Only the primary process writes.
 
   Args:
     workdir: the run's folder.
@@ -155,7 +181,7 @@ class Logbook:
     self._config = config
     self._resumed_step = resumed_step
     self._made_again, self._copies = made_again, copies
-    self._metrics = None
+    self._metrics = self._masks = None
     self._tensorboard = None
     self._wandb = None
 
@@ -165,11 +191,13 @@ class Logbook:
     config = self._config
     write_json(self._workdir / "config.json", config)
     write_json(self._workdir / "environment.json", environment())
-    path = self._workdir / "metrics.jsonl"
-    kept = _drop_after(path, self._resumed_step, self._made_again)
-    self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-    with writing(path):
-      self._metrics = path.open("a", encoding="utf-8")
+    self._metrics = _Lines(
+      self._workdir / "metrics.jsonl", self._resumed_step, self._made_again
+    )
+    self.seconds = max(
+      (line.get("seconds", 0.0) for line in self._metrics.kept), default=0.0
+    )
+    self._masks = _Lines(self._workdir / "masks.jsonl", self._resumed_step)
     if "tensorboard" in self._copies:
       self._tensorboard = _start_tensorboard(self._workdir, self._resumed_step)
     if "wandb" in self._copies:
@@ -177,9 +205,9 @@ class Logbook:
     return self
 
   def __exit__(self, *_):
-    if self._metrics:
-      with contextlib.suppress(OSError):  # which `write` has reported
-        self._metrics.close()
+    for lines in (self._metrics, self._masks):
+      if lines:
+        lines.close()
     if self._tensorboard:
       self._tensorboard.close()
     if self._wandb:
@@ -189,16 +217,18 @@ class Logbook:
     """Writes a line of metrics.jsonl, and the same numbers to its copies."""
     if not self._metrics:
       return
-    line = {"step": step, "split": split, **values}
-    with writing(self._workdir / "metrics.jsonl"):
-      self._metrics.write(json.dumps(line) + "\n")
-      self._metrics.flush()
+    self._metrics.write({"step": step, "split": split, **values})
     named = dict(_named(split, values))
     if self._tensorboard:
       for name, value in named.items():
         self._tensorboard.add_scalar(name, value, step)
     if self._wandb:
       self._wandb.log(named, step=step)
+
+  def write_masks(self, step: int, **values):
+    """Writes a line of masks.jsonl: per layer a list of each head's values."""
+    if self._masks:
+      self._masks.write({"step": step, **values})
 
 
 def _named(prefix, values):
@@ -223,9 +253,9 @@ def _drop_after(path, step, made_again) -> list[dict]:
   for line in path.read_bytes().splitlines(keepends=True):
     try:
       entry = json.loads(line)
-      again = entry["step"] == step and entry["split"] in made_again
+      again = entry["step"] == step and entry.get("split") in made_again
       before = entry["step"] <= step and not again
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
       unreadable.append(line)
       continue
     if before:

@@ -141,7 +141,7 @@ def _stops(ends, metrics=None) -> bool:
 
 def _read(step, metrics, start, every) -> dict:
   """Waits for a step's numbers and checks that they are finite."""
-  layers = metrics.pop("masks")
+  of_heads = metrics.pop("masks")
   metrics = {name: float(value) for name, value in metrics.items()}
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
@@ -150,7 +150,7 @@ def _read(step, metrics, start, every) -> dict:
         f"({_kept(step, start, every)}); lower optimizer.learning_rate "
         "or raise optimizer.warmup_steps"
       )
-  return metrics | {"masks": layers}
+  return metrics | {"masks": of_heads}
 
 
 def _kept(step, start, every) -> str:

@@ -3,12 +3,14 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from adaptive_attention import accounting, generation
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.masks import Mask
 from adaptive_attention.training import (
   console,
   evaluator,
@@ -46,31 +48,48 @@ def record(
     book: the record.
     ends: asked to end the run if the record cannot be written.
   """
-  layers = metrics["masks"]
+  layers, shares_LH = metrics["masks"]
   bits = float(metrics["cross_entropy"] / math.log(2))
   rate = None if seconds is None else step_tokens / seconds
   said = units.brief(bits)
   console.say(console.step_text(step, last, metrics, said, seconds, rate))
   wall_seconds = time.perf_counter() - began
-  _write(
-    book,
-    ends,
-    step,
-    "train",
-    loss=metrics["loss"],
+  numbers = {
+    "loss": metrics["loss"],
     **units.figures(bits),
-    tokens_per_second=rate,
-    seconds=book.seconds + wall_seconds,
+    "tokens_per_second": rate,
+    "seconds": book.seconds + wall_seconds,
     **{
       name: metrics[name]
       for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
     },
-    span_max=max(float(np.max(mask.span)) for mask in layers),
-    span_by_layer=[float(np.mean(mask.span)) for mask in layers],
-    attention_macs_per_token=accounting.attention_macs_per_token(
+    "span_max": max(float(np.max(mask.span)) for mask in layers),
+    "span_by_layer": [float(np.mean(mask.span)) for mask in layers],
+    "attention_macs_per_token": accounting.attention_macs_per_token(
       layers, config, config.context_tokens, config.memory_tokens
     ),
-  )
+  }
+  with _ended_by_failure(ends):
+    book.write_masks(step, **by_head(layers, shares_LH))
+    book.write(step, "train", **numbers)
+
+
+def by_head(layers: Sequence[Mask], shares_LH) -> dict[str, list]:
+  """Returns the lengths of all masks, each a list per layer of its heads'.
+
+  Args:
+    layers: a mask per layer.
+    shares_LH: the shares of the distances that the heads leave open.
+  """
+  of_masks = {"span": [mask.span for mask in layers]}
+  waves = [mask.wave for mask in layers if mask.wave is not None]
+  if waves:
+    of_masks["period"] = [wave.period for wave in waves]
+    of_masks["ratio"] = [wave.ratio for wave in waves]
+  return {
+    name: np.asarray(values, np.float64).tolist()
+    for name, values in (of_masks | {"open_share": shares_LH}).items()
+  }
 
 
 def save(state, memory, step: int, *, saved, meta: dict):
@@ -125,14 +144,8 @@ def evaluate(
     if units.is_text:
       text += f", and lzma takes {evaluator.lzma_bits_per_char(data):.4f}"
   console.say(text)
-  _write(
-    book,
-    ends,
-    step,
-    "valid",
-    loss=result.loss,
-    **units.record(result),
-  )
+  with _ended_by_failure(ends):
+    book.write(step, "valid", loss=result.loss, **units.record(result))
   if parallel.is_primary():
     saved.record_evaluation(step, result.bits)
 
@@ -193,9 +206,10 @@ def _given_up(ends, step):
     raise ends.stopped(step) from None
 
 
-def _write(book, ends, step, split, **values):
-  """Writes a line of the record; if that fails the run ends as at a signal."""
+@contextlib.contextmanager
+def _ended_by_failure(ends):
+  """Ends the run as at a signal if a line of the record cannot be written."""
   try:
-    book.write(step, split, **values)
+    yield
   except logbook.LogbookError as error:
     ends.stop(f"a failed write of the record ({error})", 1)

@@ -58,8 +58,8 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
   It runs on all devices. The update is that of the mean over all sequences. If
   the loss or the gradient norm is not finite, state and memory are returned as
   they were. The metric `stop` is a sum over all devices, so that all processes
-  learn of a signal at the same step. The metric `masks` holds the masks of all
-  layers after the update, for the host to count.
+  learn of a signal at the same step. Those of `mask_metrics` are of the masks
+  after the update.
 
   The memory, of `start_memory`, holds the A B streams of a device, those of
   each accumulation step side by side.
@@ -88,7 +88,6 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
       "learning_rate": optimizer.learning_rate(state.step),
       "grad_norm": grad_norm,
       "stop": parallel.total(batch.stop),
-      "masks": mask_params(updated.params, model.config),
     } | mask_metrics(updated.params, model.config)
     # What was written is not visible until it counts as read. So the memory
     # goes back by its count of tokens.
@@ -159,15 +158,21 @@ def _where(condition, tree, otherwise):
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
 
 
-def mask_metrics(params, config: ModelConfig) -> dict[str, jax.Array]:
-  """Returns means over all heads: span in tokens, open share of distances."""
+def mask_metrics(params, config: ModelConfig) -> dict:
+  """Returns the masks of all layers, and what of them is told of a step.
+
+  Returns:
+    `masks`, (a Mask per layer, (L, H) the share of the distances that each head
+    leaves open), and the means over all heads: `open_share`, and `span_mean` in
+    tokens.
+  """
   layers = mask_params(params, config)
   T = config.max_context_tokens
+  shares_LH = jnp.stack([masks.open_share(mask, T) for mask in layers])
   return {
+    "masks": (layers, shares_LH),
+    "open_share": jnp.mean(shares_LH),
     "span_mean": jnp.mean(jnp.stack([mask.span for mask in layers])),
-    "open_share": jnp.mean(
-      jnp.stack([masks.open_share(mask, T) for mask in layers])
-    ),
   }
 
 

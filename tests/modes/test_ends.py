@@ -166,7 +166,7 @@ def test_a_record_that_takes_no_more_is_told_after_a_save(
   def full():
     raise OSError(28, "No space left on device")
 
-  before_call(monkeypatch, json, "dumps", 2 + 2, full)
+  before_call(monkeypatch, json, "dumps", 2 + 2 * 2, full)
   with pytest.raises(Stopped) as stopped:
     run(tmp_path, log_every_steps=1)
   assert "metrics.jsonl cannot be written (No space left" in str(stopped.value)
@@ -303,7 +303,9 @@ def test_results_are_printed_before_a_write_that_fails(main, whole, tmp_path):
     assert not list(workdir.glob("*.part"))
 
 
-@pytest.mark.parametrize("name", ["lock", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+  "name", ["lock", "config.json", "metrics.jsonl", "masks.jsonl"]
+)
 def test_a_run_that_cannot_be_written_is_reported(
   main, tiny_flags, tmp_path, name
 ):

@@ -32,6 +32,11 @@ def metrics(workdir):
   ]
 
 
+def masks(workdir):
+  lines = (workdir / "masks.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 def final(workdir):
   """Returns the last step and its digests of parameters and optimizer."""
   with Checkpoints(workdir) as saved:
@@ -89,6 +94,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     "checkpoints",
     "config.json",
     "environment.json",
+    "masks.jsonl",
     "metrics.jsonl",
     "lock",
   }
@@ -116,6 +122,17 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     "span_mean",
     "open_share",
   }
+  # masks.jsonl has each head, at the same steps.
+  rows = masks(workdir)
+  assert [row["step"] for row in rows] == [3, 6, 9, 12]
+  for row, line in zip(rows, (m for m in lines if m["split"] == "train")):
+    assert row.keys() == {"step", "span", "period", "ratio", "open_share"}
+    for name in row.keys() - {"step"}:
+      assert np.shape(row[name]) == (1, 2)  # layers, heads
+    np.testing.assert_allclose(np.mean(row["span"]), line["span_mean"])
+    np.testing.assert_allclose(
+      np.mean(row["open_share"]), line["open_share"], rtol=1e-6
+    )
   # The header tells versions, changed settings, data, size, and no made-up MFU.
   assert "model.n_layer=1 (was 12)" in out
   assert "sha256" in out
@@ -181,6 +198,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   assert code == 0, err
   assert final(workdir) == final(whole_run[0])
   assert metrics(workdir) == metrics(whole_run[0])
+  assert masks(workdir) == masks(whole_run[0])
 
 
 def test_kill_9_five_times_at_random_moments(main, tiny_flags, tmp_path):
@@ -208,6 +226,7 @@ def test_kill_9_five_times_at_random_moments(main, tiny_flags, tmp_path):
   assert code == 0, err
   assert final(tmp_path / "w") == final(tmp_path / "whole")
   assert metrics(tmp_path / "w") == metrics(tmp_path / "whole")
+  assert masks(tmp_path / "w") == masks(tmp_path / "whole")
 
 
 def copy_of(whole_run, tmp_path):
@@ -232,6 +251,7 @@ def test_damage_stops_the_run_and_an_older_step_goes_on(
   assert "set aside: the later checkpoints [12]" in out
   assert final(workdir) == final(whole_run[0])
   assert metrics(workdir) == metrics(whole_run[0])
+  assert masks(workdir) == masks(whole_run[0])
   assert (workdir / "set_aside" / "12").exists()
 
 
@@ -407,6 +427,7 @@ def test_streams_and_their_memory_go_on_to_the_bit(
   assert digests == final(memory_run)
   assert digests[1].keys() == {"params", "opt_state", "memory"}
   assert metrics(workdir) == metrics(memory_run)
+  assert masks(workdir) == masks(memory_run)
 
 
 def test_streams_start_again_at_their_ends(memory_run):
