@@ -59,6 +59,8 @@ FLAGS = {
   "against_protocol": Flag(
     "The protocol of that run's evaluation, if it is another one."
   ),
+  "compare": Flag("Folders of other runs to show beside it: DIR,DIR."),
+  "heads": Flag("The heads to show: LAYER.HEAD,LAYER.HEAD; all if not given."),
   "prompt": Flag(
     "The text that a sample continues; numbers, where tokens were learned."
   ),

@@ -115,6 +115,13 @@ USES = (
     saved=True,
   ),
   Use(
+    "inspect",
+    "",
+    "Shows what each head learned, and writes heads.csv and heads.tex.",
+    f"cpu_devices {_COMPUTING}",
+    saved=True,
+  ),
+  Use(
     "plan",
     "--config=FILE",
     "Counts and compiles what a training run would take, and does not train.",

@@ -38,6 +38,8 @@ VALUES = {
   "protocol": "stride:6",
   "against": "another",
   "against_protocol": "window",
+  "compare": "one,two",
+  "heads": "0.0",
   "prompt": "query",
   "prompt_file": "some/file",
   "tokens": 7,

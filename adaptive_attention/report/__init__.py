@@ -1,0 +1,1 @@
+"""What heads learned, in numbers and pictures."""

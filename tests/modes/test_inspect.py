@@ -1,0 +1,78 @@
+"""main.py --mode=inspect: what heads learned, of one run and of several."""
+
+import csv
+import shutil
+
+import pytest
+
+from tests.modes.test_an_older_run import OLDER
+
+
+@pytest.fixture
+def run(tmp_path):
+  shutil.copytree(OLDER / "run", tmp_path / "run")
+  return tmp_path / "run"
+
+
+def rows(run):
+  with (run / "heads.csv").open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def test_the_heads_of_two_runs(main, run, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(run, other)
+  flags = "--mode=inspect", f"--workdir={run}"
+  code, out, err = main(*flags)
+  assert code == 0, err
+  assert f"step 6 of {run}, span_wave" in out
+  assert [line[:3] for line in out.splitlines()[2:6]] == [
+    *("0.0", "0.1", "1.0", "1.1")
+  ]
+  assert "multiply-adds per token" in out and "keys read per token" in out
+  alone = rows(run)
+  assert {row["run"] for row in alone} == {str(run)}
+  assert (run / "heads.tex").read_text().count("/run & ") == 4
+
+  code, out, err = main(*flags, f"--compare={other}", "--heads=1.1,0.0")
+  assert code == 0, err
+  assert f"step 6 of {other}" in out
+  both = rows(run)
+  assert [(row["run"], row["layer"], row["head"]) for row in both] == [
+    (str(name), i, i) for name in (run, other) for i in ("0", "1")
+  ]
+  assert both[0] == alone[0] and both[1] == alone[3]
+  assert not (other / "heads.csv").exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "said"),
+  [
+    ("--compare=OTHER,NONE", "NONE"),
+    ("--compare=DAMAGED", "checkpoint of step 6"),
+    ("--compare=RUN", "is shown already"),
+    ("--compare=OTHER,", "names an empty folder"),
+    ("--heads=0.2", "'0.2' is not a head of"),
+    ("--heads=1", "expected LAYER.HEAD from 0.0 to 1.1"),
+  ],
+)
+def test_nothing_is_overwritten_if_a_part_is_wrong(
+  main, run, tmp_path, flag, said
+):
+  damaged, other = tmp_path / "damaged", tmp_path / "other"
+  shutil.copytree(run, damaged)
+  shutil.copytree(run, other)
+  meta = damaged / "checkpoints" / "6" / "meta" / "metadata"
+  meta.write_text(meta.read_text()[:-9])
+  for name in ("heads.csv", "heads.tex"):
+    (run / name).write_text("before")
+  for word, path in (
+    *(("DAMAGED", damaged), ("OTHER", other), ("RUN", run)),
+    ("NONE", tmp_path / "none"),
+  ):
+    flag, said = flag.replace(word, str(path)), said.replace(word, str(path))
+  code, _, err = main("--mode=inspect", f"--workdir={run}", flag)
+  assert code in (1, 2)
+  assert said in err and err.count("\n") == 1
+  for name in ("heads.csv", "heads.tex"):
+    assert (run / name).read_text() == "before"
