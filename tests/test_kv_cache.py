@@ -18,6 +18,7 @@ from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import init_cache
+from tests.pairs import in_turn
 from tests.written_models import (
   CONFIG,
   LENGTH,
@@ -34,17 +35,12 @@ step = jax.jit(generation.step, static_argnames="config")
 
 
 @pytest.mark.parametrize(
-  ("cache", "prompt"),
-  [
-    ("spans", 1),
-    pytest.param("spans", 5, marks=pytest.mark.every_case),
-    ("spans", 70),
-    pytest.param("dense", 5, marks=pytest.mark.every_case),
-  ],
+  ("model", "read"),
+  in_turn(MODELS, [("spans", 1), ("spans", 70), ("spans", 5), ("dense", 5)]),
 )
-@pytest.mark.parametrize("model", MODELS)
-def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
+def test_every_token_is_told_as_by_a_full_pass(model, read):
   """Texts outgrow the rings; prompts are shorter or longer than rings."""
+  cache, prompt = read
   config, params, expected = model_of(model)
   assert np.isfinite(expected).all()
   logits, kept = generation.prefill(params, config, TEXT[:, :prompt], cache)
@@ -56,19 +52,20 @@ def test_every_token_is_told_as_by_a_full_pass(model, cache, prompt):
 
 
 @pytest.mark.parametrize(
-  ("model", "cache"),
+  ("model", "cache", "traced_alone"),
   [
-    pytest.param("span, learned", "spans", marks=pytest.mark.every_case),
-    ("integer waves, relative", "spans"),
-    ("real waves", "dense"),
-    pytest.param("long, dense", "spans", marks=pytest.mark.every_case),
+    pytest.param("span, learned", "spans", False, marks=pytest.mark.every_case),
+    ("integer waves, relative", "spans", True),
+    ("real waves", "dense", False),
+    pytest.param("long, dense", "spans", False, marks=pytest.mark.every_case),
   ],
 )
-def test_a_text_is_read_in_parts_of_any_length(model, cache):
+def test_a_text_is_read_in_parts_of_any_length(model, cache, traced_alone):
   """The same call reads all parts, traced or not, from an empty cache on."""
   config, params, expected = model_of(model)
   apply = Transformer(config).apply
   traced = jax.jit(apply)
+  apply = traced if traced_alone else apply
   state = init_cache(params, config, batch=len(TEXT), cache=cache)
   start = 0
   for length, call in ((3, traced), (1, apply), (41, traced)):

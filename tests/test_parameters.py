@@ -16,6 +16,7 @@ from adaptive_attention.mask_bounds import WaveBounds
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer
+from tests.pairs import in_turn
 from tests.test_model import randomized
 
 CONFIG = ModelConfig(
@@ -80,8 +81,10 @@ def apart(params, lengths=(3,)):
   return tree
 
 
-@pytest.mark.parametrize("attention", ["span", "span_wave", "dense"])
-@pytest.mark.parametrize("lengths", [(3,), (2, 12)])
+@pytest.mark.parametrize(
+  ("attention", "lengths"),
+  in_turn(["span", "span_wave", "dense"], [(3,), (2, 12)]),
+)
 def test_masks_of_stacked_layers_are_those_of_layers_apart(attention, lengths):
   config = dataclasses.replace(CONFIG, attention=attention)
   stacked, apart = stacked_and_apart(config, lengths)

@@ -97,7 +97,8 @@ def at_once(config, params, stream):
 @pytest.mark.parametrize(
   ("attention", "position"),
   [
-    ("span", "rotary"),
+    # Spans and rotary positions are in the others too.
+    pytest.param("span", "rotary", marks=pytest.mark.every_case),
     ("span", "relative"),
     ("span_wave", "rotary"),
     ("dense", "relative"),
@@ -122,7 +123,10 @@ def test_every_segment_is_the_end_of_one_sequence(
   assert np.abs(found[-1] - alone).max() > 1e-2
 
 
-@pytest.mark.parametrize("memory_tokens", [1, 37, 2 * T])
+@pytest.mark.parametrize(
+  "memory_tokens",
+  [1, 37, pytest.param(2 * T, marks=pytest.mark.every_case)],
+)
 @mostly_blocked
 def test_memory_of_any_length_ends_where_it_is_said_to(
   memory_tokens, implementation

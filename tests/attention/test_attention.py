@@ -31,6 +31,7 @@ from tests.attention.cases import (
   mostly_blocked,
   relative_vectors,
 )
+from tests.pairs import in_turn
 
 # (implementation, case name) of those that may raise NotImplementedError.
 REFUSALS = frozenset()
@@ -168,27 +169,22 @@ def test_the_same_call_gives_the_same_bits(case, implementation):
   jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+_IN_RINGS = (
+  "memory_512",
+  "first_key_beyond_memory",
+  "stride_even",
+  "wave_dropout",
+  "relative_500",
+  "span_bfloat16",
+  "grouped_integer",
+)
+
+
 @everywhere
 @pytest.mark.parametrize(
-  "case",
-  [
-    case
-    for case in CASES
-    if case.name
-    in (
-      "memory_512",
-      "first_key_beyond_memory",
-      "stride_even",
-      "wave_dropout",
-      "relative_500",
-      "span_bfloat16",
-      "grouped_integer",
-    )
-  ],
-  ids=lambda case: case.name,
-)
-@pytest.mark.parametrize(
-  "turned", [pytest.param(0.0, marks=pytest.mark.every_case), 0.4, 0.95]
+  ("case", "turned"),
+  in_turn([c for c in CASES if c.name in _IN_RINGS], [0.4, 0.95, 0.0]),
+  ids=lambda x: getattr(x, "name", x),
 )
 def test_value_and_gradients_out_of_a_ring(case, implementation, turned):
   """The oldest position may stand in any row, among rows of other streams.

@@ -15,6 +15,7 @@ from adaptive_attention.attention.ring import Ring
 from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import Case, everywhere, inputs, mostly_blocked
 from tests.attention.test_attention import check, differentiated, expected
+from tests.pairs import in_turn
 
 # There are two query blocks, and all options of `attend` at once.
 B, T, S, H, K, MEMORY = 2, 70, 80, 2, 4, 7
@@ -217,8 +218,9 @@ def plain(implementation, made):
 
 
 @mostly_blocked
-@pytest.mark.parametrize("made", [attention, from_ring])
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+  ("switch", "made"), in_turn(SWITCHES, [attention, from_ring])
+)
 def test_switches_change_nothing(switch, made, implementation):
   expected = plain(implementation, made)
   arguments()  # which are to be float32 under any switch
