@@ -2,17 +2,21 @@
 
 import pathlib
 import re
-from typing import NamedTuple
+import shlex
+import sys
 
 from adaptive_attention import accounting
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import SettingsError
-from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.masks import Mask
+from adaptive_attention.report import (
+  head_figures,
+  page,
+  run_figures,
+  runs,
+  style,
+  tables,
+)
 from adaptive_attention.report import heads as of_heads
-from adaptive_attention.report import tables
 from adaptive_attention.training import (
-  checkpoint,
   console,
   logbook,
   parallel,
@@ -20,31 +24,20 @@ from adaptive_attention.training import (
 )
 
 
-class _Run(NamedTuple):
-  """A run at a step.
+def run(config, workdir, *, step, compare=None, heads=None, split="valid"):
+  """Prints a line for each head; writes tables, figures and report.html.
 
-  Attributes:
-    name: its folder, as it was given.
-    layers: the masks of its layers.
-  """
-
-  name: str
-  step: int
-  config: ModelConfig
-  layers: list[Mask]
-
-
-def run(config, workdir, *, step, compare=None, heads=None):
-  """Prints a line for each head; writes heads.csv and heads.tex.
-
-  Nothing is written unless all runs can be read.
+  Nothing is written unless all runs can be read. Without matplotlib there are
+  no figures and no page, and a line says how to get them.
 
   Args:
     config: the checkpoint's settings.
     workdir, step: the run's folder and the checkpoint.
     compare: folders of other runs, separated by commas, each with its newest
       checkpoint.
-    heads: LAYER.HEAD of the heads to show, separated by commas; None for all.
+    heads: LAYER.HEAD of the heads in the tables, separated by commas; None for
+      all.
+    split: "valid" or "test", of whose evaluations the losses are.
 
   Raises:
     SettingsError: a head that does not exist, or a run is named twice.
@@ -53,12 +46,12 @@ def run(config, workdir, *, step, compare=None, heads=None):
   names = [str(workdir), *(compare.split(",") if compare else ())]
   _check_names(names)
   model_config = settings.model_config(config.model)
-  runs = [_read(names[0], step, model_config)]
-  runs += [_read(name) for name in names[1:]]
-  shown = [_chosen(one, heads) for one in runs]
+  shown_runs = [runs.read(names[0], step, model_config)]
+  shown_runs += [runs.read(name) for name in names[1:]]
+  shown = [_chosen(one, heads) for one in shown_runs]
   rows = [row for of_run in shown for row in of_run]
   try:  # the files are written even if nothing can be printed
-    for one, of_run in zip(runs, shown, strict=True):
+    for one, of_run in zip(shown_runs, shown, strict=True):
       _say(one, of_run)
   finally:
     if parallel.is_primary():
@@ -66,6 +59,71 @@ def run(config, workdir, *, step, compare=None, heads=None):
       logbook.write_text(folder / "heads.csv", tables.as_csv(rows))
       logbook.write_text(folder / "heads.tex", tables.as_tex(rows))
   console.say(f"written to {folder / 'heads.csv'} and heads.tex")
+  _report(shown_runs, folder, split)
+
+
+def _report(all_runs, folder, split):
+  """Draws the figures and writes them and the page, if they can be drawn."""
+  try:
+    style.check()
+  except style.MissingError as error:
+    console.say(f"no figures: {error}")
+    return
+  with style.sheet():
+    figures, missing = _figures(all_runs, split)
+    files = {figure.name: style.files(figure) for figure in figures}
+  content = page.page(
+    all_runs,
+    figures,
+    {name: found[f"{name}.svg"] for name, found in files.items()},
+    split=split,
+    missing=missing,
+    command=shlex.join(sys.argv),
+    environment=logbook.environment(),
+  )
+  if not parallel.is_primary():
+    return
+  into = folder / "figures"
+  with logbook.writing(into):
+    into.mkdir(exist_ok=True)
+  for found in files.values():
+    for name, data in found.items():
+      logbook.write_bytes(into / name, data)
+  logbook.write_text(folder / "report.html", content)
+  for sentence in missing:
+    console.say(f"missing    {sentence}")
+  console.say(
+    f"written to {folder / 'report.html'} and {into}, {len(figures)} figures"
+  )
+
+
+def _figures(all_runs, split):
+  """Returns the figures, and a sentence on each that could not be drawn."""
+  first, missing = all_runs[0], []
+  drawn = [head_figures.sorted_heads(all_runs), head_figures.span_map(all_runs)]
+  drawn += [head_figures.weights(first), head_figures.pairs(first)]
+  for figure, sentence in (
+    (
+      run_figures.mask_curves(first),
+      f"{first.name} has no masks.jsonl of two steps or more, as runs of "
+      "earlier versions, so that no curves of its heads are drawn.",
+    ),
+    (
+      run_figures.fronts(all_runs, split),
+      f"No run was evaluated on the {split} split at this step, so that no "
+      f"loss is drawn against its cost; --mode=eval --split={split} evaluates "
+      "one.",
+    ),
+    (
+      run_figures.losses(all_runs),
+      "No run has a metrics.jsonl, so that no losses are drawn.",
+    ),
+  ):
+    if figure is None:
+      missing.append(sentence)
+    else:
+      drawn.append(figure)
+  return drawn, missing
 
 
 def _check_names(names):
@@ -81,17 +139,7 @@ def _check_names(names):
       )
 
 
-def _read(name, step=None, config=None) -> _Run:
-  """Reads a run's masks, of its newest checkpoint if no step is given."""
-  with checkpoint.Checkpoints(name) as saved:
-    if step is None:
-      step = saved.resolve("latest")
-    params, meta = saved.restore_params(step)
-  config = config or settings.model_config(meta["config"]["model"])
-  return _Run(name, step, config, mask_params(params, config))
-
-
-def _chosen(one: _Run, heads: str | None) -> list[of_heads.Head]:
+def _chosen(one: runs.Run, heads: str | None) -> list[of_heads.Head]:
   """Returns the rows of the chosen heads of a run."""
   rows = of_heads.of_run(one.name, one.layers, one.config)
   if heads is None:
@@ -106,7 +154,7 @@ def _chosen(one: _Run, heads: str | None) -> list[of_heads.Head]:
   return [row for head, row in known.items() if head in heads.split(",")]
 
 
-def _say(one: _Run, rows):
+def _say(one: runs.Run, rows):
   """Prints the heads of a run, and what they cost together."""
   config = one.config
   console.say(f"step {one.step} of {one.name}, {config.attention}")

@@ -1,0 +1,202 @@
+"""Figures of runs: their curves, and loss against what it costs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from adaptive_attention.report import runs, style
+from adaptive_attention.report.style import Figure
+
+
+def mask_curves(run: runs.Run) -> Figure | None:
+  """Draws each head's span, period, ratio and open share over steps.
+
+  Returns None where the run recorded no masks, as those before 0.4.
+  """
+  if len(run.curves) < 2:
+    return None
+  titles = {
+    "span": "span z, tokens",
+    "period": "period P, tokens",
+    "ratio": "ratio r",
+    "open_share": "open share of distances",
+  }
+  names = [name for name in titles if name in run.curves[0]]
+  steps = [row["step"] for row in run.curves]
+  drawn, (row,) = style.axes(1, len(names), width=2.6 * len(names), height=2.8)
+  from matplotlib import colormaps
+
+  L = len(run.curves[0]["span"])
+  colours = colormaps[style.SEQUENTIAL](np.linspace(0, 0.9, L))
+  for ax, name in zip(row, names, strict=True):
+    values_NLH = np.array([line[name] for line in run.curves])
+    for layer in range(L):
+      lines = ax.plot(steps, values_NLH[:, layer], color=colours[layer], lw=0.8)
+      if ax is row[0]:
+        lines[0].set_label(f"layer {layer}")
+    ax.set(title=titles[name], xlabel="step")
+  drawn.legend(loc="outside lower center", ncols=min(6, L))
+  first, last = (np.mean(run.curves[i]["span"]) for i in (0, -1))
+  return Figure(
+    "curves",
+    f"The masks of {run.name} over its training",
+    "A line for each head, by its layer: the span, the period and ratio of its "
+    "wave, and the share of the distances in a context that it leaves open, at "
+    f"each recorded step. The mean span went from {first:.1f} to {last:.1f} "
+    "tokens.",
+    f"Lines over {steps[-1]} steps; the mean span went from {first:.1f} to "
+    f"{last:.1f} tokens.",
+    drawn,
+  )
+
+
+def _bits(run: runs.Run, line) -> float:
+  return line["bits_per_char" if run.units.is_text else "bits_per_token"]
+
+
+def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
+  """Draws loss against steps, tokens and time; None without any record."""
+  shown = [run for run in all_runs if run.metrics]
+  if not shown:
+    return None
+  drawn, (row,) = style.axes(1, 3, width=9, height=2.8, sharey=True)
+  names = runs.labels(shown)
+  told = []
+  for i, (run, name) in enumerate(zip(shown, names, strict=True)):
+    tokens = run.settings["batch_size"] * run.config.context_tokens
+    train = [line for line in run.metrics if line["split"] == "train"]
+    valid = [line for line in run.metrics if line["split"] == "valid"]
+    hours = {line["step"]: line["seconds"] / 3600 for line in train}
+    for lines, look in (
+      (train, {"alpha": 0.45, "lw": 0.8}),
+      (valid, {"marker": style.MARKERS[i % 7], "markersize": 4, "lw": 1.2}),
+    ):
+      steps = np.array([line["step"] for line in lines])
+      bits = [_bits(run, line) for line in lines]
+      times = [hours.get(step, np.nan) for step in steps]
+      for ax, x in zip(row, (steps, steps * tokens / 1e6, times), strict=True):
+        label = name if lines is valid and ax is row[0] else None
+        ax.plot(x, bits, label=label, **style.of_run(i), **look)
+    if valid:
+      told.append(f"{name}: {_bits(run, valid[-1]):.4f} at the end")
+  unit = shown[0].units.name
+  for ax, title in zip(
+    row, ("step", "million tokens read", "hours, all resumes"), strict=True
+  ):
+    ax.set_xlabel(title)
+  row[0].set_ylabel(unit)
+  drawn.legend(loc="outside lower center", ncols=min(4, len(names)))
+  return Figure(
+    "losses",
+    "Loss over training",
+    f"In {unit}: thin, of the batches of training (with dropout, if any); with "
+    "markers, of the validation split, against steps, tokens, and wall time. "
+    f"{'; '.join(told)}.",
+    f"Curves of the loss. {'; '.join(told)}.",
+    drawn,
+  )
+
+
+class Point:
+  """A setting with its seeds: loss and cost.
+
+  Attributes:
+    name: the runs, as they are labelled.
+    bits, stderr: the mean loss of the runs, and the standard error of the
+      evaluation, or where there are several seeds of their mean.
+    low, high: the least and the largest loss among the seeds.
+    macs: multiply-adds per token of attention, dense, open and computed.
+  """
+
+  def __init__(self, names, evaluations):
+    bits = [bits for bits, _, _ in evaluations]
+    self.name = ", ".join(names)
+    self.bits = float(np.mean(bits))
+    self.low, self.high = min(bits), max(bits)
+    self.stderr = evaluations[0][1]
+    if len(bits) > 1:
+      self.stderr = float(np.std(bits, ddof=1) / len(bits) ** 0.5)
+    self.macs = {
+      name: float(np.mean([macs[name] for _, _, macs in evaluations]))
+      for name in ("dense", "open", "computed")
+    }
+
+
+def evaluation(run: runs.Run, split: str) -> dict | None:
+  """Returns the last evaluation of a split at the run's step, or None."""
+  for line in reversed(run.evaluations):
+    if line["split"] == split and line["step"] == run.step:
+      return line
+  return None
+
+
+def points(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
+  """Returns a point for each setting; runs that differ by seed share one."""
+  groups = {}
+  for run, name in zip(all_runs, runs.labels(all_runs), strict=True):
+    found = evaluation(run, split)
+    if found is None:
+      continue
+    same = {n: v for n, v in run.settings.items() if n != "seed"}
+    value = (
+      _bits(run, found),
+      found["stderr"],
+      found["attention_macs_per_token"],
+    )
+    names, values = groups.setdefault(repr(same), ([], []))
+    names.append(name)
+    values.append(value)
+  return [Point(*group) for group in groups.values()]
+
+
+def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
+  """Draws loss against multiply-adds; None where no run was evaluated."""
+  found = points(all_runs, split)
+  if not found:
+    return None
+  from matplotlib.ticker import EngFormatter
+
+  drawn, (row,) = style.axes(1, 2, width=8, height=3.0, sharey=True)
+  for ax, kind in zip(row, ("open", "computed"), strict=True):
+    for i, point in enumerate(found):
+      ax.errorbar(
+        *(point.macs[kind], point.bits),
+        yerr=[
+          [point.bits - min(point.low, point.bits - point.stderr)],
+          [max(point.high, point.bits + point.stderr) - point.bits],
+        ],
+        fmt=style.MARKERS[i % 7],
+        color=style.COLOURS[i % 7],
+        capsize=3,
+        label=point.name if ax is row[0] else None,
+      )
+    x, y = _front([(point.macs[kind], point.bits) for point in found])
+    ax.step(x, y, where="post", color="grey", lw=0.8, zorder=0)
+    ax.set(xlabel=f"{kind} multiply-adds per token of attention")
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.locator_params(axis="x", nbins=6)
+  row[0].set_ylabel(all_runs[0].units.name)
+  drawn.legend(loc="outside lower center", ncols=min(4, len(found)))
+  best = min(found, key=lambda point: point.bits)
+  return Figure(
+    "front",
+    f"Loss against what attention costs, {split} split",
+    f"{all_runs[0].units.name.capitalize()} of the {split} split against the "
+    "multiply-adds of attention per token, over all layers and heads: those of "
+    "the open pairs, and those of the pairs that are computed. Bars are one "
+    "standard error or, of several seeds, their least and largest. The grey "
+    f"line is the Pareto front. The least loss is that of {best.name}, "
+    f"{best.bits:.4f}.",
+    f"{len(found)} points; the least loss is that of {best.name}.",
+    drawn,
+  )
+
+
+def _front(points_XY):
+  """Returns the points that no other is below and left of, as (x, y) lists."""
+  front, least = [], np.inf
+  for x, y in sorted(points_XY):
+    if y < least:
+      front.append((x, y))
+      least = y
+  return zip(*front, strict=True)

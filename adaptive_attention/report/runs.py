@@ -1,0 +1,96 @@
+"""A trained run as a report reads it: settings, masks, and what it recorded."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.masks import Mask
+from adaptive_attention.training import checkpoint, settings, units
+
+
+class Run(NamedTuple):
+  """A run at one of its checkpoints.
+
+  Attributes:
+    name: its folder, as it was given.
+    step: the checkpoint.
+    config: the settings of its model.
+    settings: all of its settings, by sections.
+    data: name and sha256 of its data.
+    layers: the masks of its layers.
+    metrics, curves, evaluations: the lines of metrics.jsonl, masks.jsonl and
+      evals.jsonl up to this step; empty where a run has no such file.
+  """
+
+  name: str
+  step: int
+  config: ModelConfig
+  settings: Mapping[str, Any]
+  data: Mapping[str, Any]
+  layers: Sequence[Mask]
+  metrics: list[dict]
+  curves: list[dict]
+  evaluations: list[dict]
+
+  @property
+  def units(self) -> units.Units:
+    return units.of_record(self.data)
+
+
+def read(
+  folder, step: int | None = None, config: ModelConfig | None = None
+) -> Run:
+  """Reads a run.
+
+  Args:
+    folder: its folder.
+    step: the checkpoint; None for the newest.
+    config: the settings to read the model with; None for the checkpoint's.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or it is damaged.
+    SettingsError: its model is of a version that is not known.
+  """
+  with checkpoint.Checkpoints(folder) as saved:
+    if step is None:
+      step = saved.resolve("latest")
+    params, meta = saved.restore_params(step)
+  config = config or settings.model_config(meta["config"]["model"])
+  lines = (
+    _lines(pathlib.Path(folder) / f"{name}.jsonl", step)
+    for name in ("metrics", "masks", "evals")
+  )
+  return Run(
+    *(str(folder), step, config, meta["config"], meta["data"]),
+    mask_params(params, config),
+    *lines,
+  )
+
+
+def _lines(path, last_step) -> list[dict]:
+  """Returns the complete lines of a file up to a step; none if it is absent."""
+  try:
+    texts = path.read_text(encoding="utf-8").splitlines()
+  except OSError:
+    return []
+  found = []
+  for text in texts:
+    try:
+      line = json.loads(text)
+      if line["step"] <= last_step:
+        found.append(line)
+    except (ValueError, KeyError, TypeError):
+      continue  # a line that was cut
+  return found
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+  """Returns a short name for each run: its folder's, or its path if shared."""
+  short = [pathlib.Path(run.name).name for run in runs]
+  return [
+    name if short.count(name) == 1 else run.name
+    for name, run in zip(short, runs, strict=True)
+  ]

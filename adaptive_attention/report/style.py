@@ -1,0 +1,116 @@
+"""How figures look, and what a figure is; matplotlib is imported here."""
+
+import base64
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+from adaptive_attention.errors import Error
+
+# Colours that colour-blind readers tell apart (M. Okabe and K. Ito, 2008).
+COLOURS = (
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+  "#000000",
+)
+MARKERS = "osD^vPX"
+LINES = ("-", "--", "-.", ":")
+OPEN, SOFT, HIDDEN = "#0072B2", "#56B4E9", "#E8E8E8"
+SEQUENTIAL = "cividis"  # its lightness grows evenly
+_SHEET = {
+  "font.size": 9,
+  "axes.titlesize": 9,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.alpha": 0.25,
+  "legend.frameon": False,
+  "figure.constrained_layout.use": True,
+  "pdf.fonttype": 42,  # fonts are embedded as they are
+  "svg.hashsalt": "adaptive_attention",  # the same figure is the same file
+}
+
+
+class MissingError(Error):
+  """matplotlib is not installed."""
+
+
+class Figure(NamedTuple):
+  """A figure with its words.
+
+  Attributes:
+    name: of its files.
+    title: a few words.
+    caption: what is shown, with formulas and units.
+    alt: what a reader who cannot see it should know.
+    drawn: the figure of matplotlib.
+  """
+
+  name: str
+  title: str
+  caption: str
+  alt: str
+  drawn: Any
+
+
+def check():
+  """Checks that figures can be drawn.
+
+  Raises:
+    MissingError: matplotlib is not installed.
+  """
+  try:
+    import matplotlib  # noqa: F401
+  except ImportError as error:
+    raise MissingError(
+      "report.html and figures need the package matplotlib; pip install "
+      "'adaptive_attention[report]', or matplotlib itself"
+    ) from error
+
+
+@contextlib.contextmanager
+def sheet():
+  """Draws by the style of the project while the context lasts."""
+  import matplotlib
+
+  with matplotlib.rc_context(_SHEET):
+    yield
+
+
+def axes(rows=1, columns=1, *, width=7.0, height=2.6, **options):
+  """Returns (a figure of so many inches, its axes), without a window."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure as Drawn
+
+  drawn = Drawn(figsize=(width, height))
+  FigureCanvasAgg(drawn)
+  return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
+
+
+def of_run(i: int) -> dict:
+  """Returns the colour, line and marker of the i-th run."""
+  return {
+    "color": COLOURS[i % len(COLOURS)],
+    "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+  }
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+  """Returns the content of a figure's files, by their names."""
+  found = {}
+  for kind in ("png", "pdf", "svg"):
+    content = io.BytesIO()
+    # Without a date the same figure is the same file.
+    metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    figure.drawn.savefig(content, format=kind, dpi=150, metadata=metadata[kind])
+    found[f"{figure.name}.{kind}"] = content.getvalue()
+  return found
+
+
+def as_address(svg: bytes) -> str:
+  """Returns a picture as an address that holds it itself."""
+  return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,0 +1,171 @@
+"""report.html: every figure is there, and it refers to nothing outside."""
+
+import base64
+import html.parser
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from adaptive_attention.modes import inspect
+from adaptive_attention.report import run_figures, runs
+from adaptive_attention.training import settings
+from tests.modes.test_an_older_run import OLDER
+
+FIGURES = ["heads", "spans", "weights", "pairs", "curves", "front", "losses"]
+VOID = {"meta", "img"}
+
+
+class Page(html.parser.HTMLParser):
+  """The pictures, addresses and text of a page whose tags are closed."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.figures, self.pictures = [], [], []
+    self.addresses, self.text = [], ""
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attributes):
+    values = dict(attributes)
+    self.addresses += [values[n] for n in ("src", "href") if n in values]
+    if tag == "img":
+      self.pictures.append(values)
+    if tag == "figure":
+      self.figures.append(values["id"])
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+
+
+@pytest.fixture(scope="module")
+def reported(main, tmp_path_factory, text):
+  """Returns (the output, the folder of a run, that of another beside it)."""
+  from tests.conftest import ROOT, TINY
+
+  folder = tmp_path_factory.mktemp("reported")
+  flags = [
+    f"--config={ROOT / 'configs' / 'base.py'}",
+    f"--config.data.path={text}",
+    *(f"--config.{name}={value}" for name, value in TINY.items()),
+  ]
+  one, other = folder / "one", folder / "a & b"
+  assert main(*flags, f"--workdir={one}")[0] == 0
+  assert main("--mode=eval", f"--workdir={one}")[0] == 0
+  shutil.copytree(OLDER / "run", other)
+  code, out, err = main(
+    "--mode=inspect", f"--workdir={one}", f"--compare={other}"
+  )
+  assert code == 0, err
+  return out, one, other
+
+
+def test_the_page_has_all_figures_and_needs_nothing_else(reported):
+  out, one, other = reported
+  page = Page((one / "report.html").read_text())
+  assert page.figures == FIGURES
+  assert len(page.pictures) == len(FIGURES)
+  for picture in page.pictures:
+    assert len(picture["alt"]) > 20
+    kind, _, content = picture["src"].partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    svg = base64.b64decode(content).decode()
+    assert svg.count("<path") > 10
+  assert {a.partition(":")[0] for a in page.addresses} == {"data"}
+  for said in (
+    "one",
+    "a & b",
+    "model.memory_tokens",
+    "--mode=inspect",
+    "sha256",
+  ):
+    assert said in page.text or said == "sha256"
+  assert json.loads((one / "eval_valid.json").read_text())["data"][
+    "sha256"
+  ] in (page.text)
+  assert f"{len(FIGURES)} figures" in out
+  assert not (other / "report.html").exists()
+
+
+def test_each_figure_has_three_files(reported):
+  _, one, _ = reported
+  kinds = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+  assert {path.name for path in (one / "figures").iterdir()} == {
+    f"{name}.{kind}" for name in FIGURES for kind in kinds
+  }
+  for path in (one / "figures").iterdir():
+    assert path.read_bytes().startswith(kinds[path.suffix[1:]])
+    assert path.stat().st_size < 1 << 19
+    if path.suffix == ".pdf":  # fonts are embedded
+      assert b"/FontFile2" in path.read_bytes()
+
+
+def test_what_an_older_run_lacks_is_said(main, tmp_path):
+  shutil.copytree(OLDER / "run", tmp_path / "run")
+  code, out, err = main("--mode=inspect", f"--workdir={tmp_path / 'run'}")
+  assert code == 0, err
+  page = Page((tmp_path / "run" / "report.html").read_text())
+  assert page.figures == ["heads", "spans", "weights", "pairs", "losses"]
+  for said in ("has no masks.jsonl", "--mode=eval --split=valid evaluates one"):
+    assert said in page.text and said in out
+
+
+def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, capsys):
+  shutil.copytree(OLDER / "run", tmp_path / "run")
+  found = runs.read(tmp_path / "run")
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+  class Config:
+    model = found.settings["model"]
+
+  inspect.run(Config, tmp_path / "run", step=6)
+  out = capsys.readouterr().out
+  assert (
+    "no figures: report.html and figures need the package matplotlib" in out
+  )
+  assert (tmp_path / "run" / "heads.csv").exists()
+  assert not (tmp_path / "run" / "report.html").exists()
+
+
+def made(name, seed, bits, coef=0.0):
+  """Returns a run with an evaluation."""
+  config = settings.model_config({"n_layer": 1, "attention": "span"})
+  macs = {"dense": 100.0, "open": 10.0 * bits, "computed": 20.0}
+  line = {
+    **{"step": 3, "split": "test", "bits_per_char": bits, "stderr": 0.5},
+    "attention_macs_per_token": macs,
+  }
+  saved = {"seed": seed, "model": {"span_coef": coef}}
+  other = line | {"split": "valid", "bits_per_char": 9.0}
+  lines = [line | {"step": 2, "bits_per_char": 8.0}, line, other]
+  return runs.Run(name, 3, config, saved, {}, [], [], [], lines)
+
+
+def test_runs_that_differ_by_seed_are_one_point():
+  found = run_figures.points(
+    [made("a", 0, 2.0), made("b", 0, 3.0, 0.1), made("c", 1, 2.2)], "test"
+  )
+  assert [point.name for point in found] == ["a, c", "b"]
+  both, one = found
+  np.testing.assert_allclose((both.bits, both.low, both.high), (2.1, 2.0, 2.2))
+  np.testing.assert_allclose(both.stderr, 0.1)  # 0.1414 / sqrt(2)
+  assert both.macs["open"] == pytest.approx(21.0)
+  assert (one.bits, one.stderr, one.low, one.high) == (3.0, 0.5, 3.0, 3.0)
+  assert run_figures.points([made("a", 0, 2.0)], "train") == []
+
+
+def test_the_front_is_what_nothing_beats():
+  x, y = run_figures._front([(3, 1.0), (1, 2.0), (2, 2.5), (4, 1.5)])
+  assert (x, y) == ((1, 3), (2.0, 1.0))
+
+
+def test_names_of_runs_are_short_where_they_can_be():
+  named = [made(name, 0, 1.0) for name in ("x/a", "y/a", "x/b")]
+  assert runs.labels(named) == ["x/a", "y/a", "b"]
