@@ -117,7 +117,7 @@ USES = (
   Use(
     "inspect",
     "",
-    "Shows what each head learned, and writes heads.csv and heads.tex.",
+    "Shows what each head learned; writes tables, figures and report.html.",
     f"cpu_devices {_COMPUTING}",
     saved=True,
   ),
