@@ -61,6 +61,12 @@ FLAGS = {
   ),
   "compare": Flag("Folders of other runs to show beside it: DIR,DIR."),
   "heads": Flag("The heads to show: LAYER.HEAD,LAYER.HEAD; all if not given."),
+  "inspect_bytes": Flag(
+    "How many bytes, or tokens, of the split are predicted without a part of "
+    "each head.",
+    int,
+    2,
+  ),
   "prompt": Flag(
     "The text that a sample continues; numbers, where tokens were learned."
   ),
@@ -210,6 +216,8 @@ def _use_of(mode, given) -> Use:
       extra = "--config=FILE"
     case "plan" if "config" in given:
       extra = "--config=FILE"
+    case "inspect" if given.get("inspect_bytes"):
+      extra = "--inspect_bytes=N"
     case "export" if given.get("harden"):
       extra = "--harden"
       if given.get("finetune_steps"):

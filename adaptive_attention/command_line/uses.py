@@ -120,6 +120,14 @@ USES = (
     "Shows what each head learned; writes tables, figures and report.html.",
     f"cpu_devices {_COMPUTING}",
     saved=True,
+    without="inspect_bytes",
+  ),
+  Use(
+    "inspect",
+    "--inspect_bytes=N",
+    "Also tells how the loss of N bytes changes without a part of each head.",
+    f"cpu_devices eval_batch_size data.* {_COMPUTING}",
+    saved=True,
   ),
   Use(
     "plan",

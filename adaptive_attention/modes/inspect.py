@@ -4,10 +4,12 @@ import pathlib
 import re
 import shlex
 import sys
+import time
 
 from adaptive_attention import accounting
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.report import (
+  ablation,
   head_figures,
   page,
   run_figures,
@@ -17,6 +19,7 @@ from adaptive_attention.report import (
 )
 from adaptive_attention.report import heads as of_heads
 from adaptive_attention.training import (
+  checkpoint,
   console,
   logbook,
   parallel,
@@ -24,7 +27,17 @@ from adaptive_attention.training import (
 )
 
 
-def run(config, workdir, *, step, compare=None, heads=None, split="valid"):
+def run(
+  config,
+  workdir,
+  *,
+  corpus=None,
+  step,
+  compare=None,
+  heads=None,
+  split="valid",
+  inspect_bytes=0,
+):
   """Prints a line for each head; writes tables, figures and report.html.
 
   Nothing is written unless all runs can be read. Without matplotlib there are
@@ -37,32 +50,70 @@ def run(config, workdir, *, step, compare=None, heads=None, split="valid"):
       checkpoint.
     heads: LAYER.HEAD of the heads in the tables, separated by commas; None for
       all.
-    split: "valid" or "test", of whose evaluations the losses are.
+    corpus, split: the data, and "valid" or "test": which of its splits the
+      losses are of.
+    inspect_bytes: how many tokens of it are predicted without a part of each
+      head of the first run; 0 for none.
 
   Raises:
     SettingsError: a head that does not exist, or a run is named twice.
     CheckpointError: a folder has no checkpoint, or it is damaged.
   """
-  names = [str(workdir), *(compare.split(",") if compare else ())]
-  _check_names(names)
-  model_config = settings.model_config(config.model)
-  shown_runs = [runs.read(names[0], step, model_config)]
-  shown_runs += [runs.read(name) for name in names[1:]]
-  shown = [_chosen(one, heads) for one in shown_runs]
+  folder = pathlib.Path(workdir)
+  all_runs = _read(folder, step, settings.model_config(config.model), compare)
+  shown = [_chosen(one, heads) for one in all_runs]
   rows = [row for of_run in shown for row in of_run]
   try:  # the files are written even if nothing can be printed
-    for one, of_run in zip(shown_runs, shown, strict=True):
+    for one, of_run in zip(all_runs, shown, strict=True):
       _say(one, of_run)
   finally:
     if parallel.is_primary():
-      folder = pathlib.Path(workdir)
       logbook.write_text(folder / "heads.csv", tables.as_csv(rows))
       logbook.write_text(folder / "heads.tex", tables.as_tex(rows))
   console.say(f"written to {folder / 'heads.csv'} and heads.tex")
-  _report(shown_runs, folder, split)
+  changes = None
+  if inspect_bytes:
+    data = getattr(corpus, split)[:inspect_bytes]
+    changes = _changes(config, all_runs[0], data, folder)
+  _report(all_runs, folder, split, changes, inspect_bytes)
 
 
-def _report(all_runs, folder, split):
+def _read(folder, step, model_config, compare) -> list[runs.Run]:
+  """Reads the run, and those to compare with, which must be other folders."""
+  names = [str(folder), *(compare.split(",") if compare else ())]
+  _check_names(names)
+  return [
+    runs.read(names[0], step, model_config),
+    *(runs.read(name) for name in names[1:]),
+  ]
+
+
+def _changes(config, one, data, folder):
+  """Measures the loss without a part of each head; writes ablation.csv."""
+  with checkpoint.Checkpoints(one.name) as saved:
+    params, _ = saved.restore_params(one.step)
+  began, last = time.perf_counter(), 0
+
+  def progress(done, count):
+    nonlocal last
+    if done * 10 // count > last:
+      last = done * 10 // count
+      left = (time.perf_counter() - began) * (count - done) / done
+      console.say(
+        f"ablation   {done} of {count}, eta {console.duration_text(left)}"
+      )
+
+  changes = ablation.measure(
+    params, one.config, data, config.eval_batch_size, progress
+  )
+  for sentence in ablation.sentences(one, changes):
+    console.say(f"ablation   {sentence}")
+  if parallel.is_primary():
+    logbook.write_text(folder / "ablation.csv", ablation.as_csv(changes))
+  return changes
+
+
+def _report(all_runs, folder, split, changes, tokens):
   """Draws the figures and writes them and the page, if they can be drawn."""
   try:
     style.check()
@@ -71,6 +122,12 @@ def _report(all_runs, folder, split):
     return
   with style.sheet():
     figures, missing = _figures(all_runs, split)
+    if changes is None:
+      missing.append(
+        "What each head is for was not measured; --inspect_bytes=N does."
+      )
+    else:
+      figures.append(ablation.figure(all_runs[0], changes, tokens, split))
     files = {figure.name: style.files(figure) for figure in figures}
   content = page.page(
     all_runs,

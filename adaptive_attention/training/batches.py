@@ -198,6 +198,12 @@ class Reading:
         yield row, slice(first, last), slice(start + first, start + last)
 
 
+def window_count(length: int, context_tokens: int, stride_tokens: int) -> int:
+  """Returns how many windows `windows` cuts a split into."""
+  beyond_first = max(0, length - 1 - context_tokens)
+  return 1 + -(-beyond_first // stride_tokens)
+
+
 def windows(
   length: int, context_tokens: int, stride_tokens: int, rows: int
 ) -> Reading:
@@ -208,8 +214,7 @@ def windows(
   has at least context - stride earlier tokens before it.
   """
   predictions = length - 1
-  beyond_first = max(0, predictions - context_tokens)
-  count = 1 + -(-beyond_first // stride_tokens)
+  count = window_count(length, context_tokens, stride_tokens)
   starts = np.arange(-(-count // rows) * rows) * stride_tokens
   scored_from = np.full(len(starts), context_tokens - stride_tokens)
   scored_from[0] = 0

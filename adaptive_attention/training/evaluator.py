@@ -128,7 +128,11 @@ class Evaluator:
       mine = parallel.process_share(streams.starts.shape[1])
       return streams.part(rows=slice(mine.start, mine.stop))
     stride = T if protocol == "window" else int(protocol.split(":")[1])
-    windows = batches.windows(length, T, stride, R)
+    # No more rows than there are windows: the others would be computed too.
+    N = parallel.local_device_count()
+    share = N * parallel.process_count()
+    needed = -(-batches.window_count(length, T, stride) // share) * N
+    windows = batches.windows(length, T, stride, min(R, needed))
     mine = parallel.process_share(len(windows))
     return windows.part(slice(mine.start, mine.stop))
 

@@ -40,6 +40,7 @@ VALUES = {
   "against_protocol": "window",
   "compare": "one,two",
   "heads": "0.0",
+  "inspect_bytes": 400,
   "prompt": "query",
   "prompt_file": "some/file",
   "tokens": 7,

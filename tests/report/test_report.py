@@ -14,7 +14,8 @@ from adaptive_attention.report import run_figures, runs
 from adaptive_attention.training import settings
 from tests.modes.test_an_older_run import OLDER
 
-FIGURES = ["heads", "spans", "weights", "pairs", "curves", "front", "losses"]
+FIGURES = ["heads", "spans", "weights", "pairs", "curves"]
+FIGURES += ["front", "losses", "ablation"]
 VOID = {"meta", "img"}
 
 
@@ -61,7 +62,8 @@ def reported(main, tmp_path_factory, text):
   assert main("--mode=eval", f"--workdir={one}")[0] == 0
   shutil.copytree(OLDER / "run", other)
   code, out, err = main(
-    "--mode=inspect", f"--workdir={one}", f"--compare={other}"
+    *("--mode=inspect", f"--workdir={one}", f"--compare={other}"),
+    "--inspect_bytes=100",
   )
   assert code == 0, err
   return out, one, other
@@ -86,6 +88,8 @@ def test_the_page_has_all_figures_and_needs_nothing_else(reported):
   ):
     assert said in page.text
   assert f"{len(FIGURES)} figures" in out
+  assert "ablation   8 of 8, eta 0m00s" in out
+  assert len((one / "ablation.csv").read_text().splitlines()) == 1 + 8
   assert not (other / "report.html").exists()
 
 
@@ -108,7 +112,10 @@ def test_what_an_older_run_lacks_is_said(main, tmp_path):
   assert code == 0, err
   page = Page((tmp_path / "run" / "report.html").read_text())
   assert page.figures == ["heads", "spans", "weights", "pairs", "losses"]
-  for said in ("has no masks.jsonl", "--mode=eval --split=valid evaluates one"):
+  for said in (
+    *("has no masks.jsonl", "--mode=eval --split=valid evaluates one"),
+    "--inspect_bytes=N does",
+  ):
     assert said in page.text and said in out
 
 

@@ -97,6 +97,15 @@ def standard_error(nats):
   return evaluator.standard_error(evaluator.chunk_sums(nats), len(nats))
 
 
+def test_there_are_no_more_rows_than_windows(params):
+  """A short text does not cost a whole batch."""
+  predict = evaluator.Evaluator(Transformer(CONFIG), 64)
+  for length, rows in ((2, 2), (13, 2), (14, 2), (37, 4), (401, 34)):
+    reading = predict._reading(params, length, "window")
+    assert reading.starts.shape == (1, rows)
+  assert predict._reading(params, 401, "stride:1").starts.shape[1] == 64
+
+
 def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
   nats = np.random.default_rng(0).normal(2.0, 0.5, 200_000)
   stderr = standard_error(nats)
