@@ -65,7 +65,7 @@ FLAGS = {
     "How many bytes, or tokens, of the split are predicted without a part of "
     "each head.",
     int,
-    2,
+    0,
   ),
   "prompt": Flag(
     "The text that a sample continues; numbers, where tokens were learned."

@@ -120,7 +120,6 @@ USES = (
     "Shows what each head learned; writes tables, figures and report.html.",
     f"cpu_devices {_COMPUTING}",
     saved=True,
-    without="inspect_bytes",
   ),
   Use(
     "inspect",

@@ -74,10 +74,11 @@ def called(use, *more):
     {
       "--config=FILE": BASE,
       "--finetune_steps=N": f"--finetune_steps={VALUES['finetune_steps']}",
+      "--inspect_bytes=N": f"--inspect_bytes={VALUES['inspect_bytes']}",
     }.get(word, word)
     for word in least
   ]
-  if use.mode in ("eval", "sample", "export") or use.name == "--mode=plan":
+  if use.mode not in ("train", "plan", "bench") or use.name == "--mode=plan":
     least.append("--workdir=somewhere")
   return [f for f in least if f.split("=")[0] not in names] + list(more)
 
@@ -181,7 +182,10 @@ def test_each_flag_that_is_taken_reaches_the_run(use, stubs, text):
   for name in use.flags():
     if name == "config" and not use.given.startswith("--config"):
       continue  # here it only names the folder; see below
-    if name == "finetune_steps" and use.given == "--harden":
+    if (name, use.name) in (
+      ("finetune_steps", "--mode=export --harden"),
+      ("inspect_bytes", "--mode=inspect"),
+    ):
       continue  # that is the next use
     stubs.clear()
     argv = called(use, f"--{name}={VALUES[name]}")
