@@ -5,11 +5,13 @@ import re
 import shlex
 import sys
 import time
+from typing import NamedTuple
 
 from adaptive_attention import accounting
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.report import (
   ablation,
+  attention_mass,
   head_figures,
   page,
   run_figures,
@@ -71,11 +73,11 @@ def run(
       logbook.write_text(folder / "heads.csv", tables.as_csv(rows))
       logbook.write_text(folder / "heads.tex", tables.as_tex(rows))
   console.say(f"written to {folder / 'heads.csv'} and heads.tex")
-  changes = None
+  measured = None
   if inspect_bytes:
     data = getattr(corpus, split)[:inspect_bytes]
-    changes = _changes(config, all_runs[0], data, folder)
-  _report(all_runs, folder, split, changes, inspect_bytes)
+    measured = _measured(config, all_runs[0], data, folder)
+  _report(all_runs, folder, split, measured)
 
 
 def _read(folder, step, model_config, compare) -> list[runs.Run]:
@@ -88,8 +90,16 @@ def _read(folder, step, model_config, compare) -> list[runs.Run]:
   ]
 
 
-def _changes(config, one, data, folder):
-  """Measures the loss without a part of each head; writes ablation.csv."""
+class _Measured(NamedTuple):
+  """What was measured of a run on some tokens of a split."""
+
+  changes: list[ablation.Change]
+  mass: attention_mass.Mass
+  tokens: int
+
+
+def _measured(config, one, data, folder) -> _Measured:
+  """Measures what heads are for and where they look; writes ablation.csv."""
   with checkpoint.Checkpoints(one.name) as saved:
     params, _ = saved.restore_params(one.step)
   began, last = time.perf_counter(), 0
@@ -110,10 +120,11 @@ def _changes(config, one, data, folder):
     console.say(f"ablation   {sentence}")
   if parallel.is_primary():
     logbook.write_text(folder / "ablation.csv", ablation.as_csv(changes))
-  return changes
+  mass = attention_mass.measure(params, one.config, data)
+  return _Measured(changes, mass, len(data))
 
 
-def _report(all_runs, folder, split, changes, tokens):
+def _report(all_runs, folder, split, measured):
   """Draws the figures and writes them and the page, if they can be drawn."""
   try:
     style.check()
@@ -122,12 +133,15 @@ def _report(all_runs, folder, split, changes, tokens):
     return
   with style.sheet():
     figures, missing = _figures(all_runs, split)
-    if changes is None:
+    if measured is None:
       missing.append(
-        "What each head is for was not measured; --inspect_bytes=N does."
+        "What each head is for and where it looks was not measured; "
+        "--inspect_bytes=N does."
       )
     else:
+      changes, mass, tokens = measured
       figures.append(ablation.figure(all_runs[0], changes, tokens, split))
+      figures += attention_mass.figures(all_runs[0], mass, split)
     files = {figure.name: style.files(figure) for figure in figures}
   content = page.page(
     all_runs,

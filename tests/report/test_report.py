@@ -15,7 +15,7 @@ from adaptive_attention.training import settings
 from tests.modes.test_an_older_run import OLDER
 
 FIGURES = ["heads", "spans", "weights", "pairs", "curves"]
-FIGURES += ["front", "losses", "ablation"]
+FIGURES += ["front", "losses", "ablation", "mass", "last_query"]
 VOID = {"meta", "img"}
 
 
