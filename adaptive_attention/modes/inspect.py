@@ -7,11 +7,15 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
+
 from adaptive_attention import accounting
 from adaptive_attention.errors import SettingsError
+from adaptive_attention.model import Transformer
 from adaptive_attention.report import (
   ablation,
   attention_mass,
+  cost,
   head_figures,
   page,
   run_figures,
@@ -23,6 +27,7 @@ from adaptive_attention.report import heads as of_heads
 from adaptive_attention.training import (
   checkpoint,
   console,
+  evaluator,
   logbook,
   parallel,
   settings,
@@ -95,7 +100,7 @@ class _Measured(NamedTuple):
 
   changes: list[ablation.Change]
   mass: attention_mass.Mass
-  tokens: int
+  nats: np.ndarray
 
 
 def _measured(config, one, data, folder) -> _Measured:
@@ -121,7 +126,9 @@ def _measured(config, one, data, folder) -> _Measured:
   if parallel.is_primary():
     logbook.write_text(folder / "ablation.csv", ablation.as_csv(changes))
   mass = attention_mass.measure(params, one.config, data)
-  return _Measured(changes, mass, len(data))
+  predict = evaluator.Evaluator(Transformer(one.config), config.eval_batch_size)
+  nats, _ = predict.losses(parallel.replicate(params), data, "window")
+  return _Measured(changes, mass, nats)
 
 
 def _report(all_runs, folder, split, measured):
@@ -139,9 +146,10 @@ def _report(all_runs, folder, split, measured):
         "--inspect_bytes=N does."
       )
     else:
-      changes, mass, tokens = measured
-      figures.append(ablation.figure(all_runs[0], changes, tokens, split))
-      figures += attention_mass.figures(all_runs[0], mass, split)
+      first, (changes, mass, nats) = all_runs[0], measured
+      figures.append(run_figures.by_position(first, nats, split))
+      figures.append(ablation.figure(first, changes, len(nats) + 1, split))
+      figures += attention_mass.figures(first, mass, split)
     files = {figure.name: style.files(figure) for figure in figures}
   content = page.page(
     all_runs,
@@ -173,6 +181,7 @@ def _figures(all_runs, split):
   first, missing = all_runs[0], []
   drawn = [head_figures.sorted_heads(all_runs), head_figures.span_map(all_runs)]
   drawn += [head_figures.weights(first), head_figures.pairs(first)]
+  drawn.append(cost.figure(first, *cost.measure(first)))
   for figure, sentence in (
     (
       run_figures.mask_curves(first),

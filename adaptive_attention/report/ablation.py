@@ -168,25 +168,24 @@ def figure(
   kinds = [kind for kind in KINDS if any(c.kind == kind for c in changes)]
   L, H = len(run.layers), run.config.n_head
   drawn, (row,) = style.axes(
-    *(1, len(kinds)), width=1 + 2.4 * len(kinds), height=1.6 + 0.28 * L
+    *(1, len(kinds)), width=1 + 2.9 * len(kinds), height=1.6 + 0.28 * L
   )
-  most = max(abs(change.bits) for change in changes) or 1.0
-  told = sentences(run, changes)
+  told, unit = sentences(run, changes), run.units.name
   for ax, kind in zip(row, kinds, strict=True):
     of_kind = [change for change in changes if change.kind == kind]
     bits_LH = np.array([c.bits for c in of_kind]).reshape(L, H)
+    most = np.abs(bits_LH).max() or 1.0
     image = ax.imshow(bits_LH, cmap="RdBu_r", vmin=-most, vmax=most)
+    drawn.colorbar(image, ax=ax, label=f"change of {unit}")
     ax.grid(False)
     ax.set(title=kind, xlabel="head", ylabel="layer", aspect="auto")
     ax.set_yticks(range(L))
-  unit = run.units.name
-  drawn.colorbar(image, ax=row.tolist(), label=f"change of {unit}")
   return Figure(
     "ablation",
     "The loss without a part of a head",
     f"By how many {unit} the loss of the first {tokens:,} tokens of the "
     f"{split} split grows if one head is changed and all others stay: "
-    f"{'; '.join(KINDS[kind] for kind in kinds)}. Red: the loss grows. "
+    f"{'; '.join(KINDS[kind] for kind in kinds)}. Red: the loss grows; each map has a scale of its own. "
     f"{'; '.join(told)}; +- is the standard error of the difference.",
     f"Maps of layers by heads. {'; '.join(told)}.",
     drawn,

@@ -97,6 +97,40 @@ def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
   )
 
 
+def by_position(run: runs.Run, nats: np.ndarray, split: str) -> Figure:
+  """Draws the loss against the place of a token in its window.
+
+  Args:
+    nats: the losses of a split's tokens, but for the first, window by window.
+  """
+  T = run.config.context_tokens
+  bits = nats / np.log(2)
+  place = np.arange(len(bits)) % T
+  edges = np.unique(np.linspace(0, T, min(17, T + 1)).astype(int))
+  drawn, ((ax,),) = style.axes(width=5, height=2.8)
+  of_bin = np.searchsorted(edges, place, side="right") - 1
+  counts = np.bincount(of_bin, minlength=len(edges) - 1)
+  found = counts > 0
+  sums = np.bincount(of_bin, bits, len(edges) - 1)
+  squares = np.bincount(of_bin, bits**2, len(edges) - 1)
+  mean = sums[found] / counts[found]
+  spread = np.sqrt(np.maximum(squares[found] / counts[found] - mean**2, 0))
+  middle = ((edges[:-1] + edges[1:]) / 2)[found]
+  error = spread / np.sqrt(counts[found])
+  ax.errorbar(middle, mean, yerr=error, marker="o", ms=3, **style.of_run(0))
+  ax.set(xlabel="tokens before it in its window", ylabel=run.units.name)
+  return Figure(
+    "position",
+    "Loss by the place in the window",
+    f"{run.units.name.capitalize()} of {len(bits):,} tokens of the {split} "
+    f"split, in disjoint windows of {T} tokens, against how many tokens of its "
+    "window come before a token; bars are one standard error, as if tokens "
+    f"were independent. First {mean[0]:.3f}, last {mean[-1]:.3f}.",
+    f"A curve from {mean[0]:.3f} to {mean[-1]:.3f} {run.units.name}.",
+    drawn,
+  )
+
+
 class Point:
   """A setting with its seeds: loss and cost.
 

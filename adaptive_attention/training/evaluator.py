@@ -76,9 +76,28 @@ class Evaluator:
   def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all tokens of `data`.
 
+    The arguments and errors are those of `losses`.
+    """
+    nats, seconds = self.losses(params, data, protocol)
+    chunk_bits = chunk_sums(nats) / math.log(2)
+    return Result(
+      bits=nats.mean() / math.log(2),
+      stderr=standard_error(chunk_bits, len(nats)),
+      tokens=len(nats),
+      tokens_per_second=len(nats) / seconds,
+      chunk_bits=chunk_bits,
+    )
+
+  def losses(
+    self, params, data, protocol: str | None = None
+  ) -> tuple[np.ndarray, float]:
+    """Returns (nats of each token but the first, in float64; seconds).
+
     All compiling is done before the clock starts.
 
     Args:
+      params: the parameters, replicated.
+      data: the tokens.
       protocol: one that `protocols.check` accepts; None for the model's own.
         There are fewer streams than `batch_size` if warming them would make
         the split cost more than twice as much as one stream.
@@ -111,14 +130,7 @@ class Evaluator:
         f"{np.sum(~np.isfinite(nats)):,} of {len(nats):,} tokens have a loss "
         "that is not finite; choose an older checkpoint with --step=N"
       )
-    chunk_bits = chunk_sums(nats) / math.log(2)
-    return Result(
-      bits=nats.mean() / math.log(2),
-      stderr=standard_error(chunk_bits, len(nats)),
-      tokens=len(nats),
-      tokens_per_second=len(nats) / seconds,
-      chunk_bits=chunk_bits,
-    )
+    return nats, seconds
 
   def _reading(self, params, length, protocol) -> batches.Reading:
     """Returns the share of this process."""

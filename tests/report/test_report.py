@@ -14,8 +14,8 @@ from adaptive_attention.report import run_figures, runs
 from adaptive_attention.training import settings
 from tests.modes.test_an_older_run import OLDER
 
-FIGURES = ["heads", "spans", "weights", "pairs", "curves"]
-FIGURES += ["front", "losses", "ablation", "mass", "last_query"]
+FIGURES = ["heads", "spans", "weights", "pairs", "cost", "curves"]
+FIGURES += ["front", "losses", "position", "ablation", "mass", "last_query"]
 VOID = {"meta", "img"}
 
 
@@ -111,7 +111,9 @@ def test_what_an_older_run_lacks_is_said(main, tmp_path):
   code, out, err = main("--mode=inspect", f"--workdir={tmp_path / 'run'}")
   assert code == 0, err
   page = Page((tmp_path / "run" / "report.html").read_text())
-  assert page.figures == ["heads", "spans", "weights", "pairs", "losses"]
+  assert page.figures == [
+    *("heads", "spans", "weights", "pairs", "cost", "losses")
+  ]
   for said in (
     *("has no masks.jsonl", "--mode=eval --split=valid evaluates one"),
     "--inspect_bytes=N does",
@@ -171,3 +173,16 @@ def test_the_front_is_what_nothing_beats():
 def test_names_of_runs_are_short_where_they_can_be():
   named = [made(name, 0, 1.0) for name in ("x/a", "y/a", "x/b")]
   assert runs.labels(named) == ["x/a", "y/a", "b"]
+
+
+def test_loss_by_position_is_the_mean_of_each_place():
+  """Of 16 places of one token each, the last of them short of a window."""
+  run = made("a", 0, 2.0)
+  T = run.config.context_tokens
+  place = np.arange(3 * T + T // 2) % T
+  figure = run_figures.by_position(
+    run, np.log(2) * (place // (T // 16)), "test"
+  )
+  line = figure.drawn.axes[0].lines[0]
+  np.testing.assert_allclose(line.get_ydata(), np.arange(16), atol=1e-6)
+  np.testing.assert_allclose(line.get_xdata(), T / 32 + T / 16 * np.arange(16))
