@@ -185,7 +185,8 @@ def figure(
     "The loss without a part of a head",
     f"By how many {unit} the loss of the first {tokens:,} tokens of the "
     f"{split} split grows if one head is changed and all others stay: "
-    f"{'; '.join(KINDS[kind] for kind in kinds)}. Red: the loss grows; each map has a scale of its own. "
+    f"{'; '.join(KINDS[kind] for kind in kinds)}. Red: the loss grows; each "
+    "map has a scale of its own. "
     f"{'; '.join(told)}; +- is the standard error of the difference.",
     f"Maps of layers by heads. {'; '.join(told)}.",
     drawn,

@@ -90,45 +90,56 @@ def _timed(call, inputs, layers) -> list[float]:
   return np.median(seconds, axis=0).tolist()
 
 
-def figure(run: runs.Run, layers: list[Layer], dense_ms: float) -> Figure:
-  """Draws the costs of all layers."""
+def _panels(layers: list[Layer], dense_ms: float):
+  """Yields (title, for each layer its bars by name)."""
+
+  def some(values, *names):
+    return {name: values[name] for name in names}
+
+  yield (
+    "multiply-adds per token",
+    [some(layer.macs, "dense", "open", "computed") for layer in layers],
+  )
+  yield (
+    "attention, ms",
+    [{"dense": dense_ms, "masked": layer.milliseconds} for layer in layers],
+  )
+  yield (
+    "cache, bytes",
+    [some(layer.cache_bytes, "dense", "reach", "head") for layer in layers],
+  )
+  yield (
+    "keys read per token",
+    [some(layer.cache_reads, "dense", "open", "cache") for layer in layers],
+  )
+
+
+def _bars(ax, title, parts):
+  """Draws bars of some names for each layer."""
   from matplotlib.ticker import EngFormatter
 
-  drawn, (row,) = style.axes(1, 4, width=10, height=2.6)
-  x = np.arange(len(layers))
-  for ax, title, unit, parts in zip(
-    row,
-    ("multiply-adds per token", "attention, ms", "cache, bytes", "keys read"),
-    (True, False, True, True),
-    (
-      [{n: layer.macs[n] for n in layer.macs} for layer in layers],
-      [{"masked": layer.milliseconds, "dense": dense_ms} for layer in layers],
-      [
-        {n: layer.cache_bytes[n] for n in ("dense", "reach", "head")}
-        for layer in layers
-      ],
-      [
-        {n: layer.cache_reads[n] for n in ("dense", "open", "cache")}
-        for layer in layers
-      ],
-    ),
-    strict=True,
-  ):
-    names = list(parts[0])
-    for i, name in enumerate(names):
-      ax.bar(
-        x + (i - (len(names) - 1) / 2) * 0.8 / len(names),
-        [part[name] for part in parts],
-        0.8 / len(names),
-        color="#999999" if name == "dense" else style.COLOURS[i % 3],
-        label=name,
-      )
-    ax.set(title=title, xlabel="layer")
-    ax.set_xticks(x)
-    ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(fontsize=7, ncols=len(names), loc="upper center")
-    if unit:
-      ax.yaxis.set_major_formatter(EngFormatter())
+  x, names = np.arange(len(parts)), list(parts[0])
+  width = 0.8 / len(names)
+  for i, name in enumerate(names):
+    ax.bar(
+      x + (i - (len(names) - 1) / 2) * width,
+      [part[name] for part in parts],
+      width,
+      color="#999999" if name == "dense" else style.COLOURS[i - 1],
+      label=name,
+    )
+  ax.set(title=title, xlabel="layer")
+  ax.set_xticks(x)
+  ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
+  ax.legend(fontsize=7, ncols=len(names), loc="upper center")
+  ax.yaxis.set_major_formatter(EngFormatter())
+
+
+def figure(run: runs.Run, layers: list[Layer], dense_ms: float) -> Figure:
+  """Draws the costs of all layers."""
+  drawn, (row,) = style.axes(1, 4, width=11, height=2.6)
+  for ax, panel in zip(row, _panels(layers, dense_ms), strict=True):
+    _bars(ax, *panel)
   total = sum(layer.milliseconds for layer in layers)
   told = (
     f"{total:.2f} ms for attention in all layers, {dense_ms * len(layers):.2f} "
