@@ -176,9 +176,10 @@ def figure(
     bits_LH = np.array([c.bits for c in of_kind]).reshape(L, H)
     most = np.abs(bits_LH).max() or 1.0
     image = ax.imshow(bits_LH, cmap="RdBu_r", vmin=-most, vmax=most)
-    drawn.colorbar(image, ax=ax, label=f"change of {unit}")
+    drawn.colorbar(image, ax=ax)
     ax.grid(False)
-    ax.set(title=kind, xlabel="head", ylabel="layer", aspect="auto")
+    ax.set(title=f"{kind}, bits", xlabel="head", ylabel="layer", aspect="auto")
+    ax.set_xticks(range(H))
     ax.set_yticks(range(L))
   return Figure(
     "ablation",

@@ -132,7 +132,8 @@ def _bars(ax, title, parts):
   ax.set_xticks(x)
   ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
   ax.legend(fontsize=7, ncols=len(names), loc="upper center")
-  ax.yaxis.set_major_formatter(EngFormatter())
+  if ax.get_ylim()[1] > 1_000:
+    ax.yaxis.set_major_formatter(EngFormatter())
 
 
 def figure(run: runs.Run, layers: list[Layer], dense_ms: float) -> Figure:

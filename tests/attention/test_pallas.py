@@ -25,6 +25,7 @@ from adaptive_attention.bench.cases import Case
 from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import CASES, inputs
 from tests.attention.test_attention import check, expected
+from tests.pairs import in_turn
 
 BACKEND = jax.default_backend()
 INTERPRETED = BACKEND == "cpu"
@@ -100,8 +101,11 @@ def arguments(case):
   return q, k, v, case.mask, dout
 
 
-@everywhere
-@pytest.mark.parametrize("case", NAMED.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  ("case", "kernel"),
+  in_turn(NAMED.values(), KERNELS),
+  ids=lambda x: getattr(x, "name", x),
+)
 def test_value_and_gradients(case, kernel):
   found = jax.jit(run_function(kernel, case))(*arguments(case))
   check(found, expected(case), case)
@@ -166,6 +170,7 @@ def test_any_width(case, dtype, K, kernel):
     check_closely(found, case)
 
 
+@pytest.mark.every_case  # it is slow
 @interpreted
 def test_what_is_not_written_is_not_read():
   """InterpretParams fills memory of a TPU that nobody wrote with nan."""

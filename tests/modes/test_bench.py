@@ -111,6 +111,7 @@ def test_rows_are_printed_before_they_are_written(
   assert "blocked both" in capsys.readouterr().out
 
 
+@pytest.mark.every_case
 def test_steps_are_timed_in_the_middle_of_their_streams(
   tiny, tmp_path, monkeypatch
 ):

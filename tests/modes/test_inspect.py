@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from adaptive_attention.modes import inspect
 from tests.modes.test_an_older_run import OLDER
+from tests.report.test_report import Page, config_of
 
 
 @pytest.fixture
@@ -22,27 +24,40 @@ def rows(run):
 def test_the_heads_of_two_runs(main, run, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(run, other)
-  flags = "--mode=inspect", f"--workdir={run}"
-  code, out, err = main(*flags)
+  code, out, err = main(
+    "--mode=inspect", f"--workdir={run}", f"--compare={other}"
+  )
   assert code == 0, err
-  assert f"step 6 of {run}, span_wave" in out
-  assert [line[:3] for line in out.splitlines()[2:6]] == [
-    *("0.0", "0.1", "1.0", "1.1")
-  ]
+  for name in (run, other):
+    assert f"step 6 of {name}, span_wave" in out
+  places = "0.0", "0.1", "1.0", "1.1"
+  assert [line[:3] for line in out.splitlines()[2:6]] == [*places]
   assert "multiply-adds per token" in out and "keys read per token" in out
-  alone = rows(run)
-  assert {row["run"] for row in alone} == {str(run)}
-  assert (run / "heads.tex").read_text().count("/run & ") == 4
-
-  code, out, err = main(*flags, f"--compare={other}", "--heads=1.1,0.0")
-  assert code == 0, err
-  assert f"step 6 of {other}" in out
-  both = rows(run)
-  assert [(row["run"], row["layer"], row["head"]) for row in both] == [
-    (str(name), i, i) for name in (run, other) for i in ("0", "1")
+  assert [(r["run"], f"{r['layer']}.{r['head']}") for r in rows(run)] == [
+    (str(name), place) for name in (run, other) for place in places
   ]
-  assert both[0] == alone[0] and both[1] == alone[3]
+  assert (run / "heads.tex").read_text().count("/run & ") == 4
   assert not (other / "heads.csv").exists()
+  # A page says what an older run lacks.
+  page = Page((run / "report.html").read_text())
+  assert page.figures == [
+    *("heads", "spans", "weights", "pairs", "cost", "losses")
+  ]
+  for said in (
+    *("has no masks.jsonl", "--mode=eval --split=valid evaluates one"),
+    "--inspect_bytes=N does",
+  ):
+    assert said in page.text and said in out
+
+
+def test_chosen_heads_alone(run, capsys, monkeypatch):
+  monkeypatch.setattr(inspect, "_report", lambda *_: None)
+  inspect.run(config_of(run), run, step=6, heads="1.1,0.0")
+  assert [(r["layer"], r["head"]) for r in rows(run)] == [
+    ("0", "0"),
+    ("1", "1"),
+  ]
+  assert "0.1 " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import html.parser
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -106,30 +107,15 @@ def test_each_figure_has_three_files(reported):
       assert b"/FontFile2" in path.read_bytes()
 
 
-def test_what_an_older_run_lacks_is_said(main, tmp_path):
-  shutil.copytree(OLDER / "run", tmp_path / "run")
-  code, out, err = main("--mode=inspect", f"--workdir={tmp_path / 'run'}")
-  assert code == 0, err
-  page = Page((tmp_path / "run" / "report.html").read_text())
-  assert page.figures == [
-    *("heads", "spans", "weights", "pairs", "cost", "losses")
-  ]
-  for said in (
-    *("has no masks.jsonl", "--mode=eval --split=valid evaluates one"),
-    "--inspect_bytes=N does",
-  ):
-    assert said in page.text and said in out
+def config_of(run):
+  """Returns what a mode reads of the settings of a run."""
+  return types.SimpleNamespace(model=runs.read(run).settings["model"])
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, capsys):
   shutil.copytree(OLDER / "run", tmp_path / "run")
-  found = runs.read(tmp_path / "run")
   monkeypatch.setitem(sys.modules, "matplotlib", None)
-
-  class Config:
-    model = found.settings["model"]
-
-  inspect.run(Config, tmp_path / "run", step=6)
+  inspect.run(config_of(tmp_path / "run"), tmp_path / "run", step=6)
   out = capsys.readouterr().out
   assert (
     "no figures: report.html and figures need the package matplotlib" in out
