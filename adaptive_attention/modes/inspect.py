@@ -124,7 +124,7 @@ def _measured(config, one, data, folder) -> _Measured:
   for sentence in ablation.sentences(one, changes):
     console.say(f"ablation   {sentence}")
   if parallel.is_primary():
-    logbook.write_text(folder / "ablation.csv", ablation.as_csv(changes))
+    logbook.write_text(folder / "ablation.csv", tables.as_csv(changes))
   mass = attention_mass.measure(params, one.config, data)
   predict = evaluator.Evaluator(Transformer(one.config), config.eval_batch_size)
   nats, _ = predict.losses(parallel.replicate(params), data, "window")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.mask_parameters import mask_params, to_logit
+from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.masks import Mask
 from adaptive_attention.model import Transformer
 from adaptive_attention.report import runs, style
@@ -60,32 +60,41 @@ def bounds_that_open(config: ModelConfig) -> ModelConfig:
   return config
 
 
-def _logits(mask: Mask, config: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns a layer's mask parameters under the bounds of a config."""
-  found = {"span_logit": to_logit(np.asarray(mask.span), 0.0, config.max_span)}
+def _under(attention, mask: Mask, config: ModelConfig) -> dict:
+  """Returns a layer's parameters, whose masks a config's bounds turn into."""
+  found = {"span_logit": np.asarray(mask.span)}
   if mask.wave is not None:
-    ratio = np.asarray(mask.wave.ratio)
-    found["ratio_logit"] = to_logit(ratio, config.ratio_min, config.ratio_max)
-  return found
+    found["ratio_logit"] = np.asarray(mask.wave.ratio)
+  return with_lengths(
+    attention, config, lambda name, length: found.get(name, length)
+  )
 
 
-def _without(attention, mask, kind, h, config) -> dict | None:
+def _without(attention, kind, h, config) -> dict | None:
   """Returns a layer's parameters without a part of a head, if it has it."""
   if kind == "left out":
     kernel = np.array(attention["out"]["kernel"])
     K = config.width // config.n_head
     kernel[h * K : (h + 1) * K] = 0
     return {**attention, "out": {**attention["out"], "kernel": kernel}}
-  if config.attention == "dense" or (kind == "wave opened" and not mask.wave):
+  changed = "ratio_logit" if kind == "wave opened" else "span_logit"
+  if changed not in attention:
     return None
-  name = "ratio_logit" if kind == "wave opened" else "span_logit"
-  low, high = (0.0, config.max_span)
-  if name == "ratio_logit":
-    low, high = config.ratio_min, config.ratio_max
-  length = float(mask.span[h]) / 2 if kind == "span halved" else high
-  logits = np.array(attention[name])
-  logits[h] = np.asarray(to_logit(np.float64(length), low, high))
-  return {**attention, name: logits}
+
+  def change(name, length):
+    if name != changed:
+      return length
+    length = length.copy()
+    match kind:
+      case "wave opened":
+        length[h] = config.ratio_max
+      case "span opened":
+        length[h] = config.max_span
+      case "span halved":
+        length[h] /= 2
+    return length
+
+  return with_lengths(attention, config, change)
 
 
 def variants(
@@ -102,15 +111,15 @@ def variants(
   if wide != config:
     for i, mask in enumerate(layers):
       block = base[f"block_{i}"]
-      attention = {**block["attention"], **_logits(mask, wide)}
+      attention = _under(block["attention"], mask, wide)
       base[f"block_{i}"] = {**block, "attention": attention}
 
   def changed():
-    for i, mask in enumerate(layers):
+    for i in range(config.n_layer):
       block = base[f"block_{i}"]
       for h in range(config.n_head):
         for kind in KINDS:
-          less = _without(block["attention"], mask, kind, h, wide)
+          less = _without(block["attention"], kind, h, wide)
           if less is not None:
             tree = {**base, f"block_{i}": {**block, "attention": less}}
             yield i, h, kind, tree
@@ -192,14 +201,3 @@ def figure(
     f"Maps of layers by heads. {'; '.join(told)}.",
     drawn,
   )
-
-
-def as_csv(changes: Sequence[Change]) -> str:
-  """Returns the changes as CSV."""
-  rows = [",".join(Change._fields)]
-  for change in changes:
-    rows.append(
-      f"{change.layer},{change.head},{change.kind},{change.bits:.9g},"
-      f"{change.stderr:.9g}"
-    )
-  return "\n".join(rows) + "\n"

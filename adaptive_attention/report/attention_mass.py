@@ -166,13 +166,7 @@ def figures(run: runs.Run, mass: Mass, split: str) -> Sequence[Figure]:
 
 def _by_distance(run, mass, split):
   L, H, S = mass.by_distance_LHS.shape
-  drawn, grid = style.axes(
-    *(L, H),
-    width=min(14, 1.2 + 1.15 * H),
-    height=0.8 + 0.75 * L,
-    sharex=True,
-    sharey=True,
-  )
+  drawn, grid = style.small_multiples(L, H)
   edges = np.unique(np.linspace(0, S, min(_BINS, S) + 1).astype(int))
   bound = np.zeros((L, H))
   for (i, h), ax in np.ndenumerate(grid):
@@ -185,11 +179,6 @@ def _by_distance(run, mass, split):
       if run.config.attention != "dense" and x < S:
         ax.axvline(x, color="#D55E00", lw=0.8)
     ax.set(yscale="log", ylim=(1e-4, 1))
-    ax.grid(False)
-    if h == 0:
-      ax.set_ylabel(f"layer {i}")
-    if i == L - 1:
-      ax.set_xlabel(f"head {h}")
   i, h = np.unravel_index(np.argmax(bound), bound.shape)
   told = (
     f"in the ramp, beyond its span, head {i}.{h} has the most of its weight: "

@@ -125,23 +125,13 @@ def weights(run: runs.Run) -> Figure:
   """Draws m(d) w(d) of each head as small multiples."""
   config = run.config
   L, H, S = len(run.layers), config.n_head, config.max_context_tokens
-  drawn, grid = style.axes(
-    *(L, H),
-    width=min(14, 1.2 + 1.15 * H),
-    height=0.8 + 0.75 * L,
-    sharex=True,
-    sharey=True,
-  )
+  drawn, grid = style.small_multiples(L, H)
   distance = np.arange(S)
   for layer, mask in enumerate(run.layers):
     weight_HS = np.exp(np.asarray(masks.log_weight(mask, distance)))
     for h, ax in enumerate(grid[layer]):
       _one_weight(ax, distance, weight_HS[h])
       _exact_wave(ax, mask, h, distance)
-      if h == 0:
-        ax.set_ylabel(f"layer {layer}")
-      if layer == L - 1:
-        ax.set_xlabel(f"head {h}")
   series = config.wave is not None and config.wave.harmonics
   return Figure(
     "weights",
@@ -159,7 +149,6 @@ def weights(run: runs.Run) -> Figure:
 
 def _one_weight(ax, distance, weight_S):
   ax.set_ylim(0, 1.02)
-  ax.grid(False)
   edges = {"step": "mid", "linewidth": 0, "rasterized": True}
   ax.fill_between(distance, weight_S <= 0, color=style.HIDDEN, **edges)
   ax.fill_between(distance, weight_S, color=style.SOFT, **edges)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from adaptive_attention.report import run_figures, runs, style
 from adaptive_attention.report.style import Figure
+from adaptive_attention.training.settings import flatten
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -128,7 +129,7 @@ def _table(all_runs, names, split) -> str:
 
 
 def _footer(all_runs, names, command, environment) -> str:
-  flat = [_flatten(run.settings) for run in all_runs]
+  flat = [flatten(run.settings) for run in all_runs]
   differ = sorted(
     name
     for name in set().union(*flat)
@@ -152,13 +153,3 @@ def _footer(all_runs, names, command, environment) -> str:
   parts.append(f"<pre>{html.escape(command)}</pre>")
   parts.append(f"<pre>{html.escape(_BIBTEX)}</pre>")
   return "\n".join(parts)
-
-
-def _flatten(settings, prefix="") -> dict:
-  flat = {}
-  for name, value in settings.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat

@@ -1,6 +1,6 @@
 """A trained run as a report reads it: settings, masks, and what it recorded."""
 
-import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
-from adaptive_attention.training import checkpoint, settings, units
+from adaptive_attention.training import checkpoint, logbook, settings, units
 
 
 class Run(NamedTuple):
@@ -71,20 +71,12 @@ def read(
 
 
 def _lines(path, last_step) -> list[dict]:
-  """Returns the complete lines of a file up to a step; none if it is absent."""
+  """Returns the lines of a file up to a step; none if it is absent."""
   try:
-    texts = path.read_text(encoding="utf-8").splitlines()
+    lines = logbook.read_lines(path)
   except OSError:
     return []
-  found = []
-  for text in texts:
-    try:
-      line = json.loads(text)
-      if line["step"] <= last_step:
-        found.append(line)
-    except (ValueError, KeyError, TypeError):
-      continue  # a line that was cut
-  return found
+  return [line for line in lines if line.get("step", math.inf) <= last_step]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

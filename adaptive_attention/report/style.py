@@ -91,6 +91,19 @@ def axes(rows=1, columns=1, *, width=7.0, height=2.6, **options):
   return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
 
 
+def small_multiples(L: int, H: int):
+  """Returns (a figure, its axes) with a small panel for each head, labelled."""
+  width, height = min(14, 1.2 + 1.15 * H), 0.8 + 0.75 * L
+  drawn, grid = axes(L, H, width=width, height=height, sharex=True, sharey=True)
+  for i in range(L):
+    grid[i, 0].set_ylabel(f"layer {i}")
+  for h in range(H):
+    grid[-1, h].set_xlabel(f"head {h}")
+  for ax in grid.ravel():
+    ax.grid(False)
+  return drawn, grid
+
+
 def of_run(i: int) -> dict:
   """Returns the colour, line and marker of the i-th run."""
   return {

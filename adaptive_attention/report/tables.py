@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,11 +25,11 @@ def _text(value) -> str:
   return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
-def as_csv(rows: Sequence[Head]) -> str:
-  """Returns the rows as CSV (RFC 4180), under the names of their columns."""
+def as_csv(rows: Sequence[NamedTuple]) -> str:
+  """Returns rows of one kind as CSV (RFC 4180), under the names of fields."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(Head._fields)
+  writer.writerow(rows[0]._fields)
   writer.writerows([_text(value) for value in row] for row in rows)
   return text.getvalue()
 

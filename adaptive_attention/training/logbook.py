@@ -60,6 +60,23 @@ def write_json(path, content):
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_lines(path) -> list[dict]:
+  """Returns the objects of a file of JSON lines; a cut line is left out.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  found = []
+  for text in pathlib.Path(path).read_bytes().splitlines():
+    try:
+      line = json.loads(text)
+    except ValueError:
+      continue
+    if isinstance(line, dict):
+      found.append(line)
+  return found
+
+
 def write_evaluation(workdir, record):
   """Adds a record to evals.jsonl, and replaces eval_SPLIT.json by it.
 

@@ -4,13 +4,13 @@ What is hard to predict is so for both. So the difference of their losses, chunk
 by chunk, has a far smaller standard error than either loss.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from adaptive_attention.training import logbook
 from adaptive_attention.training.evaluator import (
   EvaluationError,
   Result,
@@ -50,25 +50,21 @@ def earlier(
   Raises:
     EvaluationError: there is none that has all of these.
   """
-  path = pathlib.Path(workdir) / "evals.jsonl"
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    records = logbook.read_lines(pathlib.Path(workdir) / "evals.jsonl")
   except OSError as error:
     raise EvaluationError(
       f"--against={workdir} has no evaluations ({error.strerror}); evaluate it "
       "first, by --mode=eval"
     ) from error
-  for line in reversed(lines):
-    try:
-      record = json.loads(line)
-      found = (
-        *(record["data"]["sha256"], record["split"], record["protocol"]),
-        record["tokens" if "tokens" in record else "bytes"],
-      )
-      if found == (sha256, split, protocol, tokens) and record["chunk_bits"]:
-        return record
-    except (ValueError, KeyError, TypeError):
-      continue  # half a line, or of a version that kept no chunks
+  for record in reversed(records):
+    found = (
+      *(record.get("data", {}).get("sha256"), record.get("split")),
+      *(record.get("protocol"), record.get("tokens", record.get("bytes"))),
+    )
+    # Earlier versions kept no chunks.
+    if found == (sha256, split, protocol, tokens) and "chunk_bits" in record:
+      return record
   raise EvaluationError(
     f"--against={workdir} has no evaluation of the same {tokens:,} tokens of "
     f"{split} (sha256 {sha256[:12]}...) by the protocol {protocol}; evaluate "

@@ -9,23 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.model import Transformer
-from adaptive_attention.report import ablation
+from adaptive_attention.report import ablation, tables
 from adaptive_attention.training.steps import cross_entropy
+from tests.training import test_evaluator
 from tests.training.test_evaluator import DATA, drawn
 
-CONFIG = ModelConfig(
-  n_layer=2,
-  n_head=2,
-  width=16,
-  context_tokens=12,
-  max_span=10,
-  ramp=2.0,
-  ratio_max=0.25,
-  position="rotary",
-  implementation="reference",
+CONFIG = dataclasses.replace(
+  test_evaluator.CONFIG, max_span=10, ramp=2.0, position="rotary"
 )
 SPANS = dataclasses.replace(CONFIG, attention="span")
 
@@ -127,7 +119,8 @@ def test_dense_heads_are_left_out_alone():
 
 def test_csv_has_each_change(waves):
   _, found = waves
-  rows = list(csv.DictReader(io.StringIO(ablation.as_csv(found.values()))))
+  text = tables.as_csv(list(found.values()))
+  rows = list(csv.DictReader(io.StringIO(text)))
   assert len(rows) == len(found)
   for row in rows:
     change = found[int(row["layer"]), int(row["head"]), row["kind"]]
