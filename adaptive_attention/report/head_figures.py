@@ -61,6 +61,8 @@ def sorted_heads(all_runs: Sequence[runs.Run]) -> Figure:
   for ax, title in zip(row, panels, strict=True):
     ax.set(title=title, xlabel="layer; heads sorted", yscale=_PANELS[title])
     ax.set_xticks(range(max(len(run.layers) for run in all_runs) + 1))
+    if _PANELS[title] == "log":
+      style.plain_log(ax.yaxis)
   drawn.legend(loc="outside lower center", ncols=min(4, len(names)))
   third = (
     " Right: of the pairs that a head hides, the share that its span leaves "
@@ -105,6 +107,7 @@ def span_map(all_runs: Sequence[runs.Run]) -> Figure:
       f"{spans_LH.mean():.1f} tokens"
     )
   bar = drawn.colorbar(image, ax=row.tolist(), label="span z, tokens")
+  style.plain_log(bar.ax.yaxis)
   first = all_runs[0].config
   bar.ax.axhline(first.max_span, color="#D55E00", linewidth=3)
   bar.ax.axhline(first.max_span * first.span_init, color="white", linewidth=2)

@@ -104,6 +104,14 @@ def small_multiples(L: int, H: int):
   return drawn, grid
 
 
+def plain_log(axis):
+  """Writes the numbers of a logarithmic axis as they are: 64, not 6.4e1."""
+  from matplotlib.ticker import LogFormatter
+
+  axis.set_major_formatter(LogFormatter())
+  axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+
+
 def of_run(i: int) -> dict:
   """Returns the colour, line and marker of the i-th run."""
   return {
