@@ -120,6 +120,12 @@ def test_csv_comes_back_as_it_was(rows):
   assert [*map(numbers, found)] == [*map(numbers, rows)]
 
 
+def test_each_float32_is_told_from_its_neighbours():
+  values = np.random.default_rng(0).normal(size=1_000).astype(np.float32)
+  told = [np.float32(tables._text(float(value))) for value in values]
+  np.testing.assert_array_equal(told, values)
+
+
 def test_tex_comes_back_as_it_was(rows):
   text = tables.as_tex(rows)
   lines = [x.removesuffix(r" \\") for x in text.splitlines() if " & " in x]

@@ -58,7 +58,7 @@ def reported(main, tmp_path_factory, text):
     f"--config.data.path={text}",
     *(f"--config.{name}={value}" for name, value in TINY.items()),
   ]
-  one, other = folder / "one", folder / "a & b"
+  one, other = folder / "one", folder / "a <b> & b"
   assert main(*flags, f"--workdir={one}")[0] == 0
   assert main("--mode=eval", f"--workdir={one}")[0] == 0
   shutil.copytree(OLDER / "run", other)
@@ -84,7 +84,7 @@ def test_the_page_has_all_figures_and_needs_nothing_else(reported):
   assert {a.partition(":")[0] for a in page.addresses} == {"data"}
   record = json.loads((one / "eval_valid.json").read_text())
   for said in (
-    *("one", "a & b", "model.memory_tokens", "--mode=inspect"),
+    *("one", "a <b> & b", "model.memory_tokens", "--mode=inspect"),
     *(record["data"]["sha256"], f"{record['bits_per_char']:.4f}"),
   ):
     assert said in page.text
@@ -134,7 +134,7 @@ def made(name, seed, bits, coef=0.0):
   }
   saved = {"seed": seed, "model": {"span_coef": coef}}
   other = line | {"split": "valid", "bits_per_char": 9.0}
-  lines = [line | {"step": 2, "bits_per_char": 8.0}, line, other]
+  lines = [line, other, line | {"step": 2, "bits_per_char": 8.0}]
   return runs.Run(name, 3, config, saved, {}, [], [], [], lines)
 
 

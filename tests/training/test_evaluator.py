@@ -73,6 +73,9 @@ def test_it_is_the_sum_over_bytes(params, protocol, stride):
     result.bits, expected.mean() / math.log(2), rtol=1e-6
   )
   np.testing.assert_allclose(result.loss, expected.mean(), rtol=1e-6)
+  np.testing.assert_allclose(
+    result.stderr, standard_error(expected) / math.log(2), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("length", [2, 12, 13, 14, 401])

@@ -23,15 +23,21 @@ def test_lines_after_the_resumed_step_are_made_again(tiny, tmp_path):
   with logbook.Logbook(tmp_path, tiny.to_dict(), 0) as book:
     for step in (1, 2, 3, 10):
       book.write(step, "train", loss=step / 2)
+      book.write_masks(step, span=[[step]])
   # A process killed in writing leaves half a line.
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 2, "sp')
   with logbook.Logbook(tmp_path, tiny.to_dict(), 2) as book:
     book.write(3, "valid", loss=0.1)
+    book.write_masks(3, span=[[9]])
   assert lines(tmp_path) == [
     {"step": 1, "split": "train", "loss": 0.5},
     {"step": 2, "split": "train", "loss": 1.0},
     {"step": 3, "split": "valid", "loss": 0.1},
+  ]
+  rows = logbook.read_lines(tmp_path / "masks.jsonl")
+  assert rows == [
+    {"step": s, "span": [[x]]} for s, x in ((1, 1), (2, 2), (3, 9))
   ]
 
 
