@@ -13,6 +13,7 @@ from adaptive_attention.config import ModelConfig, OptimizerConfig, defaults
 def get_config() -> ConfigDict:
   """Returns all settings, locked."""
   config = _of_a_run()
+  config.update(_of_the_machine())
   config.data = _of_the_data()
   # Each field of these two is explained where its default stands.
   config.model = ConfigDict(defaults(ModelConfig))
@@ -53,6 +54,17 @@ def _of_a_run() -> ConfigDict:
   config.init_from = ""
   # "masks" to learn spans and waves alone, and hold the weights still.
   config.train_only = ""
+  # Whether metrics.jsonl is copied to TensorBoard and to Weights & Biases.
+  config.tensorboard = False
+  config.wandb = False
+  # Whether what --mode=inspect shows is made at the end of training: heads.csv
+  # and, with matplotlib, report.html.
+  config.report = False
+  return config
+
+
+def _of_the_machine() -> ConfigDict:
+  config = ConfigDict()
   # CPU devices to make without an accelerator; 0 for one per core, but only as
   # many as the batch can be dealt to.
   config.cpu_devices = 0
@@ -63,9 +75,6 @@ def _of_a_run() -> ConfigDict:
   config.coordinator_address = ""
   config.process_count = 0
   config.process_index = -1
-  # Whether metrics.jsonl is copied to TensorBoard and to Weights & Biases.
-  config.tensorboard = False
-  config.wandb = False
   # A device that --mode=plan compiles for, though it is not here: "v5e", "v5p",
   # "v6e", "h100" or "a100"; the devices of this machine if empty.
   config.target = ""

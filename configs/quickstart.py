@@ -16,6 +16,7 @@ def get_config():
   config.eval_every_steps = 500
   config.checkpoint_every_steps = 250
   config.sample_every_steps = 500
+  config.report = True
   config.data.corpus = "python_source"
   config.model.n_layer = 2
   config.model.n_head = 4

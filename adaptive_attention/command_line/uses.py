@@ -68,8 +68,8 @@ _COMPUTING = "model.dtype model.implementation"
 _MEASURING = f"cpu_devices eval_batch_size eval_tokens data.* {_COMPUTING}"
 _TRAINING_ON = (
   "seed batch_size accumulation_steps *_every_steps keep_checkpoints "
-  "tensorboard wandb model.dropout model.remat model.span_coef optimizer.* "
-  "!optimizer.name !optimizer.mask_lr_multiplier"
+  "tensorboard wandb report model.dropout model.remat model.span_coef "
+  "optimizer.* !optimizer.name !optimizer.mask_lr_multiplier"
 )
 USES = (
   Use(

@@ -5,6 +5,7 @@ import pathlib
 from adaptive_attention import gpt2, weights
 from adaptive_attention.mask_parameters import hardened
 from adaptive_attention.model import Transformer
+from adaptive_attention.report import runs, whole
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -38,7 +39,7 @@ def run(
     harden: makes WORKDIR/hardened, a run whose first checkpoint is the
       `hardened` one, and exports that.
     finetune_steps: how many steps the hardened model is trained on, with its
-      masks fixed.
+      masks fixed; its report is made then, if the settings ask for one.
     layout: "gpt2" to write WORKDIR/gpt2, a folder that other programs read as a
       GPT-2, instead; see `gpt2.write`.
 
@@ -61,6 +62,8 @@ def run(
         settings.training_config(tuned), workdir, corpus, which=str(step)
       )
       step = tuned.steps
+      if tuned.report:
+        whole.write(workdir, [runs.read(workdir)])
   _write(workdir, step, layout)
 
 

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from adaptive_attention.report import run_figures, runs, style
+from adaptive_attention.report import points, runs, style
 from adaptive_attention.report.style import Figure
 from adaptive_attention.training.settings import flatten
 
@@ -106,26 +106,39 @@ def _rows(rows) -> str:
 
 
 def _table(all_runs, names, split) -> str:
-  """Returns the table beneath the front: a row for each run."""
-  unit = all_runs[0].units.name
+  """Returns the table beneath the front: a row for each run, and for seeds."""
+  unit = all_runs[0].units
   rows = [
-    ("run", unit, "+-", "protocol", "step", "million tokens read", "hours")
+    (
+      *("run", unit.name, "+-", f"{unit.unit}s", "protocol", "step"),
+      *("million tokens read", "hours"),
+    )
   ]
   for run, name in zip(all_runs, names, strict=True):
-    found = run_figures.evaluation(run, split)
-    if found is None:
-      continue
-    tokens = run.step * run.settings["batch_size"] * run.config.context_tokens
-    seconds = [line["seconds"] for line in run.metrics if "seconds" in line]
-    bits = found[next(iter(run.units.figures(0.0)))]
-    rows.append(
-      (
-        *(name, f"{bits:.4f}", f"{found['stderr']:.4f}", found["protocol"]),
-        *(run.step, f"{tokens / 1e6:.2f}"),
-        f"{max(seconds) / 3600:.2f}" if seconds else "",
-      )
-    )
+    found = run.evaluation(split)
+    if found is not None:
+      rows.append((name, *_loss(run, found), *_effort(run)))
+  for point in points.of_runs(all_runs, split):
+    if len(point.names) > 1:
+      name = f"mean of {point.name}"
+      row = name, f"{point.bits:.4f}", f"{point.stderr:.4f}"
+      rows.append((*row, *[""] * (len(rows[0]) - len(row))))
   return _rows(rows)
+
+
+def _loss(run, found):
+  """Returns the loss of a run, its error, of how many tokens, by which rule."""
+  count = found[f"{run.units.unit}s"]
+  bits, stderr = run.bits(found), found["stderr"]
+  return f"{bits:.4f}", f"{stderr:.4f}", f"{count:,}", found["protocol"]
+
+
+def _effort(run):
+  """Returns the step of a run, the millions of tokens until then, its hours."""
+  tokens = run.step * run.settings["batch_size"] * run.config.context_tokens
+  seconds = [line["seconds"] for line in run.metrics if "seconds" in line]
+  hours = f"{max(seconds) / 3600:.2f}" if seconds else ""
+  return run.step, f"{tokens / 1e6:.2f}", hours
 
 
 def _footer(all_runs, names, command, environment) -> str:

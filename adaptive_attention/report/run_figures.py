@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adaptive_attention.report import runs, style
+from adaptive_attention.report import points, runs, style
 from adaptive_attention.report.style import Figure
 
 
@@ -50,10 +50,6 @@ def mask_curves(run: runs.Run) -> Figure | None:
   )
 
 
-def _bits(run: runs.Run, line) -> float:
-  return line["bits_per_char" if run.units.is_text else "bits_per_token"]
-
-
 def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
   """Draws loss against steps, tokens and time; None without any record."""
   shown = [run for run in all_runs if run.metrics]
@@ -72,13 +68,13 @@ def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
       (valid, {"marker": style.MARKERS[i % 7], "markersize": 4, "lw": 1.2}),
     ):
       steps = np.array([line["step"] for line in lines])
-      bits = [_bits(run, line) for line in lines]
+      bits = [run.bits(line) for line in lines]
       times = [hours.get(step, np.nan) for step in steps]
       for ax, x in zip(row, (steps, steps * tokens / 1e6, times), strict=True):
         label = name if lines is valid and ax is row[0] else None
         ax.plot(x, bits, label=label, **style.of_run(i), **look)
     if valid:
-      told.append(f"{name}: {_bits(run, valid[-1]):.4f} at the end")
+      told.append(f"{name}: {run.bits(valid[-1]):.4f} at the end")
   unit = shown[0].units.name
   for ax, title in zip(
     row, ("step", "million tokens read", "hours, all resumes"), strict=True
@@ -131,61 +127,9 @@ def by_position(run: runs.Run, nats: np.ndarray, split: str) -> Figure:
   )
 
 
-class Point:
-  """A setting with its seeds: loss and cost.
-
-  Attributes:
-    name: the runs, as they are labelled.
-    bits, stderr: the mean loss of the runs, and the standard error of the
-      evaluation, or where there are several seeds of their mean.
-    low, high: the least and the largest loss among the seeds.
-    macs: multiply-adds per token of attention, dense, open and computed.
-  """
-
-  def __init__(self, names, evaluations):
-    bits = [bits for bits, _, _ in evaluations]
-    self.name = ", ".join(names)
-    self.bits = float(np.mean(bits))
-    self.low, self.high = min(bits), max(bits)
-    self.stderr = evaluations[0][1]
-    if len(bits) > 1:
-      self.stderr = float(np.std(bits, ddof=1) / len(bits) ** 0.5)
-    self.macs = {
-      name: float(np.mean([macs[name] for _, _, macs in evaluations]))
-      for name in ("dense", "open", "computed")
-    }
-
-
-def evaluation(run: runs.Run, split: str) -> dict | None:
-  """Returns the last evaluation of a split at the run's step, or None."""
-  for line in reversed(run.evaluations):
-    if line["split"] == split and line["step"] == run.step:
-      return line
-  return None
-
-
-def points(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
-  """Returns a point for each setting; runs that differ by seed share one."""
-  groups = {}
-  for run, name in zip(all_runs, runs.labels(all_runs), strict=True):
-    found = evaluation(run, split)
-    if found is None:
-      continue
-    same = {n: v for n, v in run.settings.items() if n != "seed"}
-    value = (
-      _bits(run, found),
-      found["stderr"],
-      found["attention_macs_per_token"],
-    )
-    names, values = groups.setdefault(repr(same), ([], []))
-    names.append(name)
-    values.append(value)
-  return [Point(*group) for group in groups.values()]
-
-
 def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
   """Draws loss against multiply-adds; None where no run was evaluated."""
-  found = points(all_runs, split)
+  found = points.of_runs(all_runs, split)
   if not found:
     return None
   from matplotlib.ticker import EngFormatter

@@ -5,10 +5,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from adaptive_attention import accounting
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
-from adaptive_attention.training import checkpoint, logbook, settings, units
+from adaptive_attention.training import (
+  checkpoint,
+  logbook,
+  protocols,
+  settings,
+  units,
+)
 
 
 class Run(NamedTuple):
@@ -38,6 +45,29 @@ class Run(NamedTuple):
   @property
   def units(self) -> units.Units:
     return units.of_record(self.data)
+
+  def bits(self, line: Mapping) -> float:
+    """Returns the loss of a line of the record, per unit of the data."""
+    return line["bits_per_char" if self.units.is_text else "bits_per_token"]
+
+  def evaluation(self, split: str) -> dict | None:
+    """Returns the last evaluation of a split at this step, or None.
+
+    If --mode=eval has made none, it is that of training, by the model's own
+    protocol, of as many tokens as its settings say.
+    """
+    for line in reversed(self.evaluations):
+      if line["split"] == split and line["step"] == self.step:
+        return line
+    for line in reversed(self.metrics):
+      if line["split"] == split == "valid" and line["step"] == self.step:
+        macs = accounting.attention_macs_per_token(
+          *(self.layers, self.config),
+          *(self.config.context_tokens, self.config.memory_tokens),
+        )
+        protocol = protocols.default(self.config)
+        return line | {"protocol": protocol, "attention_macs_per_token": macs}
+    return None
 
 
 def read(

@@ -137,9 +137,13 @@ def test_the_mode(main, trained, tmp_path):
     )
 
   code, out, err = main(
-    "--mode=export", f"--workdir={workdir}", "--harden", "--finetune_steps=3"
+    *("--mode=export", f"--workdir={workdir}", "--harden"),
+    *("--finetune_steps=3", "--config.report=True"),
   )
   assert code == 0, err
+  assert (
+    "Steps: hardened 15." in (workdir / "hardened" / "report.html").read_text()
+  )
   figures = re.search(
     r"as trained ([\d.]+), hardened ([\d.]+) \(([+-][\d.]+)\)", out
   )

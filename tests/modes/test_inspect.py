@@ -25,7 +25,8 @@ def test_the_heads_of_two_runs(main, run, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(run, other)
   code, out, err = main(
-    "--mode=inspect", f"--workdir={run}", f"--compare={other}"
+    *("--mode=inspect", f"--workdir={run}", f"--compare={other}"),
+    "--split=test",
   )
   assert code == 0, err
   for name in (run, other):
@@ -44,14 +45,14 @@ def test_the_heads_of_two_runs(main, run, tmp_path):
     *("heads", "spans", "weights", "pairs", "cost", "losses")
   ]
   for said in (
-    *("has no masks.jsonl", "--mode=eval --split=valid evaluates one"),
+    *("has no masks.jsonl", "--mode=eval --split=test evaluates one"),
     "--inspect_bytes=N does",
   ):
     assert said in page.text and said in out
 
 
 def test_chosen_heads_alone(run, capsys, monkeypatch):
-  monkeypatch.setattr(inspect, "_report", lambda *_: None)
+  monkeypatch.setattr(inspect.whole, "_draw", lambda *_: None)
   inspect.run(config_of(run), run, step=6, heads="1.1,0.0")
   assert [(r["layer"], r["head"]) for r in rows(run)] == [
     ("0", "0"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention.modes import inspect
-from adaptive_attention.report import run_figures, runs
+from adaptive_attention.report import page, points, run_figures, runs
 from adaptive_attention.training import settings
 from tests.modes.test_an_older_run import OLDER
 
@@ -49,7 +49,11 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def reported(main, tmp_path_factory, text):
-  """Returns (the output, the folder of a run, that of another beside it)."""
+  """Returns what is shown of a run, that of an older one beside it.
+
+  That is (the page at the end of training, the output of --mode=inspect, the
+  folder of the run, that of the other).
+  """
   from tests.conftest import ROOT, TINY
 
   folder = tmp_path_factory.mktemp("reported")
@@ -59,7 +63,8 @@ def reported(main, tmp_path_factory, text):
     *(f"--config.{name}={value}" for name, value in TINY.items()),
   ]
   one, other = folder / "one", folder / "a <b> & b"
-  assert main(*flags, f"--workdir={one}")[0] == 0
+  assert main(*flags, f"--workdir={one}", "--config.report=True")[0] == 0
+  at_the_end = (one / "report.html").read_text()
   assert main("--mode=eval", f"--workdir={one}")[0] == 0
   shutil.copytree(OLDER / "run", other)
   code, out, err = main(
@@ -67,35 +72,48 @@ def reported(main, tmp_path_factory, text):
     "--inspect_bytes=100",
   )
   assert code == 0, err
-  return out, one, other
+  return at_the_end, out, one, other
 
 
 def test_the_page_has_all_figures_and_needs_nothing_else(reported):
-  out, one, other = reported
-  page = Page((one / "report.html").read_text())
-  assert page.figures == FIGURES
-  assert len(page.pictures) == len(FIGURES)
-  for picture in page.pictures:
+  _, out, one, other = reported
+  shown = Page((one / "report.html").read_text())
+  assert shown.figures == FIGURES
+  assert len(shown.pictures) == len(FIGURES)
+  for picture in shown.pictures:
     assert len(picture["alt"]) > 20
     kind, _, content = picture["src"].partition(",")
     assert kind == "data:image/svg+xml;base64"
     svg = base64.b64decode(content).decode()
     assert svg.count("<path") > 10
-  assert {a.partition(":")[0] for a in page.addresses} == {"data"}
+  assert {a.partition(":")[0] for a in shown.addresses} == {"data"}
   record = json.loads((one / "eval_valid.json").read_text())
   for said in (
     *("one", "a <b> & b", "model.memory_tokens", "--mode=inspect"),
     *(record["data"]["sha256"], f"{record['bits_per_char']:.4f}"),
   ):
-    assert said in page.text
+    assert said in shown.text
   assert f"{len(FIGURES)} figures" in out
   assert "ablation   8 of 8, eta 0m00s" in out
   assert len((one / "ablation.csv").read_text().splitlines()) == 1 + 8
   assert not (other / "report.html").exists()
 
 
+def test_training_ends_with_a_page(reported):
+  """Its loss is what training has measured itself."""
+  at_the_end, _, one, _ = reported
+  shown = Page(at_the_end)
+  assert shown.figures == FIGURES[:8]
+  *_, line = (json.loads(line) for line in (one / "metrics.jsonl").open())
+  assert line["split"] == "valid"
+  assert f"{line['bits_per_char']:.4f}{line['stderr']:.4f}499window12" in (
+    shown.text.replace("\n", "")
+  )
+  assert "--config.report=True" in shown.text
+
+
 def test_each_figure_has_three_files(reported):
-  _, one, _ = reported
+  _, _, one, _ = reported
   kinds = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
   assert {path.name for path in (one / "figures").iterdir()} == {
     f"{name}.{kind}" for name in FIGURES for kind in kinds
@@ -130,16 +148,16 @@ def made(name, seed, bits, coef=0.0):
   macs = {"dense": 100.0, "open": 10.0 * bits, "computed": 20.0}
   line = {
     **{"step": 3, "split": "test", "bits_per_char": bits, "stderr": 0.5},
-    "attention_macs_per_token": macs,
+    **{"attention_macs_per_token": macs, "bytes": 9, "protocol": "window"},
   }
-  saved = {"seed": seed, "model": {"span_coef": coef}}
+  saved = {"seed": seed, "batch_size": 2, "model": {"span_coef": coef}}
   other = line | {"split": "valid", "bits_per_char": 9.0}
   lines = [line, other, line | {"step": 2, "bits_per_char": 8.0}]
   return runs.Run(name, 3, config, saved, {}, [], [], [], lines)
 
 
 def test_runs_that_differ_by_seed_are_one_point():
-  found = run_figures.points(
+  found = points.of_runs(
     [made("a", 0, 2.0), made("b", 0, 3.0, 0.1), made("c", 1, 2.2)], "test"
   )
   assert [point.name for point in found] == ["a, c", "b"]
@@ -148,7 +166,28 @@ def test_runs_that_differ_by_seed_are_one_point():
   np.testing.assert_allclose(both.stderr, 0.1)  # 0.1414 / sqrt(2)
   assert both.macs["open"] == pytest.approx(21.0)
   assert (one.bits, one.stderr, one.low, one.high) == (3.0, 0.5, 3.0, 3.0)
-  assert run_figures.points([made("a", 0, 2.0)], "train") == []
+  assert points.of_runs([made("a", 0, 2.0)], "train") == []
+
+
+def test_seeds_share_a_point_wherever_they_were_trained():
+  one, other = made("a", 0, 2.0), made("b", 1, 2.0)
+  here = {"report": True, "cpu_devices": 2, "bench": {"repeats": 1}}
+  other.settings.update(here)
+  assert len(points.of_runs([one, other], "test")) == 1
+  table = page._table([one, other], ["a", "b"], "test")
+  assert "<td>mean of a, b</td><td>2.0000</td><td>0.0000</td><td></td>" in table
+
+
+def test_the_loss_of_training_stands_where_there_is_no_other():
+  run = made("a", 0, 2.0)
+  line = {"step": 3, "split": "valid", "bits_per_char": 4.0}
+  run.metrics[:] = [line, {"step": 3, "split": "train"}]
+  assert run.bits(run.evaluation("valid")) == 9.0
+  run.evaluations[:] = run.evaluations[:1]
+  found = run.evaluation("valid")
+  assert run.bits(found) == 4.0 and found["protocol"] == "window"
+  assert run.evaluation("test")["bits_per_char"] == 2.0
+  assert run._replace(step=2).evaluation("valid") is None
 
 
 def test_the_front_is_what_nothing_beats():

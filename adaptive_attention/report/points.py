@@ -1,0 +1,77 @@
+"""What each setting of some runs loses and costs, its seeds taken together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from adaptive_attention.report import runs
+from adaptive_attention.training.settings import MACHINE, flatten
+
+# Settings by which runs of one kind may differ: what is drawn, where a run is
+# made, and what is written of it.
+_IDLE = ("seed", "report", "tensorboard", "wandb", "keep_checkpoints", *MACHINE)
+_IDLE_SECTIONS = ("bench.", "data.cache_dir")
+
+
+class Point(NamedTuple):
+  """A setting with its seeds: loss and cost.
+
+  Attributes:
+    names: its runs, as they are labelled.
+    bits: the mean loss of the runs, in the units of their data.
+    stderr: the standard error of the evaluation or, where there are several
+      seeds, of their mean.
+    low, high: the least and the largest loss among the seeds.
+    macs: multiply-adds per token of attention, dense, open and computed; the
+      mean of the seeds.
+  """
+
+  names: tuple[str, ...]
+  bits: float
+  stderr: float
+  low: float
+  high: float
+  macs: dict[str, float]
+
+  @property
+  def name(self) -> str:
+    return ", ".join(self.names)
+
+
+def of_runs(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
+  """Returns a point for each setting; runs that differ by seed share one.
+
+  Runs that were not evaluated on the split at their step are left out.
+  """
+  groups = {}
+  for run, name in zip(all_runs, runs.labels(all_runs), strict=True):
+    found = run.evaluation(split)
+    if found is not None:
+      one = name, run.bits(found), found
+      groups.setdefault(_kind(run.settings), []).append(one)
+  return [_point(*zip(*group, strict=True)) for group in groups.values()]
+
+
+def _kind(settings) -> str:
+  """Returns what the settings of runs that differ by their seed share."""
+  return repr(
+    {
+      name: value
+      for name, value in sorted(flatten(settings).items())
+      if name not in _IDLE and not name.startswith(_IDLE_SECTIONS)
+    }
+  )
+
+
+def _point(names, bits, found) -> Point:
+  stderr = found[0]["stderr"]
+  if len(bits) > 1:
+    stderr = float(np.std(bits, ddof=1) / len(bits) ** 0.5)
+  macs = {
+    name: float(
+      np.mean([line["attention_macs_per_token"][name] for line in found])
+    )
+    for name in ("dense", "open", "computed")
+  }
+  return Point(names, float(np.mean(bits)), stderr, min(bits), max(bits), macs)
