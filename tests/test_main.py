@@ -333,16 +333,22 @@ def test_a_record_with_bad_bytes_goes_on(main, odd, tmp_path):
   assert str(aside) in out
 
 
+def configs():
+  """Yields (the path of a config, the argument that it takes if any)."""
+  for path in sorted((ROOT / "configs").glob("[!_]*.py")):
+    for variant in runpy.run_path(str(path)).get("VARIANTS", [None]):
+      yield path, variant
+
+
 @pytest.mark.parametrize(
-  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
+  ("path", "variant"), configs(), ids=lambda part: getattr(part, "stem", part)
 )
-def test_configs_build_and_know_their_fields(path):
-  if path.stem == "__init__":
-    return
+def test_configs_build_and_know_their_fields(path, variant):
   from adaptive_attention.training import earlier_settings, settings
   from configs import base
 
-  config = runpy.run_path(str(path))["get_config"]()
+  given = [] if variant is None else [variant]
+  config = runpy.run_path(str(path))["get_config"](*given)
   settings.check(config)
   known, found = (settings.flatten(c) for c in (base.get_config(), config))
   assert {n: type(v) for n, v in found.items()} == {
@@ -353,6 +359,24 @@ def test_configs_build_and_know_their_fields(path):
   assert config.is_locked
   with pytest.raises(AttributeError):
     config.model.n_layr = 3
+
+
+def test_variants_differ_in_their_masks_alone(refused):
+  from adaptive_attention.training.settings import flatten
+  from configs import enwik8_small
+
+  given = ROOT / "configs" / "enwik8_small.py"
+  assert "is not one of dense, span" in refused(2, f"--config={given}:wave")
+  all_of_them = [
+    flatten(enwik8_small.get_config(variant))
+    for variant in enwik8_small.VARIANTS
+  ]
+  differ = {
+    name
+    for name in all_of_them[0]
+    if len({repr(config[name]) for config in all_of_them}) > 1
+  }
+  assert differ == {"model.attention", "model.period"}
 
 
 def test_base_has_the_defaults_of_the_model_config():
