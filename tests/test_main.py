@@ -341,7 +341,9 @@ def configs():
 
 
 @pytest.mark.parametrize(
-  ("path", "variant"), configs(), ids=lambda part: getattr(part, "stem", part)
+  ("path", "variant"),
+  [*configs()],
+  ids=lambda part: getattr(part, "stem", part),
 )
 def test_configs_build_and_know_their_fields(path, variant):
   from adaptive_attention.training import earlier_settings, settings

@@ -363,9 +363,15 @@ def _best_of(figures):
 
 
 def _system_error(text):
-  """Returns the system's message for the number in tensorstore's, or None."""
-  found = re.search(r"os_error_code='(\d+)'", text)
-  return found and os.strerror(int(found[1]))
+  """Returns the system's message for the number in tensorstore's, or None.
+
+  Arrays are written at the same time. If one fails, another may find that the
+  file of both is gone, which has no number, and be the one that is told of.
+  """
+  if found := re.search(r"os_error_code='(\d+)'", text):
+    return os.strerror(int(found[1]))
+  lost = text.startswith(("NOT_FOUND: ", "DATA_LOSS: "))
+  return "a file that was just written is gone" if lost else None
 
 
 def _listed(steps):
