@@ -123,6 +123,9 @@ def of_run(i: int) -> dict:
 def files(figure: Figure) -> dict[str, bytes]:
   """Returns the content of a figure's files, by their names."""
   found = {}
+  # Parts find their places once, not again for each file.
+  figure.drawn.draw_without_rendering()
+  figure.drawn.set_layout_engine("none")
   for kind in ("png", "pdf", "svg"):
     content = io.BytesIO()
     # Without a date the same figure is the same file.
