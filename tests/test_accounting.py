@@ -13,6 +13,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import console
+from tests import drawn
 
 CONFIG = ModelConfig(
   n_layer=3, n_head=2, width=16, context_tokens=20, max_span=20, ramp=4.0
@@ -69,12 +70,12 @@ def test_the_text_says_why_more_is_computed_than_dense(
 @pytest.mark.parametrize("attention", ["dense", "span", "span_wave"])
 def test_parameters_are_those_of_the_model(attention):
   config = dataclasses.replace(CONFIG, attention=attention)
-  params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 3), int))
+  params = drawn.parameters(config)
   D, V, T, L, H = 16, 256, 20, 3, 2
   logits = {"dense": 0, "span": 1, "span_wave": 3}[attention]
   expected = V * D + D + L * (12 * D**2 + 2 * D + T * D + logits * H)
-  assert accounting.parameter_count(params["params"]) == expected
-  assert len(mask_params(params["params"], config)) == L
+  assert accounting.parameter_count(params) == expected
+  assert len(mask_params(params, config)) == L
 
 
 def test_flops_are_those_the_compiler_counts():
@@ -88,7 +89,7 @@ def test_flops_are_those_the_compiler_counts():
   )
   model = Transformer(config)
   tokens = jnp.zeros((2, 64), int)
-  params = jax.jit(model.init)(jax.random.key(0), tokens)
+  params = {"params": drawn.parameters(config)}
   cost = jax.jit(model.apply).lower(params, tokens).compile().cost_analysis()
   # The reference computes all T^2 pairs where the formula counts half.
   extra = 2 * 128 * 3 * (64 - 65 / 2)

@@ -12,6 +12,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.weights import WeightsError
+from tests import drawn
 
 PLAIN = ModelConfig(
   n_layer=2,
@@ -35,9 +36,7 @@ def logits_of(params, config):
 @pytest.fixture(scope="module")
 def plain():
   """Returns random parameters of the plain model, and its logits."""
-  model = Transformer(PLAIN)
-  params = model.init(jax.random.key(0), TEXT)["params"]
-  params = jax.tree.map(lambda x: 5 * x, params)
+  params = drawn.parameters(PLAIN, scale=0.2)
   return params, logits_of(params, PLAIN)
 
 
@@ -62,8 +61,8 @@ def test_masks_that_are_added_are_fully_open(plain, changes):
   params = fitted.adapted(plain[0], settings, config)
   np.testing.assert_array_equal(logits_of(params, config), plain[1])
   shapes = jax.tree.map(jnp.shape, params)
-  drawn = Transformer(config).init(jax.random.key(0), TEXT)["params"]
-  assert shapes == jax.tree.map(jnp.shape, drawn)
+  expected = drawn.shapes(Transformer(config), TEXT)
+  assert shapes == jax.tree.map(jnp.shape, expected)
   for mask in mask_params(params, config):
     assert masks.is_open(mask, np.arange(20)).all()
     # A span that is moved by a little more than half a token hides something.

@@ -13,6 +13,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.weights import WeightsError
+from tests import drawn
 
 SETTINGS = {
   "model_type": "gpt2",
@@ -32,12 +33,7 @@ def logits_of(params, config):
 
 @pytest.fixture(scope="module")
 def params():
-  drawn = Transformer(CONFIG).init(jax.random.key(0), TEXT)["params"]
-  leaves, tree = jax.tree.flatten(drawn)
-  random = np.random.default_rng(0)
-  return tree.unflatten(
-    x + 0.1 * random.standard_normal(x.shape, np.float32) for x in leaves
-  )
+  return drawn.parameters(CONFIG, scale=0.15)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Transformer
 from adaptive_attention.parameters import MASK_PARAMETERS
 from adaptive_attention.training.steps import cross_entropy
+from tests import drawn
 
 SMALL = ModelConfig(
   n_layer=2,
@@ -39,19 +40,6 @@ def init(config, tokens=TOKENS):
   return Transformer(config).init(jax.random.key(0), tokens)["params"]
 
 
-def randomized(params, scale=1.0):
-  """Returns the same tree with random leaves, so that nothing is at zero."""
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(
-    treedef,
-    [
-      scale * jax.random.normal(k, x.shape)
-      for k, x in zip(keys, leaves, strict=True)
-    ],
-  )
-
-
 @pytest.mark.parametrize(
   ("attention", "position"),
   [
@@ -63,7 +51,7 @@ def randomized(params, scale=1.0):
 )
 def test_no_logit_depends_on_a_later_token(attention, position):
   config = small(attention=attention, position=position)
-  params = randomized(init(config))
+  params = drawn.parameters(config)
   model = Transformer(config)
   logits = model.apply({"params": params}, TOKENS)
   for t in (1, 12, 23):
@@ -76,7 +64,7 @@ def test_no_logit_depends_on_a_later_token(attention, position):
 def test_no_gradient_flows_to_tokens_beyond_the_reach():
   module = AdaptiveSelfAttention(num_heads=2, max_span=24, ramp=4.0)
   x_BTD = jax.random.normal(jax.random.key(0), (1, 24, 16))
-  params = randomized(module.init(jax.random.key(0), x_BTD)["params"])
+  params = drawn.normal(drawn.shapes(module, x_BTD))
   # z = 24 sigmoid(logit) = 6 for both heads; with R = 4, d = 9 is the last.
   params["span_logit"] = jnp.full(2, math.log(6 / 18))
 
@@ -89,7 +77,7 @@ def test_no_gradient_flows_to_tokens_beyond_the_reach():
 
 def test_dense_is_what_the_masks_leave_when_all_is_open():
   config = small(attention="span_wave", ratio_max=0.5, period_max=8.0)
-  params = randomized(init(config), scale=0.3)
+  params = drawn.parameters(config, scale=0.3)
   wide_open = jax.tree_util.tree_map_with_path(
     lambda path, x: (
       jnp.full_like(x, 40.0) if path[-1].key in MASK_PARAMETERS else x
@@ -151,7 +139,7 @@ def test_dropout_needs_train_and_a_key_and_follows_it():
 
 def test_bfloat16_computes_near_float32_and_returns_float32():
   """They differ by a few roundings, each of 2^-9 of the largest logit."""
-  params = {"params": randomized(init(SMALL), scale=0.3)}
+  params = {"params": drawn.parameters(SMALL, scale=0.3)}
   exact = Transformer(SMALL).apply(params, TOKENS)
   rounded = Transformer(small(dtype="bfloat16")).apply(params, TOKENS)
   assert rounded.dtype == jnp.float32
@@ -210,7 +198,7 @@ def test_dense_layers_have_open_masks_and_no_penalty():
 def test_rotary_positions_are_relative_and_have_no_longest_context():
   """Two parts of a text agree on tokens whose whole reach is in both."""
   config = small(attention="span", position="rotary", n_layer=1)
-  params = randomized(init(config))
+  params = drawn.parameters(config)
   assert not [name for name in params if name.startswith("position")]
   # With z = 6 and R = 4 a query attends over nine earlier bytes.
   params["block_0"]["attention"]["span_logit"] = jnp.full(2, math.log(6 / 18))

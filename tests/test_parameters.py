@@ -16,8 +16,8 @@ from adaptive_attention.mask_bounds import WaveBounds
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Block, attention_layer
 from adaptive_attention.training import optimizer
+from tests import drawn
 from tests.pairs import in_turn
-from tests.test_model import randomized
 
 CONFIG = ModelConfig(
   n_head=2,
@@ -66,9 +66,7 @@ class Stacked(nn.Module):
 
 def stacked_and_apart(config=CONFIG, lengths=(3,)):
   """Returns (parameters in a scan, the same with a tree for each layer)."""
-  model = Stacked(config, lengths)
-  params = jax.jit(model.init)(jax.random.key(0), X)["params"]
-  params = randomized(params, 0.5)
+  params = drawn.normal(drawn.shapes(Stacked(config, lengths), X), 0.5)
   return params, apart(params, lengths)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from adaptive_attention import gpt2, mask_params
 from adaptive_attention.command_line.uses import USES
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.model import Transformer
 from adaptive_attention.training import settings
 from configs import base
+from tests import drawn
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,9 +54,7 @@ def write_gpt2(folder, **sizes):
     gelu="tanh",
     **sizes,
   )
-  init = jax.jit(Transformer(config).init)
-  tokens = jnp.zeros((1, config.context_tokens), int)
-  params = init(jax.random.key(0), tokens)["params"]
+  params = drawn.parameters(config, scale=0.02)
   gpt2.write(folder, jax.device_get(params), config)
 
 
@@ -155,8 +153,7 @@ def test_the_state_example_is_as_it_says():
   small = "n_layer=1, width=16, "
   example = blocks("python")[3].replace("Config(", f"Config({small}")
   config = ModelConfig(n_layer=1, width=16, max_span=2048, position="rotary")
-  init = jax.jit(Transformer(config).init)
-  names = init(jax.random.key(0), tokens_BT) | {"tokens_BT": tokens_BT}
+  names = {"params": drawn.parameters(config), "tokens_BT": tokens_BT}
   exec(example, names)
   assert names["logits_BTV"].shape == (4, 512, 256)
   assert names["state"].tokens_read == 512
@@ -168,7 +165,7 @@ def test_the_writing_example_is_as_it_says(capsys):
   )
   prompt_BT = np.zeros((2, 5), int)
   names = {"config": config, "prompt_BT": prompt_BT}
-  names |= jax.jit(Transformer(config).init)(jax.random.key(0), prompt_BT)
+  names["params"] = drawn.parameters(config)
   exec(blocks("python")[4], names)
   assert names["tokens_BT"].shape == (2, 100)
   assert int(capsys.readouterr().out) == names["state"].nbytes

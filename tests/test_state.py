@@ -1,6 +1,7 @@
 """Logits over a segment memory are those of one long sequence."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,8 +14,8 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.segment_memory import ring_rows, tokens_before
 from adaptive_attention.state import init_memory
 from adaptive_attention.training.steps import cross_entropy
+from tests import drawn
 from tests.attention.cases import mostly_blocked
-from tests.test_model import randomized
 
 T = 24
 CONFIG = ModelConfig(
@@ -27,6 +28,7 @@ CONFIG = ModelConfig(
   ramp=4.0,
   attention="span",
   position="rotary",
+  implementation="reference",  # soon compiled
 )
 # Two streams of six segments.
 STREAM = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 6 * T + 1)))
@@ -37,8 +39,7 @@ def changed(**changes):
 
 
 def parameters(config):
-  init = jax.jit(Transformer(config).init)
-  return randomized(init(jax.random.key(0), STREAM[:, :T])["params"], scale=0.3)
+  return drawn.parameters(config, scale=0.3)
 
 
 def with_spans(params, config, span):
@@ -64,29 +65,29 @@ def with_rows(memory, keys, values):
   )
 
 
+@functools.cache
+def applied(config):
+  """Returns a compiled function of (variables, tokens, state=...)."""
+  return jax.jit(Transformer(config).apply)
+
+
 def by_segments(config, params, stream=STREAM, tokens_read=0):
   """Returns (segments, B, T) nats of streams that are read by segments."""
   memory = init_memory(config, len(stream), T)
   memory = memory.replace(tokens_read=jnp.uint32(tokens_read))
-
-  @jax.jit
-  def read(memory, tokens):
-    logits, memory = Transformer(config).apply(
-      {"params": params}, tokens[:, :-1], state=memory
-    )
-    return memory, cross_entropy(logits, tokens[:, 1:])
-
   nats = []
   for start in range(0, stream.shape[1] - 1, T):
-    memory, nats_BT = read(memory, stream[:, start : start + T + 1])
-    nats.append(nats_BT)
+    tokens = stream[:, start : start + T + 1]
+    logits, memory = applied(config)(
+      {"params": params}, tokens[:, :-1], state=memory
+    )
+    nats.append(cross_entropy(logits, tokens[:, 1:]))
   return np.stack(nats)
 
 
 def at_once(config, params, stream):
   """Returns (B, length - 1) nats of streams that are read at once."""
-  apply = jax.jit(Transformer(config).apply)
-  logits = apply({"params": params}, stream[:, :-1])
+  logits = applied(config)({"params": params}, stream[:, :-1])
   return np.asarray(cross_entropy(logits, stream[:, 1:]))
 
 
@@ -169,9 +170,12 @@ def test_how_far_logits_depend_on_what_was_before(memory_tokens, reaches):
   assert found == start - needed
 
 
+@mostly_blocked
 @pytest.mark.parametrize("tokens_read", [2**24, 2**26 + 5 * T, 2**31])
-def test_positions_stay_exact_however_long_the_stream(tokens_read):
-  config = CONFIG
+def test_positions_stay_exact_however_long_the_stream(
+  tokens_read, implementation
+):
+  config = changed(implementation=implementation)
   params = parameters(config)
   tokens_read = tokens_read // (6 * T) * 6 * T
   far = by_segments(config, params, tokens_read=tokens_read)
@@ -182,7 +186,7 @@ def test_positions_stay_exact_however_long_the_stream(tokens_read):
 
 def test_a_stream_starts_again_by_its_count_alone():
   config, params = CONFIG, parameters(CONFIG)
-  apply = jax.jit(Transformer(config).apply)
+  apply = applied(config)
   memory = init_memory(config, 2, T)
   keys, values = rows(memory)
   spoiled = with_rows(
@@ -200,7 +204,7 @@ def test_a_stream_starts_again_by_its_count_alone():
 
 def test_a_call_changes_the_memory_of_its_own_streams_alone():
   config, params = CONFIG, parameters(CONFIG)
-  apply = jax.jit(Transformer(config).apply)
+  apply = applied(config)
   memory = init_memory(config, 5, T)
   logits, after = apply(
     {"params": params}, STREAM[:, :T], state=memory.of_streams(2)
@@ -220,7 +224,7 @@ def test_a_call_changes_the_memory_of_its_own_streams_alone():
 def test_earlier_segments_are_visible_but_get_no_gradient(implementation):
   config = changed(implementation=implementation)
   params = parameters(config)
-  apply = jax.jit(Transformer(config).apply)
+  apply = applied(config)
   _, memory = apply(
     {"params": params}, STREAM[:, :T], state=init_memory(config, 2, T)
   )
@@ -261,13 +265,11 @@ def test_one_token_at_a_time():
   memory = init_memory(config, 2, 1)
   assert memory.layers[0].k.shape[1] == 31
 
-  @jax.jit
-  def step(memory, tokens):
-    return Transformer(config).apply({"params": params}, tokens, state=memory)
-
   logits = []
   for t in range(60):
-    out, memory = step(memory, STREAM[:, t : t + 1])
+    out, memory = applied(config)(
+      {"params": params}, STREAM[:, t : t + 1], state=memory
+    )
     logits.append(out[:, 0])
-  whole = jax.jit(Transformer(config).apply)({"params": params}, STREAM[:, :60])
+  whole = applied(config)({"params": params}, STREAM[:, :60])
   np.testing.assert_allclose(np.stack(logits, 1), whole, atol=1e-4)

@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import Transformer
-from tests.test_model import randomized
+from tests import drawn
 
 LENGTH = 90
 
@@ -42,9 +42,7 @@ def parameters(config):
 
   The spans have another order in each layer.
   """
-  init = jax.jit(Transformer(config).init)
-  tokens = jnp.zeros((1, 8), int)
-  params = randomized(init(jax.random.key(0), tokens)["params"], scale=0.3)
+  params = drawn.parameters(config, scale=0.3)
   if config.attention == "dense":
     return params
   for i in range(config.n_layer):

@@ -36,7 +36,25 @@ from tests.pairs import in_turn
 # (implementation, case name) of those that may raise NotImplementedError.
 REFUSALS = frozenset()
 
-all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# What is special about these is so of others too; they are asked by hand.
+COMBINED = (
+  *("8192 spans 4096, period 4", "dense_seven", "dense_129", "memory_3"),
+  *("span_at_a_distance", "first_key_beyond_memory", "stride_500"),
+  *("stride_rounds", "stride_memory_part", "real_500", "relative_seven"),
+  *("relative_few", "relative_bfloat16", "span_dropout", "wave_bfloat16"),
+  *("wave_dropout", "grouped_dense", "segments_dense", "padding_bfloat16"),
+  "series_memory_512",
+)
+all_cases = pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(
+      case, marks=pytest.mark.every_case if case.name in COMBINED else ()
+    )
+    for case in CASES
+  ],
+  ids=lambda case: case.name,
+)
 
 
 def exact_mask(case):

@@ -132,9 +132,16 @@ def check_closely(found, case):
 @pytest.mark.parametrize(
   ("kernel", "case"),
   [
-    *((kernel, case) for kernel in KERNELS for case in LENGTHS[1::2]),
-    # Of float32 a GPU's kernel reads these weights.
-    *((kernel, WAVE_BFLOAT16) for kernel in KERNELS if kernel == "pallas_gpu"),
+    *((kernel, LENGTHS[3]) for kernel in KERNELS),
+    *((k, LENGTHS[1]) for k in KERNELS if k == "pallas_tpu"),
+    *((k, WAVE_BFLOAT16) for k in KERNELS if k == "pallas_gpu"),
+    # Of float32 a GPU's kernel reads these weights, as it does where it is
+    # transformed.
+    *(
+      pytest.param(k, LENGTHS[1], marks=pytest.mark.every_case)
+      for k in KERNELS
+      if k == "pallas_gpu"
+    ),
     # These are like the wave, but for spans on a GPU, which `NAMES` has.
     *(
       pytest.param(kernel, case, marks=pytest.mark.every_case)
@@ -315,8 +322,11 @@ def assert_alike(found, exact, rtol=2e-5):
 @pytest.mark.parametrize(
   ("name", "kernel"),
   [
-    *((name, KERNELS[-1]) for name in ("vmap", "checkpoint")),
-    pytest.param("scan", KERNELS[-1], marks=pytest.mark.every_case),
+    ("vmap", KERNELS[-1]),
+    *(
+      pytest.param(name, KERNELS[-1], marks=pytest.mark.every_case)
+      for name in ("checkpoint", "scan")
+    ),
     pytest.param("pmap", KERNELS[-1], marks=two_devices),
     *(("vmap", kernel) for kernel in KERNELS[:-1]),
   ],
@@ -331,7 +341,7 @@ def test_transformed(name, kernel):
   ("kernel", "axis", "case"),
   [
     (KERNELS[-1], 0, SMALL),
-    *((kernel, 2, SMALL) for kernel in KERNELS),
+    (KERNELS[0], 2, SMALL),
     (KERNELS[-1], 2, GROUPED._replace(G=2)),
     pytest.param(
       *(KERNELS[-1], 2, GROUPED._replace(G=1)), marks=pytest.mark.every_case
@@ -402,7 +412,13 @@ def test_inside_shard_map(kernel=KERNELS[-1]):
   assert_alike([x[:1] for x in found[:3]] + [*found[3:]], exact)
 
 
-@everywhere
+@pytest.mark.parametrize(
+  "kernel",
+  [
+    KERNELS[-1],
+    *(pytest.param(k, marks=pytest.mark.every_case) for k in KERNELS[:-1]),
+  ],
+)
 def test_new_lengths_do_not_trace_again(kernel):
   traces = []
 

@@ -11,20 +11,15 @@ import safetensors
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import hardened, mask_params
-from adaptive_attention.model import Transformer
 from adaptive_attention.training.checkpoint import Checkpoints
+from tests import drawn
 from tests.modes.test_train import flags_with
 
 SMALL = ModelConfig(n_layer=2, n_head=3, width=24, context_tokens=16)
 
 
 def some_params(config=SMALL):
-  init = jax.jit(Transformer(config).init)
-  params = init(jax.random.key(0), np.zeros((1, 4), int))["params"]
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  return jax.tree.map(
-    lambda x: np.asarray(x + jax.random.normal(next(keys), x.shape)), params
-  )
+  return jax.device_get(drawn.parameters(config))
 
 
 def test_parameters_come_back_to_the_bit(tmp_path):

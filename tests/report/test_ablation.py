@@ -13,8 +13,9 @@ from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.model import Transformer
 from adaptive_attention.report import ablation, tables
 from adaptive_attention.training.steps import cross_entropy
+from tests import drawn
 from tests.training import test_evaluator
-from tests.training.test_evaluator import DATA, drawn
+from tests.training.test_evaluator import DATA
 
 CONFIG = dataclasses.replace(
   test_evaluator.CONFIG, max_span=10, ramp=2.0, position="rotary"
@@ -40,7 +41,7 @@ def changes(params, config, **options):
 
 @pytest.fixture(scope="module")
 def waves():
-  params = drawn(CONFIG)
+  params = drawn.parameters(CONFIG, scale=0.25)
   return params, changes(params, CONFIG)
 
 
@@ -79,7 +80,7 @@ def test_a_head_left_out_adds_nothing(waves):
 )
 def test_a_span_is_that_of_a_model_with_it(kind, length):
   config = dataclasses.replace(SPANS, max_span=12)
-  params = drawn(config)
+  params = drawn.parameters(config, scale=0.25)
   layer = params["block_0"]["attention"]
 
   def of_first(name, spans):
@@ -103,7 +104,7 @@ def test_what_is_open_already_changes_nothing():
       name, length
     )
 
-  params = with_lengths(drawn(wide), wide, opened)
+  params = with_lengths(drawn.parameters(wide, scale=0.25), wide, opened)
   for (_, _, kind), change in changes(params, wide).items():
     unchanged = kind in ("wave opened", "span opened")
     assert (change.bits == 0 and change.stderr == 0) == unchanged
@@ -112,7 +113,11 @@ def test_what_is_open_already_changes_nothing():
 def test_dense_heads_are_left_out_alone():
   config = dataclasses.replace(CONFIG, attention="dense")
   done = []
-  found = changes(drawn(config), config, progress=lambda *x: done.append(x))
+  found = changes(
+    drawn.parameters(config, scale=0.25),
+    config,
+    progress=lambda *x: done.append(x),
+  )
   assert {kind for _, _, kind in found} == {"left out"}
   assert done == [(i, 4) for i in (1, 2, 3, 4)]
 
