@@ -26,7 +26,7 @@ def layer(**fields):
 
 
 def init(module, x_BTD=X):
-  return module.init(jax.random.key(1), x_BTD)["params"]
+  return jax.jit(module.init)(jax.random.key(1), x_BTD)["params"]
 
 
 def test_fields_of_flax_have_its_defaults():
@@ -101,15 +101,16 @@ def test_a_head_of_keys_serves_several_heads():
 def test_packed_sequences_give_what_they_give_alone(position):
   module = layer(max_span=8, position=position)
   params = init(module)
+  apply = jax.jit(module.apply)
   ids = jnp.array([[0] * 4 + [1] * 5, [3] * 9])
-  y_BTD = module.apply({"params": params}, X, segment_ids=ids)
+  y_BTD = apply({"params": params}, X, segment_ids=ids)
   for row, part in ((0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 9))):
-    alone = module.apply({"params": params}, X[row : row + 1, part])[0]
+    alone = apply({"params": params}, X[row : row + 1, part])[0]
     np.testing.assert_allclose(y_BTD[row, part], alone, atol=1e-6)
   # Padding before a sequence changes nothing, either.
   key_mask = jnp.arange(9) >= jnp.array([[3], [0]])
-  y_BTD = module.apply({"params": params}, X, key_mask=key_mask)
-  alone = module.apply({"params": params}, X[:1, 3:])[0]
+  y_BTD = apply({"params": params}, X, key_mask=key_mask)
+  alone = apply({"params": params}, X[:1, 3:])[0]
   np.testing.assert_allclose(y_BTD[0, 3:], alone, atol=1e-6)
 
 
@@ -326,7 +327,7 @@ def test_layers_stacked_by_scan(whole):
       )
       return scanned(layer(**WHOLE, name="layers"), x_BTD, None)[0]
 
-  params = Stacked().init(jax.random.key(0), X)["params"]
+  params = init(Stacked())
   layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in (0, 1)]
 
   def one_by_one(params, x_BTD):

@@ -37,7 +37,7 @@ def small(**changes):
 
 
 def init(config, tokens=TOKENS):
-  return Transformer(config).init(jax.random.key(0), tokens)["params"]
+  return jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ class SomebodysModel(nn.Module):
 
 def test_the_module_and_the_penalty_serve_other_models():
   x_BTD = jnp.ones((1, 7, 32))
-  params = SomebodysModel().init(jax.random.key(0), x_BTD)["params"]
+  params = drawn.normal(drawn.shapes(SomebodysModel(), x_BTD))
   for i in range(12):
     params[f"AdaptiveSelfAttention_{i}"]["span_logit"] = jnp.full(2, i / 10)
   spans = [float(mask.span[0]) for mask in mask_params(params, LAYER)]
@@ -203,14 +203,14 @@ def test_rotary_positions_are_relative_and_have_no_longest_context():
   # With z = 6 and R = 4 a query attends over nine earlier bytes.
   params["block_0"]["attention"]["span_logit"] = jnp.full(2, math.log(6 / 18))
   tokens = jnp.tile(TOKENS, (1, 2))[:, :40]
-  model = Transformer(config)
-  whole = model.apply({"params": params}, tokens)
-  tail = model.apply({"params": params}, tokens[:, 15:])
+  apply = jax.jit(Transformer(config).apply)
+  whole = apply({"params": params}, tokens)
+  tail = apply({"params": params}, tokens[:, 15:])
   np.testing.assert_allclose(tail[:, 9:], whole[:, 24:], atol=1e-4)
   assert np.abs(tail[:, :8] - whole[:, 15:23]).max() > 0.1
   # Positions do act: the order of earlier bytes matters.
   swapped = tokens.at[:, 30].set(tokens[:, 31]).at[:, 31].set(tokens[:, 30])
-  other = model.apply({"params": params}, swapped)
+  other = apply({"params": params}, swapped)
   assert np.abs(other[:, 33] - whole[:, 33]).max() > 1e-2
 
 

@@ -12,6 +12,7 @@ from adaptive_attention import masks
 from adaptive_attention.attention import walk, walk_items
 from adaptive_attention.attention.walk import Sizes
 from adaptive_attention.masks import Mask, Wave
+from tests.pairs import in_turn
 
 
 def made(heads, integer=True):
@@ -56,8 +57,9 @@ SIZES = [
   (500, 500, 0, 48, 80),
   (700, 900, 50, 128, 128),
 ]
-case = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size}")
-mask = pytest.mark.parametrize("name", MASKS)
+case = pytest.mark.parametrize(
+  ("size", "name"), in_turn(SIZES, MASKS), ids=lambda x: f"{x}"
+)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -142,7 +144,6 @@ def walked(heads, sizes, ends_of_rows, rows):
   return of_heads
 
 
-@mask
 @case
 def test_blocks_with_an_open_pair_are_walked_once_and_no_others(
   name, size, monkeypatch
@@ -171,15 +172,7 @@ def test_all_strides_are_among_the_cases(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", ["q", "k"])
-@mask
-@pytest.mark.parametrize(
-  "size",
-  [
-    size if i % 2 else pytest.param(size, marks=pytest.mark.every_case)
-    for i, size in enumerate(SIZES)
-  ],
-  ids=lambda size: f"{size}",
-)
+@case
 def test_items_are_the_walk(name, size, rows):
   heads, sizes, _, ends, _ = found(MASKS[name], size)
   listed = jax.jit(walk_items.items, static_argnums=(1, 2))(heads, sizes, rows)
