@@ -118,7 +118,7 @@ def sample(
   sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
   share_BV = jax.nn.softmax(sorted_BV, axis=-1)
   before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-  rank_1V = jnp.arange(V)[None]
+  rank_1V = jnp.arange(V, dtype=jnp.int32)[None]
   kept_BV = (before_BV < top_p) & (rank_1V < jnp.where(top_k > 0, top_k, V))
   kept_BV &= (rank_1V == 0) | (temperature > 0)
   kept_BV |= rank_1V == 0

@@ -185,6 +185,14 @@ def test_numbers_that_are_no_tokens_are_named():
       write(CONFIG, params, TEXT[:, :3], **option)
 
 
+SWITCHES = {
+  "jax_enable_x64": True,
+  "jax_debug_nans": True,
+  "jax_numpy_dtype_promotion": "strict",
+  "jax_numpy_rank_promotion": "raise",
+}
+
+
 @pytest.mark.parametrize(
   "model",
   [
@@ -193,29 +201,31 @@ def test_numbers_that_are_no_tokens_are_named():
   ],
 )
 @pytest.mark.parametrize(
-  "switch",
+  "switches",
   [
-    {"jax_enable_x64": True},
-    {"jax_debug_nans": True},
-    {"jax_numpy_dtype_promotion": "strict"},
-    {"jax_numpy_rank_promotion": "raise"},
+    SWITCHES,
+    *(
+      pytest.param({name: SWITCHES[name]}, marks=pytest.mark.every_case)
+      for name in SWITCHES
+    ),
   ],
   ids=str,
 )
-def test_no_switch_of_jax_changes_a_text(switch, model):
+def test_no_switch_of_jax_changes_a_text(switches, model):
   config = changed(**MODELS[model], context_tokens=20)
   params = parameters(config)
   options = {"top_k": 50, "top_p": 0.9}
   expected = write(config, params, TEXT[:, :7], 30, **options)
-  ((name, value),) = switch.items()
-  before = getattr(jax.config, name)
-  jax.config.update(name, value)
+  before = {name: getattr(jax.config, name) for name in switches}
   try:
+    for name, value in switches.items():
+      jax.config.update(name, value)
     init = Transformer(config).init
     shapes = jax.eval_shape(init, jax.random.key(0), TEXT[:, :7])
     found = write(config, params, TEXT[:, :7], 30, **options)
   finally:
-    jax.config.update(name, before)
+    for name, value in before.items():
+      jax.config.update(name, value)
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(shapes)}
   assert dtypes == {np.dtype("float32")}
   np.testing.assert_array_equal(found, expected)

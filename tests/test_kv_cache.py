@@ -34,9 +34,24 @@ from tests.written_models import (
 step = jax.jit(generation.step, static_argnames="config")
 
 
+READS = ("spans", 1), ("spans", 70), ("spans", 5), ("dense", 5)
+# What is special about these is so of others too; they are asked by hand.
+COMBINED = (
+  *("dense, relative", "span, relative", "grouped spans", "long, dense"),
+  "closed waves",
+)
+
+
 @pytest.mark.parametrize(
   ("model", "read"),
-  in_turn(MODELS, [("spans", 1), ("spans", 70), ("spans", 5), ("dense", 5)]),
+  [
+    *in_turn([name for name in MODELS if name not in COMBINED], READS),
+    *(
+      pytest.param(name, read, marks=pytest.mark.every_case)
+      for name in COMBINED
+      for read in READS
+    ),
+  ],
 )
 def test_every_token_is_told_as_by_a_full_pass(model, read):
   """Texts outgrow the rings; prompts are shorter or longer than rings."""
@@ -56,7 +71,7 @@ def test_every_token_is_told_as_by_a_full_pass(model, read):
   [
     pytest.param("span, learned", "spans", False, marks=pytest.mark.every_case),
     ("integer waves, relative", "spans", True),
-    ("real waves", "dense", False),
+    pytest.param("real waves", "dense", False, marks=pytest.mark.every_case),
     pytest.param("long, dense", "spans", False, marks=pytest.mark.every_case),
   ],
 )

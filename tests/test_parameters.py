@@ -122,8 +122,9 @@ def test_layers_that_are_mapped_are_layers():
   assert len(mask_params(params, CONFIG)) == 4
 
 
-@pytest.mark.parametrize("clip", ["global", "tensor"])
-@pytest.mark.parametrize("name", ["adamw", "adagrad"])
+@pytest.mark.parametrize(
+  ("name", "clip"), in_turn(["adamw", "adagrad"], ["global", "tensor"])
+)
 def test_stacked_layers_are_updated_as_layers_apart(name, clip):
   config = OptimizerConfig(
     name=name,

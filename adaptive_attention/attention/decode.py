@@ -59,7 +59,8 @@ class Group(NamedTuple):
 
   def distances(self) -> np.ndarray:
     """Returns (r, Y) the distances that are read, ascending along Y."""
-    return np.add.outer(self.residues, self.period * np.arange(self.rows))
+    row_Y = np.arange(self.rows, dtype=np.int32)
+    return np.add.outer(np.array(self.residues, np.int32), self.period * row_Y)
 
 
 def reach(mask: masks.Mask, longest: int) -> np.ndarray:
@@ -183,7 +184,8 @@ def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
     return _put_one(group, ring_BGPYK, new_BGTK, first)
   P, Y, T = group.period, group.rows, new_BGTK.shape[2]
   # The newest position of each class and row, counted from the first new token.
-  c_P1, y_1Y = np.arange(P)[:, None], np.arange(Y)[None]
+  c_P1, y_1Y = (np.arange(n, dtype=np.int32) for n in (P, Y))
+  c_P1, y_1Y = c_P1[:, None], y_1Y[None]
   newest_P1 = (first + T - 1 - c_P1) // P
   t_PY = P * (newest_P1 - (newest_P1 - y_1Y) % Y) + c_P1 - first
   rows = new_BGTK[:, :, jnp.maximum(t_PY, 0)]
@@ -208,7 +210,7 @@ def in_order(group: Group, ring_BGPYK, tokens_read):
   """
   P, Y = group.period, group.rows
   first = jnp.asarray(tokens_read).astype(jnp.int32)
-  position_L = first + np.arange(-P * Y, 0)
+  position_L = first + np.arange(-P * Y, 0, dtype=np.int32)
   rows = ring_BGPYK[:, :, position_L % P, (position_L // P) % Y]
   return rows.swapaxes(1, 2)
 

@@ -124,7 +124,9 @@ def _compared(result, other, against) -> dict:
     return {}
   told = {"workdir": str(against)}
   told |= {name: other[name] for name in ("step", "protocol")}
-  return {"against": told | paired.difference(result, other)._asdict()}
+  chunks = result.chunk_bits, other["chunk_bits"]
+  more = paired.difference(*chunks, result.tokens)
+  return {"against": told | more._asdict()}
 
 
 def _say(record, result, corpus, part, layers, config):

@@ -145,11 +145,11 @@ def measure(
   base, wide, changed = variants(params, config)
   predict = evaluator.Evaluator(Transformer(wide), batch_size)
   whole = predict(parallel.replicate(base), data)
-  told = {"chunk_bits": whole.chunk_bits}
   found, cases = [], list(changed)
   for layer, head, kind, tree in cases:
     result = predict(parallel.replicate(tree), data)
-    more = paired.difference(result, told)
+    chunks = result.chunk_bits, whole.chunk_bits
+    more = paired.difference(*chunks, result.tokens)
     found.append(Change(layer, head, kind, *more))
     progress(len(found), len(cases))
   return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from adaptive_attention.report import points, runs, style
 from adaptive_attention.report.style import Figure
+from adaptive_attention.training import paired
 from adaptive_attention.training.settings import flatten
 
 _PAGE = """<!DOCTYPE html>
@@ -110,14 +111,16 @@ def _table(all_runs, names, split) -> str:
   unit = all_runs[0].units
   rows = [
     (
-      *("run", unit.name, "+-", f"{unit.unit}s", "protocol", "step"),
-      *("million tokens read", "hours"),
+      *("run", unit.name, "+-", f"{unit.unit}s", "protocol"),
+      *(f"more than {names[0]}", "step", "million tokens read", "hours"),
     )
   ]
+  first = all_runs[0].evaluation(split)
   for run, name in zip(all_runs, names, strict=True):
     found = run.evaluation(split)
     if found is not None:
-      rows.append((name, *_loss(run, found), *_effort(run)))
+      row = name, *_loss(run, found), _more(found, first), *_effort(run)
+      rows.append(row)
   for point in points.of_runs(all_runs, split):
     if len(point.names) > 1:
       name = f"mean of {point.name}"
@@ -131,6 +134,12 @@ def _loss(run, found):
   count = found[f"{run.units.unit}s"]
   bits, stderr = run.bits(found), found["stderr"]
   return f"{bits:.4f}", f"{stderr:.4f}", f"{count:,}", found["protocol"]
+
+
+def _more(found, first) -> str:
+  """Returns how much more a run loses than the first, on the same tokens."""
+  more = first and found is not first and paired.of_records(found, first)
+  return f"{more.bits:+.4f} +- {more.stderr:.4f}" if more else ""
 
 
 def _effort(run):

@@ -5,7 +5,7 @@ by chunk, has a far smaller standard error than either loss.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,9 +72,24 @@ def earlier(
   )
 
 
-def difference(result: Result, record: Mapping) -> Difference:
-  """Returns what a result has more than a record of `earlier`."""
-  more = result.chunk_bits - np.asarray(record["chunk_bits"])
-  return Difference(
-    float(more.sum() / result.tokens), standard_error(more, result.tokens)
-  )
+def of_records(one: Mapping, other: Mapping) -> Difference | None:
+  """Returns what a record has more than another; None if they do not fit.
+
+  They fit if they are of the same tokens of the same data, by one protocol.
+  """
+  names = "split", "protocol", "bytes", "tokens"
+  alike = all(one.get(name) == other.get(name) for name in names)
+  digests = [record.get("data", {}).get("sha256") for record in (one, other)]
+  kept = "chunk_bits" in one and "chunk_bits" in other
+  if not (alike and kept and digests[0] == digests[1]):
+    return None
+  tokens = one.get("tokens", one.get("bytes"))
+  return difference(one["chunk_bits"], other["chunk_bits"], tokens)
+
+
+def difference(
+  chunk_bits: Sequence[float], others: Sequence[float], tokens: int
+) -> Difference:
+  """Returns what chunks of so many tokens have more than those of another."""
+  more = np.subtract(chunk_bits, others)
+  return Difference(float(more.sum() / tokens), standard_error(more, tokens))

@@ -439,7 +439,7 @@ def test_without_a_name_the_best_that_serves_runs():
 REAL = st.integers(0, 10**6).map(lambda n: (n + 0.3183) / 10**6)
 
 
-@everywhere
+@mostly_blocked
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_any_case(implementation, data):

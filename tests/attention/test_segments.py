@@ -54,7 +54,9 @@ def test_a_segment_may_come_back(implementation):
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("wave", [None, INTEGER])
+@pytest.mark.parametrize(
+  "wave", [pytest.param(None, marks=pytest.mark.every_case), INTEGER]
+)
 def test_blocks_across_segments_are_not_computed(wave):
   """Products with nan would show, also where the weights are zero."""
   T, first = 1024, 512  # whole blocks also under a stride of four

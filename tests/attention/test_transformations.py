@@ -158,7 +158,7 @@ REFUSED = {
 def test_what_blocked_cannot_is_refused_and_not_zero(name):
   transformed = REFUSED[name]
   with pytest.raises((TypeError, ValueError, NotImplementedError)):
-    jax.eval_shape(lambda: transformed(attention("blocked")))
+    jax.jit(lambda: transformed(attention("blocked"))).lower()
   jax.eval_shape(lambda: transformed(attention("reference")))
 
 
@@ -211,6 +211,14 @@ def _both(one, other):
     yield
 
 
+@contextlib.contextmanager
+def _all():
+  with contextlib.ExitStack() as switches:
+    for switch in SWITCHES.values():
+      switches.enter_context(switch())
+    yield
+
+
 def value_and_gradients(call):
   out, pull = jax.vjp(call, arguments())
   return out, pull(jnp.ones_like(out))
@@ -222,13 +230,21 @@ def plain(implementation, made):
 
 
 @mostly_blocked
+@pytest.mark.parametrize("made", [attention, from_ring])
 @pytest.mark.parametrize(
-  ("switch", "made"), in_turn(SWITCHES, [attention, from_ring])
+  "switch",
+  [
+    pytest.param(_all, id="all at once"),
+    *(
+      pytest.param(switch, id=name, marks=pytest.mark.every_case)
+      for name, switch in SWITCHES.items()
+    ),
+  ],
 )
 def test_switches_change_nothing(switch, made, implementation):
   expected = plain(implementation, made)
   arguments()  # which are to be float32 under any switch
-  with SWITCHES[switch]():
+  with switch():
     found = jax.jit(lambda: value_and_gradients(made(implementation)))()
   # A precision may change the order of sums in products.
   assert_alike(found, expected, rtol=1e-6)

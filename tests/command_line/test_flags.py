@@ -19,6 +19,7 @@ from adaptive_attention.command_line import (
 )
 from adaptive_attention.command_line.uses import EXAMPLES, USES
 from adaptive_attention.errors import SettingsError
+from adaptive_attention.report import whole
 from adaptive_attention.training import (
   parallel,
   settings,
@@ -292,6 +293,7 @@ def acting(text, tmp_path_factory):
   parallel_start = parallel.start
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parallel, "start", start)
+    patch.setattr(whole, "_draw", lambda *_: None)  # it has no settings
     for use in USES:
       noted = read[use.name]
 

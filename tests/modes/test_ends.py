@@ -83,10 +83,15 @@ def before_call(monkeypatch, owner, name, number, act):
 @pytest.mark.parametrize(
   ("owner", "name", "number"),
   [
-    (evaluator.Evaluator, "__call__", 1),
     (evaluator.Evaluator, "__call__", 2),  # of the last step
     (logbook.Logbook, "write", 3),
-    (Checkpoints, "record_evaluation", 1),
+    *(
+      pytest.param(*before, marks=pytest.mark.every_case)
+      for before in (
+        (evaluator.Evaluator, "__call__", 1),
+        (Checkpoints, "record_evaluation", 1),
+      )
+    ),
   ],
 )
 def test_killed_in_validation(

@@ -11,6 +11,7 @@ import safetensors
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import hardened, mask_params
+from adaptive_attention.modes import export
 from adaptive_attention.training.checkpoint import Checkpoints
 from tests import drawn
 from tests.modes.test_train import flags_with
@@ -20,6 +21,22 @@ SMALL = ModelConfig(n_layer=2, n_head=3, width=24, context_tokens=16)
 
 def some_params(config=SMALL):
   return jax.device_get(drawn.parameters(config))
+
+
+def test_a_model_that_is_trained_on_has_its_report(tiny, tmp_path, monkeypatch):
+  """Where the settings ask for one, at the end of its training."""
+  hardened, calls = tmp_path / "hardened", []
+  for name, result in (("_tuned", tiny), ("_harden", hardened)):
+    monkeypatch.setattr(export, name, lambda *_, found=result: found)
+  monkeypatch.setattr(export, "_write", lambda *_: None)
+  monkeypatch.setattr(
+    export.training, "train", lambda *_, **__: calls.append("train")
+  )
+  monkeypatch.setattr(export.runs, "read", lambda folder: folder)
+  monkeypatch.setattr(export.whole, "write", lambda *x: calls.append(x))
+  for tiny.report in (False, True):
+    export.run(tiny, tmp_path, step=3, harden=True, finetune_steps=2)
+  assert calls == ["train", "train", (hardened, [hardened])]
 
 
 def test_parameters_come_back_to_the_bit(tmp_path):
@@ -132,13 +149,9 @@ def test_the_mode(main, trained, tmp_path):
     )
 
   code, out, err = main(
-    *("--mode=export", f"--workdir={workdir}", "--harden"),
-    *("--finetune_steps=3", "--config.report=True"),
+    "--mode=export", f"--workdir={workdir}", "--harden", "--finetune_steps=3"
   )
   assert code == 0, err
-  assert (
-    "Steps: hardened 15." in (workdir / "hardened" / "report.html").read_text()
-  )
   figures = re.search(
     r"as trained ([\d.]+), hardened ([\d.]+) \(([+-][\d.]+)\)", out
   )

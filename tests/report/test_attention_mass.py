@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,10 +92,9 @@ def test_a_model_is_watched_and_not_changed(changes):
     (Watched(jnp.zeros((2, T)), jnp.zeros((2, T))),) * 2, np.uint32(0)
   )
   tokens = jnp.asarray(DATA[None, :T], jnp.int32)
-  watched, _ = Transformer(config).apply(
-    {"params": params}, tokens, state=state
-  )
-  plain = Transformer(config).apply({"params": params}, tokens)
+  apply = jax.jit(Transformer(config).apply)
+  watched, _ = apply({"params": params}, tokens, state=state)
+  plain = apply({"params": params}, tokens)
   np.testing.assert_allclose(watched, plain, atol=1e-5)
 
 

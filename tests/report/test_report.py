@@ -12,7 +12,7 @@ import pytest
 
 from adaptive_attention.modes import inspect
 from adaptive_attention.report import page, points, run_figures, runs
-from adaptive_attention.training import settings
+from adaptive_attention.training import evaluator, settings
 from tests.modes.test_an_older_run import OLDER
 
 FIGURES = ["heads", "spans", "weights", "pairs", "cost", "curves"]
@@ -176,6 +176,21 @@ def test_seeds_share_a_point_wherever_they_were_trained():
   assert len(points.of_runs([one, other], "test")) == 1
   table = page._table([one, other], ["a", "b"], "test")
   assert "<td>mean of a, b</td><td>2.0000</td><td>0.0000</td><td></td>" in table
+
+
+def test_the_table_tells_what_runs_lose_more_than_the_first():
+  """On the same tokens, with the error of the difference."""
+  one, other = made("a", 0, 2.0), made("b", 1, 2.5)
+  chunks = np.full(3, 6.0), np.array([506.0, 506.0, 256.0])
+  for run, bits in zip((one, other), chunks, strict=True):
+    run.evaluations[0].update(chunk_bits=list(bits), bytes=2_500)
+  table = page._table([one, other], ["a", "b"], "test")
+  assert "<th>more than a</th>" in table
+  error = evaluator.standard_error(chunks[1] - chunks[0], 2_500)
+  assert f"<td>+0.5000 +- {error:.4f}</td>" in table
+  assert table.count(" +- ") == 1
+  del one.evaluations[0]["chunk_bits"]
+  assert " +- " not in page._table([one, other], ["a", "b"], "test")
 
 
 def test_the_loss_of_training_stands_where_there_is_no_other():

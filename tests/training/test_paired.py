@@ -45,13 +45,13 @@ def losses():
 def test_what_both_find_hard_is_not_in_the_error(losses):
   noise = np.random.default_rng(1).normal(0.02, 0.1, COUNT)
   mine, other = result(losses + noise), result(losses)
-  more = paired.difference(mine, record(other))
+  more = paired.of_records(record(mine), record(other))
   np.testing.assert_allclose(more.bits, noise.mean(), atol=1e-6)
   np.testing.assert_allclose(more.stderr, 0.1 / math.sqrt(COUNT), rtol=0.25)
   assert more.stderr < mine.stderr / 100
-  back = paired.difference(other, record(mine))
+  back = paired.of_records(record(other), record(mine))
   np.testing.assert_allclose(back, (-more.bits, more.stderr), atol=1e-6)
-  assert paired.difference(mine, record(mine)).stderr < 1e-6
+  assert paired.of_records(record(mine), record(mine)).stderr < 1e-6
 
 
 def written(folder, *records, rest=""):
@@ -59,6 +59,25 @@ def written(folder, *records, rest=""):
   lines = "".join(json.dumps(record) + "\n" for record in records)
   (folder / "evals.jsonl").write_text(lines + rest)
   return folder
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"data": {"sha256": "another"}},
+    {"split": "valid"},
+    {"protocol": "memory"},
+    {"bytes": COUNT - 1},
+    {"bytes": None, "tokens": COUNT},
+  ],
+)
+def test_records_of_other_tokens_have_no_difference(losses, change):
+  one = record(result(losses))
+  assert paired.of_records(one, one | change) is None
+  assert paired.of_records(one | change, one) is None
+  older = {n: v for n, v in one.items() if n != "chunk_bits"}
+  assert paired.of_records(one, older) is None
+  assert paired.of_records(one, one | {"step": 7}) == (0.0, 0.0)
 
 
 def test_the_last_evaluation_of_the_same_tokens_is_found(tmp_path, losses):

@@ -242,7 +242,7 @@ def test_the_memory_stays_in_its_place(tiny):
 )
 def test_what_is_computed_again_is_the_same_and_takes_less(tiny, remat, most):
   config = remembering(tiny) if remat == "mlp" else tiny
-  config.model.update(n_layer=4, width=32, context_tokens=16, dropout=0.3)
+  config.model.update(n_layer=3, width=32, context_tokens=16, dropout=0.3)
   config.batch_size = 64
   found = []
   for config.model.remat in ("none", remat):
