@@ -70,8 +70,10 @@ def test_every_token_is_told_as_by_a_full_pass(model, read):
   ("model", "cache", "traced_alone"),
   [
     pytest.param("span, learned", "spans", False, marks=pytest.mark.every_case),
-    ("integer waves, relative", "spans", True),
-    pytest.param("real waves", "dense", False, marks=pytest.mark.every_case),
+    pytest.param(
+      *("integer waves, relative", "spans", True), marks=pytest.mark.every_case
+    ),
+    ("real waves", "dense", False),
     pytest.param("long, dense", "spans", False, marks=pytest.mark.every_case),
   ],
 )

@@ -102,7 +102,7 @@ def at_once(config, params, stream):
     pytest.param("span", "rotary", marks=pytest.mark.every_case),
     ("span", "relative"),
     ("span_wave", "rotary"),
-    ("dense", "relative"),
+    pytest.param("dense", "relative", marks=pytest.mark.every_case),
   ],
 )
 def test_every_segment_is_the_end_of_one_sequence(

@@ -132,21 +132,13 @@ def check_closely(found, case):
 @pytest.mark.parametrize(
   ("kernel", "case"),
   [
-    *((kernel, LENGTHS[3]) for kernel in KERNELS),
-    *((k, LENGTHS[1]) for k in KERNELS if k == "pallas_tpu"),
+    *((k, LENGTHS[3]) for k in KERNELS if k == "pallas_tpu"),
     *((k, WAVE_BFLOAT16) for k in KERNELS if k == "pallas_gpu"),
-    # Of float32 a GPU's kernel reads these weights, as it does where it is
-    # transformed.
-    *(
-      pytest.param(k, LENGTHS[1], marks=pytest.mark.every_case)
-      for k in KERNELS
-      if k == "pallas_gpu"
-    ),
-    # These are like the wave, but for spans on a GPU, which `NAMES` has.
     *(
       pytest.param(kernel, case, marks=pytest.mark.every_case)
       for kernel in KERNELS
-      for case in LENGTHS[::2]
+      for case in LENGTHS
+      if (kernel, case) != ("pallas_tpu", LENGTHS[3])
     ),
   ],
   ids=lambda x: getattr(x, "name", x),
@@ -341,7 +333,7 @@ def test_transformed(name, kernel):
   ("kernel", "axis", "case"),
   [
     (KERNELS[-1], 0, SMALL),
-    (KERNELS[0], 2, SMALL),
+    pytest.param(KERNELS[0], 2, SMALL, marks=pytest.mark.every_case),
     (KERNELS[-1], 2, GROUPED._replace(G=2)),
     pytest.param(
       *(KERNELS[-1], 2, GROUPED._replace(G=1)), marks=pytest.mark.every_case

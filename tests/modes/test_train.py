@@ -70,6 +70,8 @@ def start(flags, workdir):
   return subprocess.Popen(
     [sys.executable, "main.py", *flags, f"--workdir={workdir}"],
     cwd=ROOT,
+    # It may be killed, and reads what others have compiled, but writes none.
+    env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
