@@ -22,7 +22,8 @@ _PAGE = """<!DOCTYPE html>
   figure img {{ filter: invert(1) hue-rotate(180deg); }}
 }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text);
-  background: var(--page); max-width: 60rem; margin: 0 auto; padding: 1rem; }}
+  background: var(--page); max-width: 60rem; margin: 0 auto; padding: 1rem;
+  overflow-wrap: anywhere; }}
 figure {{ margin: 2rem 0; }}
 figure div {{ overflow-x: auto; }}
 figure img {{ width: 100%; min-width: 34rem; }}
