@@ -19,16 +19,17 @@ _PAGE = """<!DOCTYPE html>
   --text: #1a1a1a; --page: #fff; --line: #ccc; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --text: #e6e6e6; --page: #161616; --line: #444; }}
-  figure img {{ filter: invert(1) hue-rotate(180deg); }}
 }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text);
   background: var(--page); max-width: 60rem; margin: 0 auto; padding: 1rem;
   overflow-wrap: anywhere; }}
 figure {{ margin: 2rem 0; }}
 figure div {{ overflow-x: auto; }}
-figure img {{ width: 100%; min-width: 34rem; }}
+/* Captions name colours, so that figures are not inverted in the dark. */
+figure img {{ width: 100%; background: #fff; }}
 figcaption, footer {{ font-size: 0.9rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto;
+  overflow-wrap: normal; }}
 th, td {{ border-bottom: 1px solid var(--line); padding: 0.3rem 0.7rem;
   text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
@@ -89,9 +90,11 @@ def page(
 
 
 def _figure(figure, svg) -> str:
+  inches = figure.drawn.get_figwidth()  # a wide one scrolls on a phone
+  look = f"min-width: {56 * inches:.0f}px; max-width: {120 * inches:.0f}px"
   return (
     f'<figure id="{figure.name}">\n<h2>{html.escape(figure.title)}</h2>\n'
-    f'<div><img src="{style.as_address(svg)}" '
+    f'<div><img src="{style.as_address(svg)}" style="{look}" '
     f'alt="{html.escape(figure.alt)}"></div>\n'
     f"<figcaption>{html.escape(figure.caption)} Also in figures/{figure.name}"
     ".png, .pdf and .svg.</figcaption>\n</figure>"

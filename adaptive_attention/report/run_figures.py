@@ -80,6 +80,7 @@ def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
     row, ("step", "million tokens read", "hours, all resumes"), strict=True
   ):
     ax.set_xlabel(title)
+    ax.locator_params(axis="x", nbins=5)
   row[0].set_ylabel(unit)
   drawn.legend(loc="outside lower center", ncols=min(4, len(names)))
   return Figure(

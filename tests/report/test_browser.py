@@ -26,7 +26,8 @@ PROBE = """<script>addEventListener("load", () => {
       x => x.getBoundingClientRect().right),
     page: getComputedStyle(document.body).backgroundColor,
     text: getComputedStyle(document.body).color,
-    filter: getComputedStyle(images[0]).filter,
+    behind: images.map(x => getComputedStyle(x).backgroundColor),
+    widths: images.map(x => x.getBoundingClientRect().width),
     asked: performance.getEntriesByType("resource")
       .map(x => x.name).filter(x => !x.startsWith("data:")),
   }), "*");
@@ -82,4 +83,6 @@ def test_it_is_laid_out_within_the_window(report, tmp_path, width, dark):
   if dark:
     colours = ["rgb(22, 22, 22)", "rgb(230, 230, 230)"]
   assert [found["page"], found["text"]] == colours
-  assert found["filter"].startswith("invert") == dark
+  assert set(found["behind"]) == {"rgb(255, 255, 255)"}
+  widest, narrowest = max(found["widths"]), min(found["widths"])
+  assert narrowest < width < 500 or (narrowest < 700 and widest > 900)
