@@ -132,9 +132,12 @@ def weights(run: runs.Run) -> Figure:
   distance = np.arange(S)
   for layer, mask in enumerate(run.layers):
     weight_HS = np.exp(np.asarray(masks.log_weight(mask, distance)))
+    exact_HS = _exact_waves(mask, distance)
     for h, ax in enumerate(grid[layer]):
-      _one_weight(ax, distance, weight_HS[h])
-      _exact_wave(ax, mask, h, distance)
+      _one_weight(ax, weight_HS[h])
+      if exact_HS is not None:
+        near = int(8 * float(mask.wave.period[h])) + 1
+        ax.plot(exact_HS[h, :near], color="black", linewidth=0.5)
   series = config.wave is not None and config.wave.harmonics
   return Figure(
     "weights",
@@ -150,22 +153,25 @@ def weights(run: runs.Run) -> Figure:
   )
 
 
-def _one_weight(ax, distance, weight_S):
+def _one_weight(ax, weight_S):
   ax.set_ylim(0, 1.02)
-  edges = {"step": "mid", "linewidth": 0, "rasterized": True}
-  ax.fill_between(distance, weight_S <= 0, color=style.HIDDEN, **edges)
-  ax.fill_between(distance, weight_S, color=style.SOFT, **edges)
-  full = np.where(weight_S >= 1, weight_S, 0)
-  ax.fill_between(distance, full, color=style.OPEN, **edges)
+  edges = np.arange(len(weight_S) + 1) - 0.5
+  full_S = np.where(weight_S >= 1, weight_S, 0)
+  for shown_S, colour in (
+    (weight_S <= 0, style.HIDDEN),
+    (weight_S, style.SOFT),
+    (full_S, style.OPEN),
+  ):
+    look = {"fill": True, "color": colour, "linewidth": 0, "rasterized": True}
+    ax.stairs(shown_S, edges, **look)
 
 
-def _exact_wave(ax, mask, h, distance):
+def _exact_waves(mask, distance) -> np.ndarray | None:
+  """Returns (H, S) w(d) without a series, beside one; None without a series."""
   if mask.wave is None or mask.wave.harmonics is None:
-    return
+    return None
   exact = masks.Wave(mask.wave.period, mask.wave.ratio)
-  near = distance[: int(8 * float(mask.wave.period[h])) + 1]
-  weight_S = np.asarray(masks.wave_weight(near, exact))[h]
-  ax.plot(near, weight_S, color="black", linewidth=0.5)
+  return np.asarray(masks.wave_weight(distance, exact))
 
 
 def pairs(run: runs.Run) -> Figure:

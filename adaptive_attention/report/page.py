@@ -162,14 +162,15 @@ def _footer(all_runs, names, command, environment) -> str:
     if len({repr(settings.get(name)) for settings in flat}) > 1
   )
   data = {f"{run.data['name']} {run.data['sha256']}" for run in all_runs}
+  made = "; ".join(
+    f"{name}: step {run.step}, seed {run.settings.get('seed')}"
+    for name, run in zip(names, all_runs, strict=True)
+  )
   parts = [
     "<h2>Where this comes from</h2>",
     f"<p>adaptive_attention {html.escape(environment['adaptive_attention'])} "
-    f"({html.escape(environment['commit'])}). Steps: "
-    + html.escape(
-      ", ".join(f"{n} {r.step}" for n, r in zip(names, all_runs, strict=True))
-    )
-    + f". Data: {html.escape(', '.join(sorted(data)))}.</p>",
+    f"({html.escape(environment['commit'])}). {html.escape(made)}. Data: "
+    f"{html.escape(', '.join(sorted(data)))}.</p>",
   ]
   if differ:
     parts.append("<h3>Settings that differ</h3>")
