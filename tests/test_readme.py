@@ -33,6 +33,14 @@ def commands():
         yield words[words.index("main.py") + 1 :]
 
 
+def test_its_pictures_are_there_and_small():
+  pictures = re.findall(r"!\[[^\]]{40,}\]\(([^)]+)\)", README)
+  assert len(pictures) == README.count("![") == 2
+  for picture in pictures:
+    content = (ROOT / picture).read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 1 << 18
+
+
 def test_the_two_commands_come_first():
   first, second = blocks("sh")[:2]
   install = "pip install -r requirements.txt"
