@@ -241,9 +241,9 @@ def test_plan_counts_without_training(main, tmp_path):
   )
   assert code == 0, err
   # There are 2 layers of 4 D^2 + 8 D^2 with D = 192, 3 x 4 mask logits a layer,
-  # norms of 192 (two a layer and the last), 256 bytes and 2 x 128 positions.
+  # norms of 192 (two a layer and the last), and 256 bytes.
   D = 192
-  expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + (256 + 2 * 128) * D
+  expected = 2 * (12 * D**2 + 3 * 4 + 2 * D) + D + 256 * D
   assert f"parameters {expected:,} (span_wave)" in out
   assert "temporary" in out
   # All pairs of 128 tokens, in 2 layers of 4 heads: two products of width 48.
