@@ -8,10 +8,10 @@ import json
 import os
 import pathlib
 import resource
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 # Processes that pytest-xdist and tests start inherit all variables.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -31,14 +31,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
       flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
-  # They compile the same steps over and over, and the next time again. It is
-  # where `pytest --cache-clear` clears; what is old goes with all else.
-  _CACHE = (
-    pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "compiled"
-  )
-  if sum(path.stat().st_size for path in _CACHE.glob("*")) > 1 << 30:
-    shutil.rmtree(_CACHE)
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
+  # They compile the same few steps over and over.
+  _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax

@@ -95,6 +95,26 @@ def test_a_text_is_read_in_parts_of_any_length(model, cache, traced_alone):
     assert state.tokens_read == start
 
 
+def test_parts_are_read_under_strict_types():
+  """Integers of 32 bits meet none of 64, which no implicit rule combines."""
+  config = changed(**MODELS["integer waves"])
+  params = parameters(config)
+  state = init_cache(params, config, batch=len(TEXT))
+  tokens = TEXT[:, :5].astype(np.int32)
+  with (
+    jax.enable_x64(True),
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+  ):
+    logits, _ = jax.eval_shape(
+      lambda state: Transformer(config).apply(
+        {"params": params}, tokens, state=state
+      ),
+      state,
+    )
+  assert logits.dtype == np.float32
+
+
 def test_a_loop_on_the_device_starts_with_an_empty_cache():
   config, params, expected = model_of("integer waves")
   state = init_cache(params, config, batch=len(TEXT))

@@ -65,6 +65,7 @@ def reported(main, tmp_path_factory, text):
   one, other = folder / "one", folder / "a <b> & b"
   assert main(*flags, f"--workdir={one}", "--config.report=True")[0] == 0
   at_the_end = (one / "report.html").read_text()
+  assert len((one / "heads.csv").read_text().splitlines()) == 1 + 2
   assert main("--mode=eval", f"--workdir={one}")[0] == 0
   shutil.copytree(OLDER / "run", other)
   code, out, err = main(
