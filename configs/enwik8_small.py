@@ -1,8 +1,8 @@
 """A small model in four variants: what masks keep, and what they save.
 
 VARIANT is dense, span, span_wave (real periods) or span_integer (periods that
-are integers, whose hidden keys are skipped). A run takes some 12 minutes on two
-CPU cores; RESULTS.md has them under "What masks keep and save":
+are integers, whose hidden keys are skipped). A run is meant to take at most 20
+minutes on two quiet CPU cores; none is in RESULTS.md yet:
 
 python main.py --config configs/enwik8_small.py:VARIANT --config.seed=1 \
   --config.model.position=rotary --workdir runs/VARIANT_1
