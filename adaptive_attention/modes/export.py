@@ -5,7 +5,7 @@ import pathlib
 from adaptive_attention import gpt2, weights
 from adaptive_attention.mask_parameters import hardened
 from adaptive_attention.model import Transformer
-from adaptive_attention.report import runs, whole
+from adaptive_attention.report import whole
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -63,7 +63,7 @@ def run(
       )
       step = tuned.steps
       if tuned.report:
-        whole.write(workdir, [runs.read(workdir)])
+        whole.write_of_ended_run(workdir)
   _write(workdir, step, layout)
 
 

@@ -1,6 +1,6 @@
 """Trains: from the start or the newest checkpoint to the last step."""
 
-from adaptive_attention.report import runs, whole
+from adaptive_attention.report import whole
 from adaptive_attention.training import run as training
 from adaptive_attention.training import settings
 
@@ -17,4 +17,4 @@ def run(config, workdir, *, corpus, step=None):
   """
   training.train(settings.training_config(config), workdir, corpus, which=step)
   if config.report:
-    whole.write(workdir, [runs.read(workdir)])
+    whole.write_of_ended_run(workdir)

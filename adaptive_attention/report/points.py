@@ -42,26 +42,28 @@ class Point(NamedTuple):
 def of_runs(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
   """Returns a point for each setting; runs that differ by seed share one.
 
-  Runs that were not evaluated on the split at their step are left out.
+  They do so at one step, evaluated on the same tokens by one protocol. Runs
+  that were not evaluated on the split at their step are left out.
   """
   groups = {}
   for run, name in zip(all_runs, runs.labels(all_runs), strict=True):
     found = run.evaluation(split)
     if found is not None:
       one = name, run.bits(found), found
-      groups.setdefault(_kind(run.settings), []).append(one)
+      groups.setdefault(_kind(run, found), []).append(one)
   return [_point(*zip(*group, strict=True)) for group in groups.values()]
 
 
-def _kind(settings) -> str:
-  """Returns what the settings of runs that differ by their seed share."""
-  return repr(
-    {
-      name: value
-      for name, value in sorted(flatten(settings).items())
-      if name not in _IDLE and not name.startswith(_IDLE_SECTIONS)
-    }
-  )
+def _kind(run, found) -> str:
+  """Returns what runs that differ by their seed share."""
+  settings = {
+    name: value
+    for name, value in sorted(flatten(run.settings).items())
+    if name not in _IDLE and not name.startswith(_IDLE_SECTIONS)
+  }
+  tokens = found[f"{run.units.unit}s"]
+  data = run.data.get("sha256")
+  return repr((settings, run.step, data, found["protocol"], tokens))
 
 
 def _point(names, bits, found) -> Point:

@@ -90,6 +90,17 @@ def write(
     _draw(folder, all_runs, split, measured)
 
 
+def write_of_ended_run(workdir):
+  """Writes the report of a run that has ended; the primary process alone does.
+
+  Raises:
+    CheckpointError: the newest checkpoint is damaged.
+    LogbookError: a file cannot be written.
+  """
+  if parallel.is_primary():
+    write(workdir, [runs.read(workdir)])
+
+
 def _say(one: runs.Run, rows):
   """Prints the heads of a run, and what they cost together."""
   config = one.config

@@ -32,11 +32,10 @@ def test_a_model_that_is_trained_on_has_its_report(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(
     export.training, "train", lambda *_, **__: calls.append("train")
   )
-  monkeypatch.setattr(export.runs, "read", lambda folder: folder)
-  monkeypatch.setattr(export.whole, "write", lambda *x: calls.append(x))
+  monkeypatch.setattr(export.whole, "write_of_ended_run", calls.append)
   for tiny.report in (False, True):
     export.run(tiny, tmp_path, step=3, harden=True, finetune_steps=2)
-  assert calls == ["train", "train", (hardened, [hardened])]
+  assert calls == ["train", "train", hardened]
 
 
 def test_parameters_come_back_to_the_bit(tmp_path):

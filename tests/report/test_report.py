@@ -180,6 +180,24 @@ def test_seeds_share_a_point_wherever_they_were_trained():
   assert "<td>mean of a, b</td><td>2.0000</td><td>0.0000</td><td></td>" in table
 
 
+@pytest.mark.parametrize(
+  "change", [{"step": 4}, {"data": {"sha256": "another"}}], ids=str
+)
+def test_runs_that_were_not_measured_alike_are_no_seeds(change):
+  one, other = made("a", 0, 2.0), made("b", 1, 2.0)
+  assert len(points.of_runs([one, other], "test")) == 1
+  for line in other.evaluations:
+    line["step"] = change.get("step", line["step"])
+  assert len(points.of_runs([one, other._replace(**change)], "test")) == 2
+
+
+@pytest.mark.parametrize("change", [{"bytes": 8}, {"protocol": "memory"}])
+def test_runs_that_read_otherwise_are_no_seeds(change):
+  one, other = made("a", 0, 2.0), made("b", 1, 2.0)
+  other.evaluations[0].update(change)
+  assert len(points.of_runs([one, other], "test")) == 2
+
+
 def test_the_table_tells_what_runs_lose_more_than_the_first():
   """On the same tokens, with the error of the difference."""
   one, other = made("a", 0, 2.0), made("b", 1, 2.5)
