@@ -178,8 +178,3 @@ def _say_start(config, workdir, corpus, start):
   }
   for name, text in lines.items():
     console.say(f"{name:<10} {text}")
-  if start.step >= config.steps and not start.owed:
-    console.say(
-      f"already trained for {start.step} of {config.steps} steps; give "
-      "--config.steps more to go on"
-    )
