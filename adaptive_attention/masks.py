@@ -170,6 +170,7 @@ def _weights(mask: Mask, distance):
   return span, wave, lowest > HIDDEN
 
 
+@jax.jit  # the host counts with it, for which one program is compiled, not 30
 def is_open(mask: Mask, distance: ArrayLike) -> jax.Array:
   """Returns (H, ...) whether a pair is open: min(m(d), w(d)) > 1e-6."""
   return _weights(mask, distance)[2]

@@ -49,6 +49,7 @@ def record(
     ends: asked to end the run if the record cannot be written.
   """
   layers, shares_LH = metrics["masks"]
+  spans_LH = np.asarray([mask.span for mask in layers], np.float64)
   bits = float(metrics["cross_entropy"] / math.log(2))
   rate = None if seconds is None else step_tokens / seconds
   said = units.brief(bits)
@@ -63,8 +64,8 @@ def record(
       name: metrics[name]
       for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
     },
-    "span_max": max(float(np.max(mask.span)) for mask in layers),
-    "span_by_layer": [float(np.mean(mask.span)) for mask in layers],
+    "span_max": float(np.max(spans_LH)),
+    "span_by_layer": np.mean(spans_LH, axis=1).tolist(),
     "attention_macs_per_token": accounting.attention_macs_per_token(
       layers, config, config.context_tokens, config.memory_tokens
     ),
