@@ -31,7 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
       flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
-  # They compile the same few steps over and over.
+  # The programs that they start compile the same few steps over and over.
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -44,6 +44,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The signal acts as it does where the tests were not started by nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 2)
+# What a test compiles in its own process hardly ever comes again, and to write
+# it down takes a tenth of the time.
+jax.config.update("jax_enable_compilation_cache", False)
 if os.environ["JAX_PLATFORMS"] != "cpu":
   # Other devices round what they multiply in float32, unless they are asked.
   jax.config.update("jax_default_matmul_precision", "highest")

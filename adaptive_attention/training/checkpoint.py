@@ -221,6 +221,9 @@ class Checkpoints:
   def restore(self, step: int, params_like, opt_state_like):
     """Returns (params, opt_state, meta), verified, as trees like those given.
 
+    Args:
+      params_like, opt_state_like: trees of arrays, or of their shapes.
+
     Raises:
       CheckpointError: damage, naming the older checkpoints that are intact, or
         leaves that are not those of the given trees.

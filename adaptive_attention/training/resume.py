@@ -133,13 +133,13 @@ def start(
     DataError: it was trained on other data.
     SettingsError: the settings do not fit it.
   """
-  state = jax.device_get(steps.init_state(model, optimizer, config.seed))
   if not saved.steps():
     if which is not None:
       raise CheckpointError(
         f"--step={which} names no checkpoint, as there is none yet; leave it "
         "out to start from the beginning"
       )
+    state = jax.device_get(steps.init_state(model, optimizer, config.seed))
     if config.init_from:
       state = state.replace(params=_given(config.init_from, config.model))
     return Start(state, None, False)
@@ -150,14 +150,15 @@ def start(
   _say_changes(
     earlier_settings.check_resumed(meta["config"], config.record, step)
   )
-  params, opt_state, _ = saved.restore(step, state.params, state.opt_state)
+  shapes = jax.eval_shape(
+    lambda: steps.init_state(model, optimizer, config.seed)
+  )
+  params, opt_state, _ = saved.restore(step, shapes.params, shapes.opt_state)
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(step)
     if moved:
       console.say(f"set aside: the later checkpoints {moved}")
-  state = state.replace(
-    step=np.asarray(step, np.int32), params=params, opt_state=opt_state
-  )
+  state = steps.TrainState(np.asarray(step, np.int32), params, opt_state)
   owed = meta["bits"] is None and config.every.evaluates(step)
   return Start(state, step, owed)
 

@@ -229,9 +229,7 @@ def plain(implementation, made):
   return jax.jit(lambda: value_and_gradients(made(implementation)))()
 
 
-@mostly_blocked
-@pytest.mark.parametrize("made", [attention, from_ring])
-@pytest.mark.parametrize(
+every_switch = pytest.mark.parametrize(
   "switch",
   [
     pytest.param(_all, id="all at once"),
@@ -241,6 +239,11 @@ def plain(implementation, made):
     ),
   ],
 )
+
+
+@mostly_blocked
+@pytest.mark.parametrize("made", [attention, from_ring])
+@every_switch
 def test_switches_change_nothing(switch, made, implementation):
   expected = plain(implementation, made)
   arguments()  # which are to be float32 under any switch
@@ -250,7 +253,7 @@ def test_switches_change_nothing(switch, made, implementation):
   assert_alike(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@every_switch
 def test_switches_change_no_formula(switch):
   _, _, _, *lengths, _ = arguments()
   mask, distance = mask_of(*lengths, integer=False), np.arange(200)
@@ -265,7 +268,7 @@ def test_switches_change_no_formula(switch):
     )
 
   expected = formulas()
-  with SWITCHES[switch]():
+  with switch():
     found = formulas()
   for one, other in zip(found, expected, strict=True):
     assert one.dtype == other.dtype
