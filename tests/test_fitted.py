@@ -30,7 +30,7 @@ OPEN = {"ramp": 4.0, "ratio_max": 0.5}
 
 
 def logits_of(params, config):
-  return Transformer(config).apply({"params": params}, TEXT)
+  return jax.jit(Transformer(config).apply)({"params": params}, TEXT)
 
 
 @pytest.fixture(scope="module")

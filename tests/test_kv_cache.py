@@ -107,10 +107,10 @@ def test_parts_are_read_under_strict_types():
     jax.numpy_rank_promotion("raise"),
   ):
     logits, _ = jax.eval_shape(
-      lambda state: Transformer(config).apply(
+      lambda params, state: Transformer(config).apply(
         {"params": params}, tokens, state=state
       ),
-      state,
+      *(params, state),
     )
   assert logits.dtype == np.float32
 

@@ -95,8 +95,8 @@ def test_attention_alone_with_its_gradients(golden):
     penalty = regularizer(params, golden.config)
     return (y_BTD * golden["attn/dy"]).sum() + 10_000 * penalty, y_BTD
 
-  (_, y_BTD), (grads, dx_BTD) = jax.value_and_grad(
-    objective, argnums=(0, 1), has_aux=True
+  (_, y_BTD), (grads, dx_BTD) = jax.jit(
+    jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
   )(params, golden["attn/x"])
   np.testing.assert_allclose(y_BTD, golden["attn/y"], **VALUE)
   expected = golden.named("attn/grad/")
@@ -121,9 +121,10 @@ def loss(params, golden):
 
 
 def test_model_with_all_gradients(golden):
-  (total, (logits_BTV, cross_entropy)), grads = jax.value_and_grad(
-    loss, has_aux=True
-  )(golden.params, golden)
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  (total, (logits_BTV, cross_entropy)), grads = jax.jit(
+    lambda params: gradient(params, golden)
+  )(golden.params)
   np.testing.assert_allclose(logits_BTV, golden["model/logits"], **VALUE)
   np.testing.assert_allclose(
     cross_entropy, golden["model/cross_entropy"], **VALUE

@@ -58,7 +58,7 @@ def write(
   get them.
 
   Args:
-    folder: where the files are written; only the primary process does.
+    folder: where the files are written.
     all_runs: the runs to show, that of the folder first.
     rows: the rows of each run's heads that are shown; None for all heads.
     split: "valid" or "test": which split the losses are of.
@@ -76,9 +76,8 @@ def write(
     for one, of_run in zip(all_runs, rows, strict=True):
       _say(one, of_run)
   finally:
-    if parallel.is_primary():
-      logbook.write_text(folder / "heads.csv", tables.as_csv(every_row))
-      logbook.write_text(folder / "heads.tex", tables.as_tex(every_row))
+    logbook.write_text(folder / "heads.csv", tables.as_csv(every_row))
+    logbook.write_text(folder / "heads.tex", tables.as_tex(every_row))
   console.say(f"written to {folder / 'heads.csv'} and heads.tex")
   measured = None if sample is None else _measured(all_runs[0], sample, folder)
   try:
@@ -131,8 +130,7 @@ def _measured(one: runs.Run, sample: Sample, folder) -> _Measured:
   changes = ablation.measure(params, one.config, *sample, _progress())
   for sentence in ablation.sentences(one, changes):
     console.say(f"ablation   {sentence}")
-  if parallel.is_primary():
-    logbook.write_text(folder / "ablation.csv", tables.as_csv(changes))
+  logbook.write_text(folder / "ablation.csv", tables.as_csv(changes))
   mass = attention_mass.measure(params, one.config, sample.data)
   predict = evaluator.Evaluator(Transformer(one.config), sample.batch_size)
   nats, _ = predict.losses(parallel.replicate(params), sample.data, "window")
@@ -168,8 +166,6 @@ def _draw(folder, all_runs, split, measured):
     command=shlex.join(sys.argv),
     environment=logbook.environment(),
   )
-  if not parallel.is_primary():
-    return
   into = folder / "figures"
   with logbook.writing(into):
     into.mkdir(exist_ok=True)

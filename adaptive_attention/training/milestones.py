@@ -49,7 +49,7 @@ def record(
     ends: asked to end the run if the record cannot be written.
   """
   layers, shares_LH = metrics["masks"]
-  spans_LH = np.asarray([mask.span for mask in layers], np.float64)
+  lengths = by_head(layers, shares_LH)
   bits = float(metrics["cross_entropy"] / math.log(2))
   rate = None if seconds is None else step_tokens / seconds
   said = units.brief(bits)
@@ -64,14 +64,14 @@ def record(
       name: metrics[name]
       for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
     },
-    "span_max": float(np.max(spans_LH)),
-    "span_by_layer": np.mean(spans_LH, axis=1).tolist(),
+    "span_max": float(np.max(lengths["span"])),
+    "span_by_layer": np.mean(lengths["span"], axis=1).tolist(),
     "attention_macs_per_token": accounting.attention_macs_per_token(
       layers, config, config.context_tokens, config.memory_tokens
     ),
   }
   with _ended_by_failure(ends):
-    book.write_masks(step, **by_head(layers, shares_LH))
+    book.write_masks(step, **lengths)
     book.write(step, "train", **numbers)
 
 

@@ -158,7 +158,7 @@ def remembering():
 )
 def test_by_memory_each_byte_attends_to_all_before_it(remembering, batch_size):
   """The memory holds all that is in reach: the split is as one sequence."""
-  logits = Transformer(REMEMBERING).apply(
+  logits = jax.jit(Transformer(REMEMBERING).apply)(
     {"params": remembering}, DATA[None, :-1]
   )
   logits = np.asarray(logits, np.float64)[0]
