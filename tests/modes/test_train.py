@@ -146,6 +146,15 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
     assert re.search(rf"step +12 100.0% .*{field}", out), field
 
 
+def test_spans_are_summed_up_as_they_are_recorded(whole_run):
+  workdir, _ = whole_run
+  trained = [x for x in metrics(workdir) if x["split"] == "train"]
+  for line, of_heads in zip(trained, masks(workdir), strict=True):
+    spans_LH = np.array(of_heads["span"])
+    assert line["span_max"] == spans_LH.max()
+    assert line["span_by_layer"] == spans_LH.mean(axis=1).tolist()
+
+
 def test_a_finished_run_says_so_and_changes_nothing(
   main, whole_run, tiny_flags
 ):
