@@ -186,7 +186,7 @@ def _by_distance(run, mass, split):
   )
   return Figure(
     "mass",
-    f"Where the heads of {run.name} look",
+    f"Where the heads of {run.label} look",
     "The mean attention weight softmax(q k / sqrt(K) + log m + log w) of the "
     "later half of the queries, summed over bins of the distance in tokens, on "
     f"a logarithmic scale, over {mass.tokens:,} tokens of the {split} split. A "

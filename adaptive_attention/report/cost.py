@@ -149,7 +149,7 @@ def figure(run: runs.Run, layers: list[Layer], dense_ms: float) -> Figure:
   T, M = run.config.context_tokens, run.config.memory_tokens
   return Figure(
     "cost",
-    f"What the layers of {run.name} cost",
+    f"What the layers of {run.label} cost",
     "From the left: multiply-adds of attention per token, of all causal pairs, "
     "of the open ones, and of those that are computed; milliseconds of "
     f"attention alone, forward, over {T} tokens and a memory of {M}, the "

@@ -145,7 +145,7 @@ def weights(run: runs.Run) -> Figure:
   series = config.wave is not None and config.wave.harmonics
   return Figure(
     "weights",
-    f"The masks of {run.name}",
+    f"The masks of {run.label}",
     "m(d) w(d) against d + 1, of the distance d = t - s in tokens, on a "
     "logarithmic scale, with m(d) = clip((R + z - d) / R, 0, 1), R = "
     f"{config.ramp:g}, and w(d) = clip(tri(d) + 1/2 + P r, 0, 1). Dark: open "

@@ -39,7 +39,7 @@ def mask_curves(run: runs.Run) -> Figure | None:
   first, last = (np.mean(run.curves[i]["span"]) for i in (0, -1))
   return Figure(
     "curves",
-    f"The masks of {run.name} over its training",
+    f"The masks of {run.label} over its training",
     "A line for each head, by its layer: the span, the period and ratio of its "
     "wave, and the share of the distances in a context that it leaves open, at "
     f"each recorded step. The mean span went from {first:.1f} to {last:.1f} "

@@ -43,6 +43,11 @@ class Run(NamedTuple):
   evaluations: list[dict]
 
   @property
+  def label(self) -> str:
+    """The last part of its folder's path."""
+    return pathlib.Path(self.name).name
+
+  @property
   def units(self) -> units.Units:
     return units.of_record(self.data)
 
@@ -111,7 +116,7 @@ def _lines(path, last_step) -> list[dict]:
 
 def labels(runs: Sequence[Run]) -> list[str]:
   """Returns a short name for each run: its folder's, or its path if shared."""
-  short = [pathlib.Path(run.name).name for run in runs]
+  short = [run.label for run in runs]
   return [
     name if short.count(name) == 1 else run.name
     for name, run in zip(short, runs, strict=True)

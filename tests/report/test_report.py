@@ -90,6 +90,7 @@ def test_the_page_has_all_figures_and_needs_nothing_else(reported):
   assert {a.partition(":")[0] for a in shown.addresses} == {"data"}
   record = json.loads((one / "eval_valid.json").read_text())
   for said in (
+    "The masks of one",
     *("one: step 12, seed 0; a <b> & b: step 6", "model.memory_tokens"),
     "--mode=inspect",
     *(record["data"]["sha256"], f"{record['bits_per_char']:.4f}"),
