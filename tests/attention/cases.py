@@ -80,7 +80,7 @@ CASES = (
     first_key=21,
   ),
   Case("first_key_last", 7, 10, span=(3.5, 50.5), memory=3, first_key=10),
-  Case("sharp", 64, 64, span=(5.5, 40.5), query_scale=30.0),
+  Case("sharp", 64, 64, span=(5.5, 40.5, 70.5), H=3, query_scale=30.0),
   # Waves.
   Case(
     "stride_at_the_bounds",

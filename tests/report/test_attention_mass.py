@@ -56,10 +56,15 @@ def test_mass_is_that_of_all_pairs(T, kind):
   q, k, v = (jnp.asarray(x, jnp.float32) for x in (2 * q, k, v))
   relative = jnp.asarray(random.normal(size=(R, 8)), jnp.float32) if R else None
   empty = Watched(jnp.zeros((4, T)), jnp.zeros((4, T)))
-  out, found = empty.attend(q, k, v, mask, tokens_read=0, relative_RK=relative)
-  np.testing.assert_allclose(
-    out, attend(q, k, v, mask, relative_RK=relative), atol=1e-5
-  )
+  out, found = jax.jit(
+    lambda q, k, v, mask: empty.attend(
+      q, k, v, mask, tokens_read=0, relative_RK=relative
+    )
+  )(q, k, v, mask)
+  plain = jax.jit(
+    lambda q, k, v, mask: attend(q, k, v, mask, relative_RK=relative)
+  )(q, k, v, mask)
+  np.testing.assert_allclose(out, plain, atol=1e-5)
   weights = all_weights(q[0], k[0], mask, relative)
   np.testing.assert_allclose(found.last_HS, weights[:, -1], atol=1e-5)
   expected = np.zeros((4, T))
