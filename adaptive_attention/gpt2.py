@@ -169,12 +169,13 @@ def write(folder: pathlib.Path, params: Mapping, config: ModelConfig):
       )
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   arrays = {
-    _PREFIX + name: np.asarray(flat[path], np.float32)
+    _PREFIX + name: np.asarray(flat[path])
     for name, path in _names(config).items()
   }
   theirs = _FIXED | {
     **{name: getattr(config, ours) for name, ours in _SIZES.items()},
     "architectures": ["GPT2LMHeadModel"],
+    "torch_dtype": str(arrays[f"{_PREFIX}wte.weight"].dtype),
     "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
   }
   folder.mkdir(parents=True, exist_ok=True)

@@ -59,16 +59,6 @@ _DTYPES = {  # name in safetensors -> in NumPy, of floating-point numbers
 }
 
 
-def write_safetensors(path, arrays: Mapping, config: Mapping, step: int):
-  """Replaces a file as a whole by arrays and settings.
-
-  Raises:
-    OSError: the file cannot be written; the old content stays.
-  """
-  metadata = {"config": json.dumps(config), "step": str(step)}
-  write_arrays(path, arrays, metadata)
-
-
 def write_arrays(path, arrays: Mapping, metadata: dict[str, str]):
   """Replaces a .safetensors as a whole.
 
@@ -90,11 +80,23 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict, dict]:
       other than floating-point numbers.
   """
   try:
-    with safetensors.safe_open(path, "np") as file:
-      config = dict(json.loads((file.metadata() or {})["config"]))
-  except Exception as error:  # errors of json, safetensors and others
+    config = dict(json.loads(read_metadata(path)["config"]))
+  except (KeyError, TypeError, ValueError) as error:
     raise _unreadable(error, "that --mode=export wrote") from error
   return read_arrays(path), config
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+  """Returns the texts of a .safetensors by name, without reading its arrays.
+
+  Raises:
+    WeightsError: the file is damaged.
+  """
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      return file.metadata() or {}
+  except Exception as error:  # errors of the system, safetensors and others
+    raise _unreadable(error, "of whole arrays") from error
 
 
 def read_arrays(path: pathlib.Path) -> dict:

@@ -7,6 +7,7 @@ that are added before layer I >= 1.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -218,19 +219,24 @@ _KINDS = (
 
 
 def save(
-  path: str | os.PathLike, params: Mapping, config: ModelConfig, step: int
+  path: str | os.PathLike,
+  params: Mapping,
+  config: ModelConfig,
+  step: int,
+  **more: str,
 ) -> None:
   """Writes the parameters as safetensors, with the model's settings.
 
   Names are paths, as block_0/attention/qkv/kernel. The metadata hold `config`,
-  the ModelConfig in JSON, and `step`. An existing file is replaced as a whole.
+  the ModelConfig in JSON, `step`, and more texts if some are given. An existing
+  file is replaced as a whole.
 
   Raises:
     OSError: the file cannot be written; the old content stays.
   """
-  weight_files.write_safetensors(
+  weight_files.write_arrays(
     path,
     flax.traverse_util.flatten_dict(params, sep="/"),
-    dataclasses.asdict(config),
-    step,
+    {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}
+    | more,
   )

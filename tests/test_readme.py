@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import shutil
 
 import flax.linen as nn
 import jax
@@ -81,6 +82,7 @@ def test_commands_run(main, text, tmp_path):
     f"--config.data.path={text}",
   ]
   write_gpt2(tmp_path / "gpt2", n_layer=1, width=48, context_tokens=64)
+  shutil.copytree(ROOT / "models", tmp_path / "models")
   ran = 0
   for flags in commands():
     mode = next((f for f in flags if f.startswith("--mode=")), "--mode=train")
@@ -93,6 +95,8 @@ def test_commands_run(main, text, tmp_path):
     # All runs share a folder of their config's name under the test's own.
     if mode not in ("--mode=train", "--mode=plan"):
       flags = [f.replace("runs/", f"{tmp_path}/") for f in flags]
+      flags = [f.replace("models/", f"{tmp_path}/models/") for f in flags]
+      flags += ["--tokens=9"] if mode == "--mode=sample" else []
     else:
       folder = next(f for f in flags if f.startswith("configs/"))
       if "--workdir" in flags:
@@ -108,7 +112,7 @@ def test_commands_run(main, text, tmp_path):
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 14
+  assert ran == 15
 
 
 def test_the_module_example_is_as_it_says():

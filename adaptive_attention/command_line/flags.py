@@ -86,6 +86,10 @@ FLAGS = {
   "harden": Flag("Round spans and periods, and print what that costs.", bool),
   "finetune_steps": Flag("How long to train the hardened model on.", int, 0),
   "layout": Flag("gpt2 to write a folder that others read as one.", str, ""),
+  "dtype": Flag(
+    "What the parameters are written in; float32 if not given.",
+    ("float32", "bfloat16"),
+  ),
 }
 _HELP = ("help", "h", "helpshort", "helpfull")
 

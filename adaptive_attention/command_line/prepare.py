@@ -14,9 +14,9 @@ from adaptive_attention.command_line import config_file, workdirs
 from adaptive_attention.command_line.flags import Given
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import (
-  checkpoint,
   console,
   earlier_settings,
+  exported,
   logbook,
   parallel,
   settings,
@@ -82,7 +82,7 @@ def saved_settings(given: Given, workdir, project: Project):
   Every setting is the checkpoint's, whatever the defaults are today, except
   those of the machine. The complete split is evaluated unless a flag limits it.
   """
-  with checkpoint.Checkpoints(workdir) as checkpoints:
+  with exported.opened(workdir) as checkpoints:
     step = checkpoints.resolve(given.flags.get("step", "latest"))
     saved = checkpoints.read_meta(step)["config"]
   config, defaults, said = project.get_config(), project.get_config(), []

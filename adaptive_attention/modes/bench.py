@@ -8,7 +8,7 @@ import jax
 
 from adaptive_attention.bench import bars, cases, device, runners, timing
 from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.training import checkpoint, console, logbook
+from adaptive_attention.training import console, exported, logbook
 from adaptive_attention.training.settings import model_config
 
 
@@ -112,7 +112,7 @@ def _profile(timed, folder):
 
 def _learned_cases(folder):
   """Returns the layers of a trained run, with their masks, and its texts."""
-  with checkpoint.Checkpoints(folder) as saved:
+  with exported.opened(folder) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
   model = model_config(meta["config"]["model"])

@@ -4,9 +4,9 @@ from adaptive_attention import accounting
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
-  checkpoint,
   console,
   evaluator,
+  exported,
   logbook,
   paired,
   parallel,
@@ -49,7 +49,7 @@ def run(
   model_config = protocols.model_for(protocol, model_config)
   data = _split(corpus, split)[: config.eval_tokens or None]
   other = _other(against, against_protocol, corpus, split, protocol, data)
-  with checkpoint.Checkpoints(workdir) as checkpoints:
+  with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   resume.say_other_data(corpus, meta)
   predict = evaluator.Evaluator(

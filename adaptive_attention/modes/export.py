@@ -2,7 +2,10 @@
 
 import pathlib
 
-from adaptive_attention import gpt2, weights
+import jax
+import numpy as np
+
+from adaptive_attention import gpt2
 from adaptive_attention.mask_parameters import hardened
 from adaptive_attention.model import Transformer
 from adaptive_attention.report import whole
@@ -10,6 +13,7 @@ from adaptive_attention.training import (
   checkpoint,
   console,
   evaluator,
+  exported,
   logbook,
   parallel,
   resume,
@@ -28,6 +32,7 @@ def run(
   harden=False,
   finetune_steps=0,
   layout="",
+  dtype="float32",
 ):
   """Writes model.safetensors beside the checkpoints of the run.
 
@@ -42,6 +47,7 @@ def run(
       masks fixed; its report is made then, if the settings ask for one.
     layout: "gpt2" to write WORKDIR/gpt2, a folder that other programs read as a
       GPT-2, instead; see `gpt2.write`.
+    dtype: what the parameters are written in: "float32" or "bfloat16".
 
   Raises:
     SettingsError: the model has no masks, or it cannot be trained on with these
@@ -64,20 +70,20 @@ def run(
       step = tuned.steps
       if tuned.report:
         whole.write_of_ended_run(workdir)
-  _write(workdir, step, layout)
+  _write(workdir, step, layout, dtype)
 
 
-def _write(workdir, step, layout):
+def _write(workdir, step, layout, dtype):
   """Writes a checkpoint's parameters beside the checkpoints."""
-  with checkpoint.Checkpoints(workdir) as saved:
+  with exported.opened(workdir) as saved:
     params, meta = saved.restore_params(step)
-  model_config = settings.model_config(meta["config"]["model"])
-  path = workdir / (layout or "model.safetensors")
+  params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
+  path = workdir / (layout or exported.NAME)
   with logbook.writing(path):
     if layout:
-      gpt2.write(path, params, model_config)
+      gpt2.write(path, params, settings.model_config(meta["config"]["model"]))
     else:
-      weights.save(path, params, model_config, step)
+      exported.save(path, params, meta)
   console.say(f"step {step} written to {path}")
 
 

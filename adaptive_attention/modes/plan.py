@@ -14,8 +14,8 @@ from adaptive_attention.masks import Mask
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   batches,
-  checkpoint,
   console,
+  exported,
   optimizer,
   parallel,
   settings,
@@ -78,7 +78,7 @@ def _masks(parts, rule, workdir, step):
         steps.init_state(model, rule, parts.seed).params, parts.model
       )
     )()
-  with checkpoint.Checkpoints(workdir) as saved:
+  with exported.opened(workdir) as saved:
     params, _ = saved.restore_params(step)
   return mask_params(params, parts.model)
 

@@ -11,8 +11,8 @@ from adaptive_attention import generation
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import (
-  checkpoint,
   console,
+  exported,
   logbook,
   settings,
   units,
@@ -55,7 +55,7 @@ def run(
   drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
   _check_drawing(drawing)
   model_config = settings.model_config(config.model)
-  with checkpoint.Checkpoints(workdir) as checkpoints:
+  with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   read = units.of_record(meta["data"])
   prompt_BT = _tokens(typed, source, read, model_config)[None].repeat(num, 0)

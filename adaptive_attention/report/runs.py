@@ -10,7 +10,7 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
 from adaptive_attention.training import (
-  checkpoint,
+  exported,
   logbook,
   protocols,
   settings,
@@ -89,7 +89,7 @@ def read(
     CheckpointError: there is no checkpoint, or it is damaged.
     SettingsError: its model is of a version that is not known.
   """
-  with checkpoint.Checkpoints(folder) as saved:
+  with exported.opened(folder) as saved:
     if step is None:
       step = saved.resolve("latest")
     params, meta = saved.restore_params(step)

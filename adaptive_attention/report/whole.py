@@ -24,9 +24,9 @@ from adaptive_attention.report import (
   tables,
 )
 from adaptive_attention.training import (
-  checkpoint,
   console,
   evaluator,
+  exported,
   logbook,
   parallel,
 )
@@ -125,7 +125,7 @@ class _Measured(NamedTuple):
 
 def _measured(one: runs.Run, sample: Sample, folder) -> _Measured:
   """Measures what heads are for and where they look; writes ablation.csv."""
-  with checkpoint.Checkpoints(one.name) as saved:
+  with exported.opened(one.name) as saved:
     params, _ = saved.restore_params(one.step)
   changes = ablation.measure(params, one.config, *sample, _progress())
   for sentence in ablation.sentences(one, changes):

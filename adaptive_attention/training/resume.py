@@ -17,6 +17,7 @@ from adaptive_attention.state import path_today
 from adaptive_attention.training import (
   console,
   earlier_settings,
+  exported,
   logbook,
   parallel,
   steps,
@@ -165,9 +166,10 @@ def start(
 
 def _given(init_from: str, model: ModelConfig) -> dict:
   """Returns the parameters of a file, or of the newest checkpoint of a run."""
-  if not (pathlib.Path(init_from) / "checkpoints").is_dir():
+  has_checkpoints = (pathlib.Path(init_from) / "checkpoints").is_dir()
+  if not (has_checkpoints or exported.is_alone(init_from)):
     return weights.load(init_from, model)
-  with Checkpoints(init_from) as saved:
+  with exported.opened(init_from) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
   try:

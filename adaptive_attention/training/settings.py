@@ -6,6 +6,7 @@ unknown names; no other file of this floor uses it.
 """
 
 import contextlib
+import copy
 import math
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
@@ -217,6 +218,19 @@ def training_config(config: Settings) -> TrainingConfig:
 def machine(config: Settings) -> dict:
   """Returns the settings of the machine, as `parallel.start` takes them."""
   return {name: config[name] for name in MACHINE}
+
+
+def without_folders(saved: Mapping) -> dict:
+  """Returns saved settings without the folders of the machine they come from.
+
+  Of an absolute path the last part is left.
+  """
+  found = copy.deepcopy(dict(saved))
+  for section in (found, found["data"]):
+    for name, value in section.items():
+      if isinstance(value, str) and pathlib.PurePath(value).is_absolute():
+        section[name] = pathlib.PurePath(value).name
+  return found
 
 
 def warmup_note(config) -> str | None:

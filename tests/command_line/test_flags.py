@@ -53,6 +53,7 @@ VALUES = {
   "harden": True,
   "finetune_steps": 3,
   "layout": "gpt2",
+  "dtype": "bfloat16",
 }
 by_name = pytest.mark.parametrize("use", USES, ids=lambda use: use.name)
 
