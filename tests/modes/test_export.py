@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 import safetensors
 
-from adaptive_attention import weights
+from adaptive_attention import weight_files, weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import hardened, mask_params
 from adaptive_attention.modes import export
@@ -123,9 +125,22 @@ def test_training_shows_what_it_writes(trained, text):
   assert all(sample.startswith(prompt) for _, sample in samples)
 
 
-def test_the_mode(main, trained, tmp_path):
-  import shutil
+def test_half_the_bytes(main, trained, tmp_path):
+  """Each parameter is rounded to bfloat16."""
+  workdir = shutil.copytree(trained[0], tmp_path / "w")
+  code, _, err = main(
+    "--mode=export", f"--workdir={workdir}", "--dtype=bfloat16"
+  )
+  assert code == 0, err
+  arrays = weight_files.read_arrays(workdir / "model.safetensors")
+  with Checkpoints(workdir) as saved:
+    params, _ = saved.restore_params(12)
+  for name, found in flax.traverse_util.flatten_dict(params, sep="/").items():
+    np.testing.assert_array_equal(arrays[name], found.astype("bfloat16"))
+    assert arrays[name].dtype == "bfloat16"
 
+
+def test_the_mode(main, trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / "w")
   code, out, err = main("--mode=export", f"--workdir={workdir}")
   assert code == 0, err
@@ -231,8 +246,6 @@ def test_the_mode(main, trained, tmp_path):
 def test_hardening_says_that_it_is_measured_on_other_data(
   main, trained, text, tmp_path
 ):
-  import shutil
-
   workdir = shutil.copytree(trained[0], tmp_path / "w")
   other = tmp_path / "other.txt"
   other.write_bytes(text.read_bytes()[::-1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import weights
-from adaptive_attention.training import exported, settings
+from adaptive_attention.training import exported, resume, settings
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from configs import base
 from tests import drawn
@@ -46,6 +46,17 @@ def test_a_run_comes_back(saved, tmp_path):
   assert told["config"]["init_from"] == "runs/other"
   told["config"]["data"]["path"] = meta["config"]["data"]["path"]
   assert told["config"] == meta["config"]
+
+
+def test_a_run_starts_from_its_folder(saved, tmp_path):
+  _, params, meta = saved
+  folder = tmp_path / "alone"
+  folder.mkdir()
+  exported.save(folder / exported.NAME, params, meta)
+  model = settings.model_config(meta["config"]["model"])
+  jax.tree.map(
+    np.testing.assert_array_equal, resume._given(str(folder), model), params
+  )
 
 
 def test_checkpoints_come_first(saved):
