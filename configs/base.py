@@ -104,6 +104,8 @@ def _of_benchmarks() -> ConfigDict:
   config.compare = ""
   # The folder of a run whose masks are timed, in place of the named shapes.
   config.checkpoint = ""
+  # The tokens of a context that those masks are stretched to; 0 for their own.
+  config.context = 0
   # Some of the shapes, separated by ";"; all if empty.
   config.shapes = ""
   # How often each is timed; the median is printed.

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
 from adaptive_attention.masks import Mask, Wave
 
@@ -127,26 +126,6 @@ def relative_vectors(case: Case):
   return jnp.asarray(
     random.standard_normal((case.relative, case.K)), jnp.float32
   )
-
-
-def case_of_mask(name: str, T: int, mask: Mask | None, *, H: int, K: int):
-  """Returns the case of plain attention over T tokens under a given mask."""
-  case = Case(name, T, T, H=H, K=K)
-  if mask is None:
-    return case
-  case = case._replace(span=_numbers(mask.span), ramp=mask.ramp)
-  if mask.wave is None:
-    return case
-  return case._replace(
-    period=_numbers(mask.wave.period),
-    ratio=_numbers(mask.wave.ratio),
-    harmonics=mask.wave.harmonics,
-    integer=mask.wave.integer,
-  )
-
-
-def _numbers(values_H) -> tuple[float, ...]:
-  return tuple(np.asarray(values_H, np.float32).tolist())
 
 
 HEADS, HEAD_WIDTH = 8, 64
@@ -281,7 +260,6 @@ _LONG = {
   "spans, wave": (_INTEGER_WAVE, "spans", 20_000),
   "dense": ({}, "dense", 20_000),
 }
-_LONG_MEMORY = 4096
 _SHORT = {"spans": ({}, "spans", 512), "context read again": ({}, None, 512)}
 DECODES = tuple(
   Decode(f"decode {B} x {context}", B, context, spans, runs)
@@ -291,40 +269,6 @@ DECODES = tuple(
   )
   for B in (1, 8)
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Writing:
-  """Generation by a trained model, B texts at once.
-
-  Attributes:
-    params, config: the model.
-    runs: name -> (tokens of a memory beyond the context, kind of cache). The
-      next token comes after so many that the cache is full.
-  """
-
-  name: str
-  B: int
-  params: dict
-  config: ModelConfig
-  runs: dict
-
-
-def of_trained(name: str, params, config: ModelConfig) -> list[Writing]:
-  """Returns the cases of generation by a model, one text and eight at once.
-
-  A model with spans is timed with their KV cache and with a dense one, of the
-  same length for any text. One without is timed at the length of its context
-  and, unless its positions are learned, of 4,096 tokens more.
-  """
-  runs = {"spans": (0, "spans"), "dense": (0, "dense")}
-  if config.attention == "dense":
-    memories = (0,) if config.learns_positions else (0, _LONG_MEMORY)
-    context = config.context_tokens
-    runs = {f"dense {context + more}": (more, "dense") for more in memories}
-  return [
-    Writing(f"decode {B}, {name}", B, params, config, runs) for B in (1, 8)
-  ]
 
 
 def named(cases: Iterable, names: str) -> list:

@@ -1,5 +1,6 @@
 """The runners of each case: what is timed on this machine."""
 
+import dataclasses
 import functools
 import time
 
@@ -10,14 +11,16 @@ import numpy as np
 from adaptive_attention import accounting, generation
 from adaptive_attention.attention import IMPLEMENTATIONS, attend, choice
 from adaptive_attention.bench import cases, device, torch
-from adaptive_attention.bench.cases import Case, Decode, Step, Writing
+from adaptive_attention.bench.cases import Case, Decode, Step
 from adaptive_attention.bench.timing import Runner, compiled
+from adaptive_attention.bench.trained import Pass, Writing
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   batches,
   console,
+  evaluator,
   optimizer,
   parallel,
   protocols,
@@ -30,15 +33,15 @@ _DECODE_TOKENS = 32  # per call
 
 
 def of(
-  case: Case | Step | Decode | Writing, config, *, compare=""
+  case: Case | Step | Decode | Pass | Writing, config, *, compare=""
 ) -> list[Runner]:
   """Returns the runners of a case.
 
   If the case cannot run here, a line says why, and the list is empty.
 
   Args:
-    case: one of `cases`; on an accelerator a call of attention is timed beside
-      what others have there.
+    case: one of `cases` or `trained`; on an accelerator a call of attention is
+      timed beside what others have there.
     config: the settings that a training step does not take from its case.
     compare: "torch" to time PyTorch's attention too.
 
@@ -58,7 +61,7 @@ def of(
       if compare == "torch":
         found += torch.runners(case, MOST_PAIRS_BYTES)
       return found
-    case Step() if case.B % parallel.device_count():
+    case Step() | Pass() if case.B % parallel.device_count():
       console.say(
         f"{case.name}: left out, as {case.B} sequences cannot be dealt to "
         f"{parallel.device_count()} devices"
@@ -72,6 +75,9 @@ def of(
       ]
     case Decode():
       return [_decode_runner(case, name) for name in case.runs]
+    case Pass():
+      made = _training_runner if case.trains else _evaluation_runner
+      return [made(config, case, name) for name in case.runs]
     case Writing():
       return [_writing_runner(case, name) for name in case.runs]
 
@@ -146,16 +152,56 @@ def _step_runner(config, case, name):
 
   If the model has a memory, the step is in the middle of a stream.
   """
-  parts = training_config(_step_settings(config, case, case.runs[name]))
+  defaults = {
+    "n_layer": 4,
+    "n_head": cases.HEADS,
+    "width": cases.HEADS * cases.HEAD_WIDTH,
+    "context_tokens": case.T,
+    "max_span": case.runs[name].get("memory_tokens") or case.T,
+    "dropout": 0.2,
+  }
+  parts = _parts(config, case.B, defaults | case.runs[name])
+  init = jax.jit(Transformer(parts.model).init)
+  params = init(jax.random.key(parts.seed), jnp.zeros((1, 1), int))["params"]
+  params = _with_spans(params, case.spans, parts.model)
+  return _runner_of_step(case, name, "step", parts, params)
+
+
+def _training_runner(config, case, name):
+  """Makes the runner of a training step of a trained model, by its tokens."""
+  params, model = case.runs[name]
+  parts = _parts(config, case.B, dataclasses.asdict(model))
+  runner = _runner_of_step(case, name, "token", parts, params)
+  return dataclasses.replace(runner, times=case.B * model.context_tokens)
+
+
+def _evaluation_runner(_, case, name):
+  """Makes the runner of an evaluation by a trained model, by its tokens."""
+  params, model = case.runs[name]
+  tokens = case.B * model.context_tokens
+  data = np.arange(tokens + 1) % model.vocab_size
+  predict = evaluator.Evaluator(Transformer(model), case.B)
+  params = parallel.replicate(params)
+
+  def call():
+    predict.losses(params, data, "window")
+
+  start = time.perf_counter()
+  call()
+  seconds = time.perf_counter() - start
+  return Runner(case.name, name, "token", call, seconds, times=tokens)
+
+
+def _runner_of_step(case, name, kind, parts, params):
+  """Makes the runner of a training step that begins with these parameters."""
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
-  state = jax.device_get(steps.init_state(model, rule, parts.seed))
-  params = _with_spans(state.params, case.spans, parts.model)
   memory = steps.start_memory(parts.model, batches.per_device(case.B))
-  read = np.uint32(case.T + parts.model.memory_tokens)
+  read = np.uint32(parts.model.context_tokens + parts.model.memory_tokens)
   memory = memory.at(memory.tokens_read + read)
-  carried = [parallel.replicate(state.replace(params=params)), memory]
-  shapes = batches.shapes(case.B, 1, case.T)
+  state = steps.TrainState(np.int32(0), params, jax.jit(rule.init)(params))
+  carried = [parallel.replicate(state), memory]
+  shapes = batches.shapes(case.B, 1, parts.model.context_tokens)
   batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   start = time.perf_counter()
   step, sizes = parallel.compile_step(
@@ -167,24 +213,16 @@ def _step_runner(config, case, name):
     jax.block_until_ready((carried, metrics))
 
   seconds = time.perf_counter() - start
-  return Runner(case.name, name, "step", call, seconds, sizes["temporary"])
+  return Runner(case.name, name, kind, call, seconds, sizes["temporary"])
 
 
-def _step_settings(config, case, settings):
-  """Returns the settings with the model and the batch of a step."""
+def _parts(config, B, model):
+  """Returns the settings of a step, taken apart, with this batch and model."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.batch_size, config.accumulation_steps = case.B, 1
-    defaults = {
-      "n_layer": 4,
-      "n_head": cases.HEADS,
-      "width": cases.HEADS * cases.HEAD_WIDTH,
-      "context_tokens": case.T,
-      "max_span": settings.get("memory_tokens") or case.T,
-      "dropout": 0.2,
-    }
-    config.model.update(defaults | settings)
-  return config
+    config.batch_size, config.accumulation_steps = B, 1
+    config.model.update(model)
+  return training_config(config)
 
 
 def _decode_runner(case, name):

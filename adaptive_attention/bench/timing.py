@@ -109,7 +109,7 @@ def table(runners: list[Runner]) -> list[str]:
 
 def _line(runner, baseline):
   row = runner.row()
-  digits = 1 if jax.default_backend() == "cpu" else 3
+  digits = 3 if row["median_ms"] < 10 else 1
   text = f"{row['case']:<26} {row['run']:<28} {row['median_ms']:9.{digits}f} ms"
   if baseline is not None:
     times = row["median_ms"] / baseline.row()["median_ms"]

@@ -6,8 +6,14 @@ import time
 
 import jax
 
-from adaptive_attention.bench import bars, cases, device, runners, timing
-from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.bench import (
+  bars,
+  cases,
+  device,
+  runners,
+  timing,
+  trained,
+)
 from adaptive_attention.training import console, exported, logbook
 from adaptive_attention.training.settings import model_config
 
@@ -65,7 +71,7 @@ def run(config, workdir):
 def _known(settings, on_device):
   """Returns the cases that there are to choose from."""
   if settings.checkpoint:
-    return _learned_cases(settings.checkpoint)
+    return _learned_cases(settings)
   if on_device:
     return cases.DEVICE_SHAPES
   return (*cases.SHAPES, *cases.STEPS, *cases.DECODES)
@@ -110,22 +116,13 @@ def _profile(timed, folder):
   console.say(f"{case}: a trace of one round of each is in {folder}")
 
 
-def _learned_cases(folder):
-  """Returns the layers of a trained run, with their masks, and its texts."""
-  with exported.opened(folder) as saved:
+def _learned_cases(settings):
+  """Returns the cases of a trained run; on a device its layers alone."""
+  with exported.opened(settings.checkpoint) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
   model = model_config(meta["config"]["model"])
-  layers = [
-    cases.case_of_mask(
-      f"layer {i} of step {step}",
-      model.context_tokens,
-      mask,
-      H=model.n_head,
-      K=model.width // model.n_head,
-    )
-    for i, mask in enumerate(mask_params(params, model))
-  ]
+  found = trained.of_run(step, params, model, settings.context)
   if jax.default_backend() != "cpu":
-    return layers
-  return layers + cases.of_trained(f"step {step}", params, model)
+    return [case for case in found if isinstance(case, cases.Case)]
+  return found

@@ -40,6 +40,7 @@ _LEAST = {
   "process_count": 0,
   "process_index": -1,
   "bench.repeats": 1,
+  "bench.context": 0,
   "data.bytes_per_token": 0,
 }
 # The most that some may be: jax.random.key takes 32 bits, steps are int32.

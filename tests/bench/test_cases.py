@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import masks
-from adaptive_attention.bench import cases
+from adaptive_attention.bench import cases, trained
 from adaptive_attention.masks import Mask, Wave
 
 
@@ -32,7 +32,7 @@ def test_one_residue_is_open_under_the_wave():
   ],
 )
 def test_a_case_has_the_mask_it_was_made_of(mask):
-  case = cases.case_of_mask("x", 64, mask, H=2, K=8)
+  case = trained.case_of_mask("x", 64, mask, H=2, K=8)
   assert [x.shape for x in cases.inputs(case)] == [(1, 64, 2, 8)] * 4
   jax.tree.map(np.testing.assert_array_equal, case.mask, mask)
   # Ramp, harmonics and integer are not leaves.

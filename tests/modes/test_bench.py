@@ -1,5 +1,6 @@
 """The benchmark times what its rows say, and compares equal computations."""
 
+import dataclasses
 import json
 import types
 
@@ -15,9 +16,10 @@ from adaptive_attention.bench import (
   runners,
   timing,
   torch,
+  trained,
 )
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.mask_parameters import mask_params
+from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.modes import bench
 from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
@@ -204,14 +206,50 @@ def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
   assert texts["spans token"]["keys_read"] < texts["dense token"]["keys_read"]
 
 
+def test_a_run_is_timed_beside_one_without_masks(tiny, capsys):
+  """At its own context and stretched, where spans are as much longer."""
+  tiny.model.max_span, tiny.model.n_layer = 12, 2
+  config = ModelConfig(**tiny.model)
+  params = with_lengths(
+    init_state(tiny).params,
+    config,
+    lambda name, x: x + np.arange(2) if name == "span_logit" else x,
+  )
+  T = config.context_tokens
+  longer_params, longer = trained.stretched(params, config, 5 * T)
+  assert (longer.context_tokens, longer.max_span) == (5 * T, 60)
+  assert longer_params["position_1"].shape == (5 * T, config.width)
+  for before, after in zip(
+    mask_params(params, config), mask_params(longer_params, longer)
+  ):
+    np.testing.assert_allclose(after.span, 5 * before.span, rtol=1e-6)
+    np.testing.assert_array_equal(after.wave.period, before.wave.period)
+
+  found = trained.of_run(7, params, config, 48)
+  names = [f"{work}, step 7 at 48" for work in ("training", "evaluation")]
+  assert [c.name for c in found] == [
+    *(f"layer {i} of step 7 at 48" for i in range(2)),
+    *names,
+    *(f"decode {B}, step 7 at 48" for B in (1, 8)),
+  ]
+  for case in found[2:4]:
+    assert case.B == 4096 // 48
+    made = runners.of(dataclasses.replace(case, B=2), tiny)
+    timing.time_in_turns(made, 1)
+    rows = [runner.row() for runner in made]
+    assert [row["run"] for row in rows] == ["dense token", "masks token"]
+    for runner, row in zip(made, rows, strict=True):
+      assert row["median_ms"] == 1e3 * runner.seconds[0] / (2 * 48)
+
+
 def test_texts_of_a_model_without_spans_are_timed_at_two_lengths(tiny):
   tiny.model.attention, tiny.model.position = "dense", "rotary"
   config = ModelConfig(**tiny.model)
   params = init_state(tiny).params
-  one, eight = cases.of_trained("x", params, config)
+  one, eight = trained.texts("x", params, config)
   assert (one.B, eight.B) == (1, 8)
   learned = ModelConfig(attention="dense")
-  assert cases.of_trained("x", {}, learned)[0].runs.keys() == {"dense 512"}
+  assert trained.texts("x", {}, learned)[0].runs.keys() == {"dense 512"}
   found = {runner.name: runner.counts for runner in runners.of(one, tiny)}
   T, key_bytes = config.context_tokens, 2 * config.width * 4
   assert {n: counts["cache_bytes"] for n, counts in found.items()} == {
