@@ -41,6 +41,9 @@ def main(argv) -> int:
 def _fail(error, code) -> int:
   with contextlib.suppress(OSError):  # the exit code still says that it failed
     console.write(f"main.py: {error}\n", sys.stderr)
+  # Without this module there are no other processes that wait for this one.
+  if others := sys.modules.get("adaptive_attention.training.processes"):
+    others.leave(str(error), code)
   return code
 
 
@@ -55,11 +58,13 @@ def _print_help():
 def _run(given: flags.Given):
   # Imported after the flags were read, so that a wrong one is refused at once.
   from adaptive_attention.command_line import prepare
+  from adaptive_attention.training import processes
 
   project = prepare.Project(_HERE, base.get_config, load_corpus)
   mode = importlib.import_module(f"adaptive_attention.modes.{given.use.mode}")
-  positional, named = prepare.arguments(given, project)
-  mode.run(*positional, **named)
+  with processes.failures():
+    positional, named = prepare.arguments(given, project)
+    mode.run(*positional, **named)
 
 
 def load_corpus(config):

@@ -75,6 +75,12 @@ def _of_the_machine() -> ConfigDict:
   config.coordinator_address = ""
   config.process_count = 0
   config.process_index = -1
+  # A process that the others have not heard of for so long is dead, and they
+  # end.
+  config.heartbeat_seconds = 100
+  # How long one of several processes goes on after SIGTERM, as it cannot save
+  # before all of them have made the step.
+  config.stop_seconds = 300
   # A device that --mode=plan compiles for, though it is not here: "v5e", "v5p",
   # "v6e", "h100" or "a100"; the devices of this machine if empty.
   config.target = ""

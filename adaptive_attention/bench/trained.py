@@ -8,14 +8,13 @@ import dataclasses
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention.bench.cases import Case
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.fitted import shapes_of
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
-from adaptive_attention.model import Transformer
 
 _LONG_MEMORY = 4096
 _PASS_TOKENS = 4096  # of a training step, and of an evaluation, at least
@@ -150,16 +149,8 @@ def stretched(params, config: ModelConfig, T: int) -> tuple:
 
 def _like(params, config: ModelConfig):
   """Returns the parameters of a model, those of other shapes as zeros."""
-  tokens = jnp.zeros((1, 1), int)
-  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
-  found = flax.traverse_util.flatten_dict(params)
-  return flax.traverse_util.unflatten_dict(
-    {
-      path: found[path]
-      if path in found and found[path].shape == shape.shape
-      else np.zeros(shape.shape, shape.dtype)
-      for path, shape in flax.traverse_util.flatten_dict(
-        shapes["params"]
-      ).items()
-    }
-  )
+  found, flat = flax.traverse_util.flatten_dict(params, sep="/"), {}
+  for path, shape in shapes_of(config).items():
+    fits = path in found and found[path].shape == shape
+    flat[path] = found[path] if fits else np.zeros(shape, np.float32)
+  return flax.traverse_util.unflatten_dict(flat, sep="/")

@@ -19,6 +19,7 @@ from adaptive_attention.training import (
   exported,
   logbook,
   parallel,
+  processes,
   settings,
   targets,
 )
@@ -50,6 +51,8 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
     CheckpointError: the checkpoint that is asked for does not exist.
   """
   workdir, config = workdirs.of(given), given.config
+  if given.use.acts("distributed"):
+    processes.join(**settings.joining(config))
   parameters = given.use.parameters()
   named = {n: v for n, v in given.flags.items() if n in parameters}
   said = []
@@ -67,7 +70,8 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   _check_fit(given, config, corpus, devices)
   if config.target:
     targets.stay_on_cpu()
-  parallel.start(_sequences(given, config), **settings.machine(config))
+  parallel.start(_sequences(given, config), cpu_devices=config.cpu_devices)
+  processes.agree(_shared(named, config, corpus))
   _check_fit(given, config, corpus)
   if given.use.acts("model.implementation"):
     settings.check_attention(config)
@@ -82,9 +86,13 @@ def saved_settings(given: Given, workdir, project: Project):
   Every setting is the checkpoint's, whatever the defaults are today, except
   those of the machine. The complete split is evaluated unless a flag limits it.
   """
-  with exported.opened(workdir) as checkpoints:
-    step = checkpoints.resolve(given.flags.get("step", "latest"))
-    saved = checkpoints.read_meta(step)["config"]
+
+  def read():
+    with exported.opened(workdir) as checkpoints:
+      step = checkpoints.resolve(given.flags.get("step", "latest"))
+      return step, checkpoints.read_meta(step)["config"]
+
+  step, saved = processes.from_primary(read)
   config, defaults, said = project.get_config(), project.get_config(), []
   unknown = earlier_settings.restore(config, saved)
   if unknown:
@@ -101,6 +109,14 @@ def saved_settings(given: Given, workdir, project: Project):
   config.update_from_flattened_dict(given.overrides)
   settings.check(config, given.overrides)
   return config, step, said
+
+
+def _shared(named, config, corpus) -> dict:
+  """Returns what several processes must have alike, by name."""
+  flags = {f"--{n}": value for n, value in named.items() if n != "corpus"}
+  data = {} if corpus is None else {"data sha256": corpus.sha256}
+  versions = logbook.versions()
+  return flags | settings.shared(config) | data | versions
 
 
 def _check_data_settings(given, config):

@@ -63,7 +63,10 @@ class Use:
     return {n: v for n, v in known.items() if n not in self.without.split()}
 
 
-_PROCESSES = "distributed coordinator_address process_count process_index"
+_PROCESSES = (
+  "distributed coordinator_address process_count process_index "
+  "heartbeat_seconds"
+)
 _COMPUTING = "model.dtype model.implementation"
 _MEASURING = f"cpu_devices eval_batch_size eval_tokens data.* {_COMPUTING}"
 _TRAINING_ON = (
@@ -132,7 +135,8 @@ USES = (
     "plan",
     "--config=FILE",
     "Counts and compiles what a training run would take, and does not train.",
-    "* !bench.* " + " ".join(f"!{name}" for name in _PROCESSES.split()),
+    "* !bench.* !stop_seconds "
+    + " ".join(f"!{name}" for name in _PROCESSES.split()),
     without="step",
   ),
   Use(

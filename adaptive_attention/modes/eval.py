@@ -6,7 +6,6 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   console,
   evaluator,
-  exported,
   logbook,
   paired,
   parallel,
@@ -49,8 +48,7 @@ def run(
   model_config = protocols.model_for(protocol, model_config)
   data = _split(corpus, split)[: config.eval_tokens or None]
   other = _other(against, against_protocol, corpus, split, protocol, data)
-  with exported.opened(workdir) as checkpoints:
-    params, meta = checkpoints.restore_params(step)
+  params, meta = resume.params_and_meta(workdir, step)
   resume.say_other_data(corpus, meta)
   predict = evaluator.Evaluator(
     Transformer(model_config), config.eval_batch_size

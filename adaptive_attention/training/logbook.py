@@ -110,12 +110,8 @@ def _is_json(line: bytes) -> bool:
 
 def environment() -> dict:
   """Returns versions, devices and commit, on which results depend too."""
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   return {
-    "adaptive_attention": adaptive_attention.__version__,
-    "commit": _commit(),
-    "python": platform.python_version(),
-    "packages": {name: importlib.metadata.version(name) for name in packages},
+    **versions(),
     "platform": platform.platform(),
     "cpus": os.cpu_count(),
     "backend": jax.default_backend(),
@@ -123,6 +119,17 @@ def environment() -> dict:
     "processes": jax.process_count(),
     "command": sys.argv,
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def versions() -> dict:
+  """Returns the versions of what runs here, by name."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  return {
+    "adaptive_attention": adaptive_attention.__version__,
+    "commit": _commit(),
+    "python": platform.python_version(),
+    "packages": {name: importlib.metadata.version(name) for name in packages},
   }
 
 

@@ -16,6 +16,7 @@ from adaptive_attention.training import (
   evaluator,
   logbook,
   parallel,
+  processes,
   signals,
 )
 from adaptive_attention.training.units import Units
@@ -103,6 +104,7 @@ def save(state, memory, step: int, *, saved, meta: dict):
   memory = parallel.gather(memory)
   if parallel.is_primary():
     saved.save(step, state.params, state.opt_state, meta, memory=memory)
+  processes.exchange(None)  # if it failed there, all of them end
 
 
 def evaluate(

@@ -7,6 +7,7 @@ leading axis N, the devices of this process.
 
 import contextlib
 import contextvars
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -16,54 +17,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adaptive_attention.errors import SettingsError
-
 _AXIS = "data"
 _target = contextvars.ContextVar("target", default=None)
 
 
-def start(
-  sequences: int,
-  *,
-  cpu_devices: int = 0,
-  distributed: bool = False,
-  coordinator_address: str = "",
-  process_count: int = 0,
-  process_index: int = -1,
-):
+def start(sequences: int, *, cpu_devices: int = 0):
   """Makes the devices; call it before anything else asks for a device.
 
   Args:
     sequences: how many sequences are dealt out evenly to the devices of a CPU.
     cpu_devices: how many devices to make of a CPU; 0 for one per core, but only
       as many as the sequences can be dealt to.
-    distributed: whether several processes work together.
-    coordinator_address, process_count, process_index: HOST:PORT of the first
-      process, how many there are, and which one this is; "", 0 and -1 on
-      clusters where jax finds them out.
-
-  Raises:
-    SettingsError: the processes cannot find each other.
   """
   cores = _usable_cores()
   jax.config.update(
     "jax_num_cpu_devices",
     cpu_devices or max(n for n in range(1, cores + 1) if sequences % n == 0),
   )
-  if distributed:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-      jax.distributed.initialize(
-        coordinator_address=coordinator_address or None,
-        num_processes=process_count or None,
-        process_id=None if process_index < 0 else process_index,
-      )
-    except (ValueError, RuntimeError) as error:
-      reason = str(error).strip().splitlines()[0].rstrip(".")
-      raise SettingsError(
-        f"config.distributed=True finds no other processes ({reason}); give "
-        "coordinator_address, process_count and process_index too"
-      ) from error
 
 
 def _usable_cores() -> int:
@@ -220,6 +190,34 @@ def gather(local):
   if jax.process_count() == 1:
     return local
   return multihost_utils.process_allgather(local, tiled=True)
+
+
+def from_primary(tree, like, part=lambda array: array):
+  """Returns what the primary process has, an array at a time, on every host.
+
+  Arrays travel as bytes, so that they stay the same to the bit.
+
+  Args:
+    tree: arrays on the host of the primary process; elsewhere it is not read.
+    like: a tree of the same arrays, or of their shapes, on all processes.
+    part: what each process keeps of an array.
+  """
+  if jax.process_count() == 1:
+    return jax.tree.map(part, tree)
+  arrays = jax.tree.leaves(tree) if is_primary() else itertools.repeat(None)
+  leaves, structure = jax.tree.flatten(like)
+  return structure.unflatten(
+    [part(_sent(x, shape)) for x, shape in zip(arrays, leaves)]
+  )
+
+
+def _sent(array, like) -> np.ndarray:
+  """Returns an array of the primary process; the others give None."""
+  if array is None:
+    array = np.empty(like.shape, like.dtype)
+  flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  sent = np.asarray(multihost_utils.broadcast_one_to_all(flat))
+  return sent.view(like.dtype).reshape(like.shape)
 
 
 def process_share(count: int) -> range:

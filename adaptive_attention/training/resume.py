@@ -5,13 +5,14 @@ import os
 import pathlib
 from typing import NamedTuple
 
+import flax.traverse_util
 import jax
 import numpy as np
 
 from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
-from adaptive_attention.fitted import adapted
+from adaptive_attention.fitted import adapted, shapes_of
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import path_today
 from adaptive_attention.training import (
@@ -20,6 +21,8 @@ from adaptive_attention.training import (
   exported,
   logbook,
   parallel,
+  processes,
+  settings,
   steps,
 )
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
@@ -134,19 +137,17 @@ def start(
     DataError: it was trained on other data.
     SettingsError: the settings do not fit it.
   """
-  if not saved.steps():
-    if which is not None:
-      raise CheckpointError(
-        f"--step={which} names no checkpoint, as there is none yet; leave it "
-        "out to start from the beginning"
-      )
+  found = processes.from_primary(lambda: _newest(saved, which))
+  if found is None:
     state = jax.device_get(steps.init_state(model, optimizer, config.seed))
     if config.init_from:
-      state = state.replace(params=_given(config.init_from, config.model))
+      given = _sent(
+        lambda: _given(config.init_from, config.model), state.params
+      )
+      state = state.replace(params=given)
     return Start(state, None, False)
-  step = saved.resolve("latest" if which is None else which)
   # The settings are checked first, so that one that does not fit is named.
-  meta = saved.read_meta(step)
+  step, meta = found
   check_same_data(corpus, meta, step)
   _say_changes(
     earlier_settings.check_resumed(meta["config"], config.record, step)
@@ -154,7 +155,8 @@ def start(
   shapes = jax.eval_shape(
     lambda: steps.init_state(model, optimizer, config.seed)
   )
-  params, opt_state, _ = saved.restore(step, shapes.params, shapes.opt_state)
+  like = shapes.params, shapes.opt_state
+  params, opt_state = _sent(lambda: saved.restore(step, *like)[:2], like)
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(step)
     if moved:
@@ -162,6 +164,32 @@ def start(
   state = steps.TrainState(np.asarray(step, np.int32), params, opt_state)
   owed = meta["bits"] is None and config.every.evaluates(step)
   return Start(state, step, owed)
+
+
+def _newest(saved, which) -> tuple[int, dict] | None:
+  """Returns (step, meta) of the checkpoint to go on from; None if none is."""
+  if saved.steps():
+    step = saved.resolve("latest" if which is None else which)
+    return step, saved.read_meta(step)
+  if which is not None:
+    raise CheckpointError(
+      f"--step={which} names no checkpoint, as there is none yet; leave it "
+      "out to start from the beginning"
+    )
+  return None
+
+
+def _sent(read, like, part=lambda array: array):
+  """Returns the tree that `read` reads on the primary process, on all.
+
+  Args:
+    read: called there alone, as no other process need see the files.
+    like: a tree of the same arrays, or of their shapes.
+    part: what each process keeps of an array.
+  """
+  tree = read() if parallel.is_primary() else None
+  processes.exchange(None)  # all of them learn of a failure there
+  return parallel.from_primary(tree, like, part)
 
 
 def _given(init_from: str, model: ModelConfig) -> dict:
@@ -208,17 +236,44 @@ def start_memory(
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype), fresh
   )
-  restored = saved.restore_memory(step, like, path_today)
-  if restored is None:
+  restored = None
+  if parallel.is_primary():
+    restored = saved.restore_memory(step, like, path_today)
+  if not processes.from_primary(lambda: restored is not None):
     console.say(
       "memory     empty: the streams restart, as the checkpoint's are not "
       f"those of {N} device(s) with {streams} sequences each in "
       f"{config.compute_dtype}"
     )
     return fresh
-  return parallel.deal(
-    jax.tree.map(lambda x: x[parallel.local_shards()], restored)
+  shards = parallel.local_shards()
+  return parallel.deal(_sent(lambda: restored, like, lambda x: x[shards]))
+
+
+def params_and_meta(workdir, step: int):
+  """Returns (params, meta) of a checkpoint that the primary process reads.
+
+  Raises:
+    CheckpointError: it is damaged or does not exist.
+  """
+  params = None
+
+  def read():
+    nonlocal params
+    with exported.opened(workdir) as saved:
+      params, meta = saved.restore_params(step)
+    return meta
+
+  meta = processes.from_primary(read)
+  shapes = shapes_of(settings.model_config(meta["config"]["model"]))
+  like = flax.traverse_util.unflatten_dict(
+    {
+      path: jax.ShapeDtypeStruct(shape, np.float32)
+      for path, shape in shapes.items()
+    },
+    sep="/",
   )
+  return parallel.from_primary(params, like), meta
 
 
 def check_same_data(corpus, meta, step):

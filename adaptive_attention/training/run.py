@@ -49,7 +49,10 @@ def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   workdir = pathlib.Path(workdir)
   with (
     resume.lock(workdir),
-    signals.Signals(saving=True) as ends,
+    signals.Signals(
+      saving=True,
+      limit=config.stop_seconds if parallel.process_count() > 1 else None,
+    ) as ends,
     console.failures(ends.stop_unheard),
     checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints) as saved,
   ):

@@ -39,6 +39,8 @@ _LEAST = {
   "cpu_devices": 0,
   "process_count": 0,
   "process_index": -1,
+  "heartbeat_seconds": 1,
+  "stop_seconds": 1,
   "bench.repeats": 1,
   "bench.context": 0,
   "data.bytes_per_token": 0,
@@ -54,8 +56,10 @@ _CHOICES = {
 
 # The settings by which several processes find each other.
 _PROCESSES = ("coordinator_address", "process_count", "process_index")
+_JOINING = ("distributed", *_PROCESSES, "heartbeat_seconds")
 # The settings of the machine that a command runs on, not of the run.
-MACHINE = ("cpu_devices", "distributed", *_PROCESSES)
+MACHINE = ("cpu_devices", *_JOINING, "stop_seconds")
+_OF_FILES = ("data.path", "data.cache_dir", "init_from")  # as they lie there
 
 
 def _require(condition, name, value, expected):
@@ -211,14 +215,24 @@ def training_config(config: Settings) -> TrainingConfig:
     keep_checkpoints=config.keep_checkpoints,
     init_from=config.init_from,
     train_only=config.train_only,
+    stop_seconds=config.stop_seconds,
     copies=tuple(n for n in ("tensorboard", "wandb") if config[n]),
     record=config.to_dict(),
   )
 
 
-def machine(config: Settings) -> dict:
-  """Returns the settings of the machine, as `parallel.start` takes them."""
-  return {name: config[name] for name in MACHINE}
+def joining(config: Settings) -> dict:
+  """Returns the settings that `processes.join` takes."""
+  return {name: config[name] for name in _JOINING}
+
+
+def shared(config: Settings) -> dict:
+  """Returns the settings, by name, that several processes must have alike."""
+  return {
+    f"config.{name}": value
+    for name, value in flatten(config).items()
+    if name not in (*MACHINE, *_OF_FILES)
+  }
 
 
 def without_folders(saved: Mapping) -> dict:

@@ -49,13 +49,19 @@ class Signals:
   Without `saving` the program ends at once, with one sentence. With it the
   first signal is noted and a second one ends the program.
 
+  Args:
+    saving: whether the run saves first.
+    limit: seconds after which the first one ends the program too; None for
+      never.
+
   Attributes:
     reason: what asks for the end, as "SIGTERM"; None until then.
     exit_code: 128 + the number of the signal, as in a shell, or 1.
   """
 
-  def __init__(self, *, saving: bool):
+  def __init__(self, *, saving: bool, limit: float | None = None):
     self.reason = self.exit_code = None
+    self._limit = limit
     self._saving = saving
     self._interrupting = False
 
@@ -136,7 +142,14 @@ class Signals:
         f"{signal.Signals(number).name}: finishing the step and saving it; a "
         "second signal ends the program at once"
       )
-      second = self._next()
+      second = self._next(self._limit)
+    if second == 0:
+      _end(
+        number,
+        f"ended by {signal.Signals(number).name}, as the step was not finished "
+        f"in {self._limit:g} s (config.stop_seconds): the other processes do "
+        "not go on; the same command goes on from the newest checkpoint",
+      )
     if second:
       _end(
         second,

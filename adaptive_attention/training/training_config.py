@@ -68,6 +68,7 @@ class TrainingConfig:
     init_from: parameters to start from, a file or a run's folder; "" for drawn
       ones.
     train_only: "masks" to hold all others still; "" to train all.
+    stop_seconds: how long one of several processes goes on after SIGTERM.
     copies: where the metrics go besides, of "tensorboard" and "wandb".
     record: all settings, for config.json and the checkpoints.
   """
@@ -84,5 +85,6 @@ class TrainingConfig:
   keep_checkpoints: int
   init_from: str
   train_only: str
+  stop_seconds: int
   copies: tuple[str, ...]
   record: Mapping[str, object]

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import pathlib
 
-import jax
 import pytest
 
 import main as program
@@ -22,6 +21,7 @@ from adaptive_attention.errors import SettingsError
 from adaptive_attention.report import whole
 from adaptive_attention.training import (
   parallel,
+  processes,
   settings,
 )
 from configs import base
@@ -283,17 +283,10 @@ def acting(text, tmp_path_factory):
   read = {use.name: set() for use in USES}
   restored = prepare.saved_settings
 
-  def start(sequences, **machine):
-    """Reads what `parallel.start` reads; the devices of tests exist already."""
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(jax.config, "update", lambda *_: None)
-      patch.setattr(jax.distributed, "initialize", lambda **_: None)
-      # Several processes, to see that their settings are taken.
-      parallel_start(sequences, **machine | {"distributed": True})
-
-  parallel_start = parallel.start
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "start", start)
+    # The devices of tests exist already, and there are no other processes.
+    patch.setattr(parallel, "start", lambda *_, **__: None)
+    patch.setattr(processes, "join", lambda **_: None)
     patch.setattr(whole, "_draw", lambda *_: None)  # it has no settings
     for use in USES:
       noted = read[use.name]
