@@ -112,7 +112,7 @@ def test_commands_run(main, text, tmp_path):
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 15
+  assert ran == 16
 
 
 def test_the_module_example_is_as_it_says():

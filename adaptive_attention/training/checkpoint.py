@@ -305,6 +305,8 @@ class Checkpoints:
     for name in names:
       try:
         tree = self._restored(step, name)
+      except jax.errors.JaxRuntimeError:  # of a device: no damage
+        raise
       except Exception as error:  # of any of the libraries below orbax
         self._late_reads.expected = True
         raise DamageError(f"{name}: {first_line(error)}") from error

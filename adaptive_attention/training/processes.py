@@ -147,10 +147,11 @@ def is_of_another(error: BaseException) -> bool:
 
 
 def leave(reason: str, exit_code: int):
-  """Ends this process, if there are others, after an error that it has told.
+  """Parts with the other processes after an error that this one has told.
 
-  The ordinary end waits for the others, which may wait for this one. Here they
-  have some seconds in which to learn the reason and to leave too.
+  They have some seconds in which to learn the reason and to leave too. If all
+  do, it returns. Otherwise it ends this process, as the ordinary end would wait
+  for the others, which may wait for this one.
   """
   client = _client()
   if client is None:
@@ -161,6 +162,8 @@ def leave(reason: str, exit_code: int):
     if exit_code != PeerError.exit_code:
       client.key_value_set(f"failed/{_index()}", reason)
     client.wait_at_barrier("leaving", _LEAVING_SECONDS * 1000)
+    jax.distributed.shutdown()
+    return
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):
       stream.flush()

@@ -6,7 +6,6 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -340,73 +339,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(main, tiny_flags, tmp_path):
 @pytest.fixture
 def run(whole_run):
   return whole_run[0]
-
-
-@pytest.mark.parametrize(
-  "memory", [pytest.param(False, marks=pytest.mark.every_case), True]
-)
-def test_two_processes_do_what_one_does(request, memory, tmp_path):
-  names = ("memory_run", "memory_flags") if memory else ("run", "tiny_flags")
-  one_run, flags = (request.getfixturevalue(name) for name in names)
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  flags = flags_with(
-    flags,
-    cpu_devices=1,
-    eval_batch_size=4,  # on each of the two, for 8 on the one process
-    distributed=True,
-    coordinator_address=f"127.0.0.1:{port}",
-    process_count=2,
-  )
-  workdir = tmp_path / "w"
-  processes = [
-    start(flags_with(flags, process_index=i), workdir) for i in range(2)
-  ]
-  ends = [process.communicate() for process in processes]
-  assert [p.returncode for p in processes] == [0, 0], ends
-  # The second process is silent and writes nothing.
-  said = [x for x in ends[1][0].splitlines() if not x.startswith("[Gloo]")]
-  assert not said
-  assert len(metrics(workdir)) == len(metrics(one_run))
-  for two, one in zip(metrics(workdir), metrics(one_run)):
-    for name, value in one.items():
-      if name != "split":
-        np.testing.assert_allclose(
-          *(jax.tree.leaves(x) for x in (two[name], value)),
-          rtol=1e-5,
-          err_msg=name,
-        )
-
-
-@pytest.fixture(scope="module")
-def memory_flags(text, tmp_path_factory):
-  """Returns flags of a run on streams of nine segments, one for each step."""
-  from tests.conftest import TINY
-
-  path = tmp_path_factory.mktemp("data") / "short.txt"
-  path.write_bytes(text.read_bytes()[:1000])
-  changes = {
-    "data.path": path,
-    "accumulation_steps": 2,
-    "keep_checkpoints": 9,
-    "model.n_layer": 2,
-    "model.memory_tokens": 40,
-    "model.max_span": 64,
-    "model.position": "rotary",
-  }
-  return [
-    "--config=configs/base.py",
-    *(f"--config.{name}={value}" for name, value in (TINY | changes).items()),
-  ]
-
-
-@pytest.fixture(scope="module")
-def memory_run(main, memory_flags, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("runs") / "memory"
-  code, _, err = main(*memory_flags, f"--workdir={workdir}")
-  assert code == 0, err
-  return workdir
 
 
 @pytest.mark.parametrize("step", [3, 9])

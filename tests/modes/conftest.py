@@ -1,0 +1,33 @@
+"""A run on streams, for the tests of several modes."""
+
+import pytest
+
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def memory_flags(text, tmp_path_factory):
+  """Returns flags of a run on streams of nine segments, one for each step."""
+  path = tmp_path_factory.mktemp("data") / "short.txt"
+  path.write_bytes(text.read_bytes()[:1000])
+  changes = {
+    "data.path": path,
+    "accumulation_steps": 2,
+    "keep_checkpoints": 9,
+    "model.n_layer": 2,
+    "model.memory_tokens": 40,
+    "model.max_span": 64,
+    "model.position": "rotary",
+  }
+  return [
+    "--config=configs/base.py",
+    *(f"--config.{name}={value}" for name, value in (TINY | changes).items()),
+  ]
+
+
+@pytest.fixture(scope="module")
+def memory_run(main, memory_flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "memory"
+  code, _, err = main(*memory_flags, f"--workdir={workdir}")
+  assert code == 0, err
+  return workdir
