@@ -205,6 +205,25 @@ def test_one_file_says_pmap(name):
 
 
 @in_each_of_ours
+def test_one_file_connects_processes(name):
+  """It alone calls jax.distributed, or a part of jax that is not public."""
+  owner = f"{PACKAGE}.training.processes"
+  found = {
+    other
+    for other in imports(TREES[MODULES[name]])
+    if other.startswith(("jax._src", "jax.distributed"))
+  }
+  calls = [
+    node
+    for node in ast.walk(TREES[MODULES[name]])
+    if isinstance(node, ast.Attribute)
+    and ast.unparse(node).startswith("jax.distributed.")
+  ]
+  assert bool(found and calls) == (name == owner)
+  assert name == owner or not (found or calls)
+
+
+@in_each_of_ours
 def test_what_is_optional_is_imported_where_it_is_used(name):
   """bench/torch.py and report/ are exempt: they are themselves imported so."""
   if name == f"{PACKAGE}.bench.torch" or part(name) == "report":

@@ -37,7 +37,7 @@ def commands():
 
 def test_its_pictures_are_there_and_small():
   pictures = re.findall(r"!\[[^\]]{40,}\]\(([^)]+)\)", README)
-  assert len(pictures) == README.count("![") == 2
+  assert len(pictures) == README.count("![") == 3
   for picture in pictures:
     content = (ROOT / picture).read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) < 1 << 18

@@ -50,7 +50,7 @@ def sorted_heads(all_runs: Sequence[runs.Run]) -> Figure:
   names = runs.labels(all_runs)
   for i, (run, name) in enumerate(zip(all_runs, names, strict=True)):
     total, H = 0, run.config.n_head
-    look = {"marker": style.MARKERS[i % 7], "markersize": 3} | style.of_run(i)
+    look = {"marker": style.marker(i), "markersize": 3} | style.of_run(i)
     for layer, of_layer in enumerate(_of_layers(run)):
       total += int(of_layer[0].sum())
       x = layer + (np.arange(H) + 0.5) / H

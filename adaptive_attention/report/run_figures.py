@@ -65,7 +65,7 @@ def losses(all_runs: Sequence[runs.Run]) -> Figure | None:
     hours = {line["step"]: line["seconds"] / 3600 for line in train}
     for lines, look in (
       (train, {"alpha": 0.45, "lw": 0.8}),
-      (valid, {"marker": style.MARKERS[i % 7], "markersize": 4, "lw": 1.2}),
+      (valid, {"marker": style.marker(i), "markersize": 4, "lw": 1.2}),
     ):
       steps = np.array([line["step"] for line in lines])
       bits = [run.bits(line) for line in lines]
@@ -144,8 +144,8 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
           [point.bits - min(point.low, point.bits - point.stderr)],
           [max(point.high, point.bits + point.stderr) - point.bits],
         ],
-        fmt=style.MARKERS[i % 7],
-        color=style.COLOURS[i % 7],
+        fmt=style.marker(i),
+        color=style.of_run(i)["color"],
         capsize=3,
         label=point.name if ax is row[0] else None,
       )

@@ -113,11 +113,16 @@ def plain_log(axis):
 
 
 def of_run(i: int) -> dict:
-  """Returns the colour, line and marker of the i-th run."""
+  """Returns the colour and the line of the i-th run."""
   return {
     "color": COLOURS[i % len(COLOURS)],
     "linestyle": LINES[i // len(COLOURS) % len(LINES)],
   }
+
+
+def marker(i: int) -> str:
+  """Returns the marker of the i-th run, another one where colours return."""
+  return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
 
 
 def files(figure: Figure) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ _AGAIN = "the same command goes on from the newest checkpoint"
 # A failed collective has no class of its own. Words of gloo, NCCL and gRPC:
 _LOST = ("gloo", "nccl", "heartbeat", "coordination", "connection", "socket")
 _LEAVING_SECONDS = 5  # in which the others learn why a process leaves
+_JOIN_SECONDS = 300  # in which all processes must come
 _END_SECONDS = 86_400  # the primary process may have much to do at the end
 _calls = itertools.count()
 _handlers = []  # which C calls, and which must therefore live
@@ -62,11 +63,17 @@ def join(
   if not distributed:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  _speak_at_abort(
+    f"ended, as the other processes did not come within {_JOIN_SECONDS} s (the "
+    "lines above are of jax.distributed); start all of them, each with its own "
+    "process_index and the same coordinator_address and process_count"
+  )
   try:
     jax.distributed.initialize(
       coordinator_address=coordinator_address or None,
       num_processes=process_count or None,
       process_id=None if process_index < 0 else process_index,
+      initialization_timeout=_JOIN_SECONDS,
       heartbeat_timeout_seconds=heartbeat_seconds,
       shutdown_timeout_seconds=_END_SECONDS,
     )
@@ -76,7 +83,11 @@ def join(
       f"({first_line(error)}); give coordinator_address, process_count and "
       "process_index too"
     ) from error
-  _speak_at_abort(heartbeat_seconds)
+  _speak_at_abort(
+    "ended by jax.distributed, as another process has ended or has not been "
+    f"heard of for {heartbeat_seconds} s (the lines above have its number); "
+    f"{_AGAIN}"
+  )
   sys.excepthook = _leaving_after(sys.excepthook)
 
 
@@ -211,19 +222,15 @@ def _lost(error) -> PeerError:
   )
 
 
-def _speak_at_abort(heartbeat_seconds):
-  """Has the process say why it ends when jax.distributed ends it.
+def _speak_at_abort(text):
+  """Has the process say this when jax.distributed ends it.
 
   That calls abort() in a thread of its own, for which Python has no handler: it
   would ask for the main thread, which waits in a collective.
   """
 
   def speak():
-    _say(
-      "ended by jax.distributed, as another process has ended or has not been "
-      f"heard of for {heartbeat_seconds} s (the lines above have its number); "
-      f"{_AGAIN}"
-    )
+    _say(text)
     return PeerError.exit_code
 
   _on_abort(speak)

@@ -3,12 +3,15 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from tests.modes.test_train import (
+  ROOT,
   final,
   flags_with,
   metrics,
@@ -21,16 +24,19 @@ by_hand = pytest.mark.processes
 LONG = {"steps": 10_000, "eval_every_steps": 10_000}
 
 
-def together(flags, folders, changes=(), options=()):
-  """Starts a process for each folder; the settings of some may be changed."""
+def free_port():
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    return free.getsockname()[1]
+
+
+def together(flags, folders, changes=(), options=()):
+  """Starts a process for each folder; the settings of some may be changed."""
   flags = flags_with(
     flags,
     cpu_devices=1,
     distributed=True,
-    coordinator_address=f"127.0.0.1:{port}",
+    coordinator_address=f"127.0.0.1:{free_port()}",
     process_count=len(folders),
   )
   return [
@@ -168,6 +174,27 @@ def test_one_that_stands_still_is_not_waited_for(
   killed(processes[1])
   assert processes[0].returncode == code
   assert said in err
+
+
+@by_hand
+def test_one_that_no_other_joins_says_so():
+  program = """
+import sys
+from adaptive_attention.training import processes
+processes._JOIN_SECONDS = 3
+processes.join(
+  distributed=True, coordinator_address="127.0.0.1:" + sys.argv[1],
+  process_count=2, process_index=0)
+"""
+  run = subprocess.run(
+    [sys.executable, "-c", program, str(free_port())],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert run.returncode == 75
+  assert "the other processes did not come within 3 s" in run.stderr
 
 
 @by_hand

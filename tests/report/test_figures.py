@@ -81,3 +81,9 @@ def test_the_same_figure_is_the_same_file(run):
     one, other = (style.files(head_figures.weights(run)) for _ in range(2))
   assert one == other
   assert one.keys() == {"weights.png", "weights.pdf", "weights.svg"}
+
+
+def test_no_two_of_many_runs_look_alike():
+  looks = [(style.of_run(i)["color"], style.marker(i)) for i in range(28)]
+  lines = [(*style.of_run(i).values(), style.marker(i)) for i in range(28)]
+  assert len({*looks}) == len({*lines}) == 28
