@@ -30,7 +30,7 @@ def free_port():
     return free.getsockname()[1]
 
 
-def together(flags, folders, changes=(), options=()):
+def together(flags, folders, changes=(), options=(), is_killed=True):
   """Starts a process for each folder; the settings of some may be changed."""
   flags = flags_with(
     flags,
@@ -46,6 +46,7 @@ def together(flags, folders, changes=(), options=()):
         *options,
       ],
       folder,
+      is_killed=is_killed,
     )
     for i, folder in enumerate(folders)
   ]
@@ -89,7 +90,7 @@ def test_two_do_what_one_does_and_go_on_to_the_bit(
   """The second one's folder is never there: it is sent all that it needs."""
   folders = tmp_path / "w", tmp_path / "other"
   flags = flags_with(memory_flags, eval_batch_size=4)  # on each of the two
-  check_ended(together(flags, folders))
+  check_ended(together(flags, folders, is_killed=False))
   check_equal(folders[0], memory_run)
   before = final(folders[0]), metrics(folders[0])
   check_ended(together(flags, folders, options=["--step=6"]))
