@@ -3,6 +3,7 @@
 import pathlib
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -111,8 +112,13 @@ def _say(one: runs.Run, rows):
     one.layers, config, config.context_tokens, config.memory_tokens
   )
   found = accounting.attention_choice(config)
-  console.say(f"attention: {console.macs_text(macs, found)}")
-  console.say(f"cache: {console.cache_text(one.layers, config)}")
+  _say_in_columns(f"attention: {console.macs_text(macs, found)}")
+  _say_in_columns(f"cache: {console.cache_text(one.layers, config)}")
+
+
+def _say_in_columns(text):
+  """Prints lines of at most 80 columns."""
+  console.say("\n".join(textwrap.wrap(text, 80, subsequent_indent="  ")))
 
 
 class _Measured(NamedTuple):
@@ -129,7 +135,7 @@ def _measured(one: runs.Run, sample: Sample, folder) -> _Measured:
     params, _ = saved.restore_params(one.step)
   changes = ablation.measure(params, one.config, *sample, _progress())
   for sentence in ablation.sentences(one, changes):
-    console.say(f"ablation   {sentence}")
+    _say_in_columns(f"ablation   {sentence}")
   logbook.write_text(folder / "ablation.csv", tables.as_csv(changes))
   mass = attention_mass.measure(params, one.config, sample.data)
   predict = evaluator.Evaluator(Transformer(one.config), sample.batch_size)

@@ -98,6 +98,9 @@ def test_the_page_has_all_figures_and_needs_nothing_else(reported):
     assert said in shown.text
   assert f"{len(FIGURES)} figures" in out
   assert "ablation   8 of 8, eta 0m00s" in out
+  assert "attention: multiply-adds per token: dense" in out
+  for line in out.splitlines():
+    assert len(line) <= 80 or str(one.parent) in line, line
   assert len((one / "ablation.csv").read_text().splitlines()) == 1 + 8
   assert not (other / "report.html").exists()
 
