@@ -167,7 +167,6 @@ def leave(reason: str, exit_code: int):
   client = _client()
   if client is None:
     return
-  _handlers.clear()
   _on_abort(lambda: exit_code)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     if exit_code != PeerError.exit_code:
