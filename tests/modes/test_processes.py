@@ -177,6 +177,51 @@ def test_one_that_stands_still_is_not_waited_for(
   assert said in err
 
 
+ARRAYS = """
+import sys
+import ml_dtypes
+import numpy as np
+from adaptive_attention.training import parallel, processes
+
+port, index = sys.argv[1:]
+processes.join(
+  distributed=True, coordinator_address=f"127.0.0.1:{port}", process_count=2,
+  process_index=int(index))
+parallel.start(1, cpu_devices=1)
+tree = {
+  "zeros": np.float32([0.0, -0.0]),
+  "nan": np.uint32([0x7FC01234, 0xFF800001]).view(np.float32),
+  "half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3).T,
+  "count": np.int32(-7),
+  "key": np.uint64([2**63 + 1]),
+  "flag": np.array([True, False]),
+  "none": np.zeros((0, 3), np.float32),
+}
+like = {n: np.ones(x.shape, x.dtype) for n, x in tree.items()}
+sent = parallel.from_primary(tree if index == "0" else None, like)
+for name, x in tree.items():
+  assert sent[name].dtype == x.dtype and sent[name].shape == x.shape, name
+  assert sent[name].tobytes() == x.tobytes(), name
+"""
+
+
+@by_hand
+def test_arrays_are_sent_to_the_bit():
+  """Of every kind, and also those that a sum would change."""
+  port = str(free_port())
+  sides = [
+    subprocess.Popen(
+      [sys.executable, "-c", ARRAYS, port, str(index)],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  check_ended(sides)
+
+
 @by_hand
 def test_one_that_no_other_joins_says_so():
   program = """
