@@ -53,6 +53,29 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects, and few cycles
 
 
+# The files that take longest, in that order. They come first, so that no worker
+# waits for another one at the end.
+_LONGEST = (
+  "attention/test_attention.py",
+  "modes/test_train.py",
+  "attention/test_pallas.py",
+  "training/test_steps.py",
+  "test_readme.py",
+  "attention/test_transformations.py",
+  "modes/test_ends.py",
+  "training/test_evaluator.py",
+  "test_kv_cache.py",
+  "modes/test_bench.py",
+  "modes/test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {ROOT / "tests" / name: i for i, name in enumerate(_LONGEST)}
+  assert all(path.exists() for path in place)
+  items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 _ROOM_BYTES = 5 << 28  # 1.25 GiB above what was left when room was last made
 
 
