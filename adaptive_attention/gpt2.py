@@ -149,9 +149,10 @@ def read(folder: pathlib.Path) -> tuple[dict, ModelConfig]:
 def write(folder: pathlib.Path, params: Mapping, config: ModelConfig):
   """Writes a model into a folder: config.json, model.safetensors, spans.json.
 
-  The last one holds what GPT-2 does not know: for each layer each head's span
-  and reach in tokens, and its period and ratio where there is a wave. Programs
-  that do not read it compute without masks.
+  Parameters are written in the dtype that they have. The last file holds what
+  GPT-2 does not know: for each layer each head's span and reach in tokens, and
+  its period and ratio where there is a wave. Programs that do not read it
+  compute without masks.
 
   Raises:
     WeightsError: the model has parts that GPT-2 does not have.

@@ -124,6 +124,17 @@ def test_it_becomes_a_model_with_masks_and_goes_back(
     assert ("period" in layer) == (attention == "span_wave")
 
 
+def test_it_is_written_in_half_the_bytes(tmp_path):
+  params = drawn.parameters(CONFIG)
+  half = jax.tree.map(lambda x: np.asarray(x, "bfloat16"), params)
+  gpt2.write(tmp_path / "half", half, CONFIG)
+  settings = json.loads((tmp_path / "half" / "config.json").read_text())
+  assert settings["torch_dtype"] == "bfloat16"
+  found, config = gpt2.read(tmp_path / "half")
+  assert config == CONFIG
+  jax.tree.map(np.testing.assert_array_equal, found, half)
+
+
 def test_what_differs_is_said_at_once(folder):
   with pytest.raises(WeightsError) as error:
     weights.load(folder, dataclasses.replace(ModelConfig(), attention="span"))

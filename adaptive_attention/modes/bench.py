@@ -33,7 +33,8 @@ def run(config, workdir):
     workdir: the folder for bench.json, made if absent.
 
   Raises:
-    BenchmarkError: a case is unknown, or PyTorch is missing.
+    BenchmarkError: a case is unknown, a context is given without a run, or
+      PyTorch is missing.
     LogbookError: bench.json cannot be written; its rows are printed first.
   """
   settings = config.bench
@@ -72,6 +73,11 @@ def _known(settings, on_device):
   """Returns the cases that there are to choose from."""
   if settings.checkpoint:
     return _learned_cases(settings)
+  if settings.context:
+    raise cases.BenchmarkError(
+      f"config.bench.context={settings.context} stretches the masks of a run; "
+      "give config.bench.checkpoint too, or leave it out"
+    )
   if on_device:
     return cases.DEVICE_SHAPES
   return (*cases.SHAPES, *cases.STEPS, *cases.DECODES)

@@ -9,6 +9,7 @@ from adaptive_attention.training import (
   logbook,
   paired,
   parallel,
+  processes,
   protocols,
   resume,
   settings,
@@ -91,7 +92,7 @@ def _other(against, by, corpus, split, protocol, data) -> dict | None:
   """
   if against is not None:
     same = corpus.sha256, split, by or protocol, len(data) - 1
-    return paired.earlier(against, *same)
+    return processes.from_primary(lambda: paired.earlier(against, *same))
   if by is not None:
     raise settings.SettingsError(
       f"--against_protocol={by} means nothing without --against; give both"

@@ -53,7 +53,8 @@ def run(
     SettingsError: the model has no masks, or it cannot be trained on with these
       settings, or the layout is unknown.
     WeightsError: the layout has no place for the model.
-    CheckpointError: WORKDIR/hardened exists already.
+    CheckpointError: WORKDIR/hardened exists already, or WORKDIR is that of an
+      exported model, which cannot be hardened.
   """
   workdir = pathlib.Path(workdir)
   if layout not in ("", "gpt2"):
@@ -89,6 +90,12 @@ def _write(workdir, step, layout, dtype):
 
 def _tuned(config, workdir, corpus, step, finetune_steps):
   """Checks that the hardened run can be made; returns its settings."""
+  if exported.is_alone(workdir):
+    raise checkpoint.CheckpointError(
+      f"--harden goes on with the optimizer's state, which {workdir} does not "
+      f"hold beside {exported.NAME}; give the --workdir of a run that has "
+      "saved a checkpoint"
+    )
   if config.model.attention == "dense":
     raise settings.SettingsError(
       "--harden rounds spans and periods, of which a model with "

@@ -42,8 +42,8 @@ def save(path, params, meta: Mapping):
   Args:
     path: the file, which is called model.safetensors.
     params: the parameters, in the dtype that they are written in.
-    meta: that of the checkpoint. Of paths in its settings the last part is
-      kept, as folders are those of one machine.
+    meta: that of the checkpoint. Of an absolute path in its settings the last
+      part is kept, as folders are those of one machine.
 
   Raises:
     OSError: the file cannot be written; the old content stays.

@@ -142,12 +142,12 @@ def failures():
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if not is_of_another(error):
+    if not _is_of_another(error):
       raise
     raise _lost(error) from error
 
 
-def is_of_another(error: BaseException) -> bool:
+def _is_of_another(error: BaseException) -> bool:
   """Tells whether an error says that another process cannot be reached."""
   text = str(error).lower()
   return (

@@ -139,13 +139,7 @@ def start(
   """
   found = processes.from_primary(lambda: _newest(saved, which))
   if found is None:
-    state = jax.device_get(steps.init_state(model, optimizer, config.seed))
-    if config.init_from:
-      given = _sent(
-        lambda: _given(config.init_from, config.model), state.params
-      )
-      state = state.replace(params=given)
-    return Start(state, None, False)
+    return Start(_first_state(model, optimizer, config), None, False)
   # The settings are checked first, so that one that does not fit is named.
   step, meta = found
   check_same_data(corpus, meta, step)
@@ -156,7 +150,9 @@ def start(
     lambda: steps.init_state(model, optimizer, config.seed)
   )
   like = shapes.params, shapes.opt_state
-  params, opt_state = _sent(lambda: saved.restore(step, *like)[:2], like)
+  params, opt_state = _from_primary(
+    lambda: saved.restore(step, *like)[:2], like
+  )
   if which is not None and parallel.is_primary():
     moved = saved.set_aside_after(step)
     if moved:
@@ -164,6 +160,18 @@ def start(
   state = steps.TrainState(np.asarray(step, np.int32), params, opt_state)
   owed = meta["bits"] is None and config.every.evaluates(step)
   return Start(state, step, owed)
+
+
+def _first_state(model, optimizer, config) -> steps.TrainState:
+  """Returns the state of step 0, with parameters that are given or drawn."""
+  state = jax.device_get(steps.init_state(model, optimizer, config.seed))
+  if not config.init_from:
+    return state
+  return state.replace(
+    params=_from_primary(
+      lambda: _given(config.init_from, config.model), state.params
+    )
+  )
 
 
 def _newest(saved, which) -> tuple[int, dict] | None:
@@ -179,7 +187,7 @@ def _newest(saved, which) -> tuple[int, dict] | None:
   return None
 
 
-def _sent(read, like, part=lambda array: array):
+def _from_primary(read, like, part=lambda array: array):
   """Returns the tree that `read` reads on the primary process, on all.
 
   Args:
@@ -247,7 +255,9 @@ def start_memory(
     )
     return fresh
   shards = parallel.local_shards()
-  return parallel.deal(_sent(lambda: restored, like, lambda x: x[shards]))
+  return parallel.deal(
+    _from_primary(lambda: restored, like, lambda x: x[shards])
+  )
 
 
 def params_and_meta(workdir, step: int):
@@ -256,15 +266,11 @@ def params_and_meta(workdir, step: int):
   Raises:
     CheckpointError: it is damaged or does not exist.
   """
-  params = None
-
-  def read():
-    nonlocal params
+  params = meta = None
+  if parallel.is_primary():
     with exported.opened(workdir) as saved:
       params, meta = saved.restore_params(step)
-    return meta
-
-  meta = processes.from_primary(read)
+  meta = processes.exchange(meta)[0]
   shapes = shapes_of(settings.model_config(meta["config"]["model"]))
   like = flax.traverse_util.unflatten_dict(
     {

@@ -265,6 +265,13 @@ def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_context_is_that_of_a_run(tiny, tmp_path):
+  tiny.bench.context = 48
+  with pytest.raises(cases.BenchmarkError, match=r"give config\.bench\.check"):
+    bench.run(tiny, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
   tiny.bench.compare = "torch"
   tiny.bench.shapes = "wave"

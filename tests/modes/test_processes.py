@@ -78,7 +78,7 @@ def check_equal(workdir, one_run):
   for found, exact in zip(metrics(workdir), metrics(one_run)):
     assert found.pop("split") == exact.pop("split")
     jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6),
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6),
       found,
       exact,
     )

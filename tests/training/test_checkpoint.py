@@ -223,6 +223,18 @@ def test_late_reads_of_a_damaged_one_are_ignored(tmp_path, monkeypatch):
   assert not seen
 
 
+def test_what_fails_on_a_device_is_no_damage(tmp_path, monkeypatch):
+  save(tmp_path, [3])
+
+  def lost(*_):
+    raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed")
+
+  with Checkpoints(tmp_path) as saved:
+    monkeypatch.setattr(saved, "_restored", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="all-reduce"):
+      saved.restore_params(saved.resolve("latest"))
+
+
 def test_damage_of_the_only_one(tmp_path):
   save(tmp_path, [3])
   flip(tmp_path / "checkpoints" / "3")

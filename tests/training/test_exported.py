@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from adaptive_attention import weights
+from adaptive_attention.modes import export
 from adaptive_attention.training import exported, resume, settings
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from configs import base
@@ -66,6 +67,16 @@ def test_checkpoints_come_first(saved):
   for name in ("checkpoints", exported.NAME):
     (workdir / name).rename(workdir / f"no {name}")
   assert isinstance(exported.opened(workdir), Checkpoints)
+
+
+def test_it_is_not_hardened(saved, tmp_path):
+  """That takes the optimizer's state; nothing is written."""
+  folder = tmp_path / "alone"
+  folder.mkdir()
+  exported.save(folder / exported.NAME, *saved[1:])
+  with pytest.raises(CheckpointError, match="optimizer's state"):
+    export.run(None, folder, step=7, harden=True)
+  assert [path.name for path in folder.iterdir()] == [exported.NAME]
 
 
 def test_a_gpt2_is_not_taken_for_one(saved, tmp_path):
