@@ -14,7 +14,7 @@ from adaptive_attention.bench import (
   timing,
   trained,
 )
-from adaptive_attention.training import console, exported, logbook
+from adaptive_attention.training import console, exported, files, logbook
 from adaptive_attention.training.settings import model_config
 
 
@@ -35,13 +35,13 @@ def run(config, workdir):
   Raises:
     BenchmarkError: a case is unknown, a context is given without a run, or
       PyTorch is missing.
-    LogbookError: bench.json cannot be written; its rows are printed first.
+    WriteError: bench.json cannot be written; its rows are printed first.
   """
   settings = config.bench
   on_device = jax.default_backend() != "cpu"
   chosen = cases.named(_known(settings, on_device), settings.shapes)
   path = pathlib.Path(workdir) / "bench.json"
-  with logbook.writing(path.parent):
+  with files.writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
   content = {"environment": logbook.environment(), "rows": []}
   ends, longest = time.perf_counter() + device.SECONDS, 0.0
@@ -97,7 +97,7 @@ def _shown(timed, content, path):
     for line in timing.table(timed):
       console.say(line)
   finally:
-    logbook.write_json(path, content)
+    files.write_json(path, content)
 
 
 def _too_late(left):

@@ -14,7 +14,7 @@ from adaptive_attention.training import (
   console,
   evaluator,
   exported,
-  logbook,
+  files,
   parallel,
   resume,
   settings,
@@ -80,7 +80,7 @@ def _write(workdir, step, layout, dtype):
     params, meta = saved.restore_params(step)
   params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
   path = workdir / (layout or exported.NAME)
-  with logbook.writing(path):
+  with files.writing(path):
     if layout:
       gpt2.write(path, params, settings.model_config(meta["config"]["model"]))
     else:

@@ -39,7 +39,7 @@ def run(
   Raises:
     SettingsError: a head that does not exist, or a run is named twice.
     CheckpointError: a folder has no checkpoint, or it is damaged.
-    LogbookError: a file cannot be written.
+    WriteError: a file cannot be written.
   """
   all_runs = _read(workdir, step, settings.model_config(config.model), compare)
   rows = [_chosen(one, heads) for one in all_runs]

@@ -13,7 +13,7 @@ from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import (
   console,
   exported,
-  logbook,
+  files,
   settings,
   units,
 )
@@ -177,5 +177,5 @@ def _print_and_write(texts, rest, *notes, path, step):
       f"--- {i} of {count}, step {step}\n{text}\n"
       for i, text in enumerate(texts, start=1)
     ]
-    logbook.write_text(path, "".join(kept))
+    files.write_text(path, "".join(kept))
   console.say(f"written to {path}")

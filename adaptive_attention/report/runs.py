@@ -11,7 +11,7 @@ from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask
 from adaptive_attention.training import (
   exported,
-  logbook,
+  files,
   protocols,
   settings,
   units,
@@ -108,7 +108,7 @@ def read(
 def _lines(path, last_step) -> list[dict]:
   """Returns the lines of a file up to a step; none if it is absent."""
   try:
-    lines = logbook.read_lines(path)
+    lines = files.read_lines(path)
   except OSError:
     return []
   return [line for line in lines if line.get("step", math.inf) <= last_step]

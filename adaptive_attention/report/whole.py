@@ -28,6 +28,7 @@ from adaptive_attention.training import (
   console,
   evaluator,
   exported,
+  files,
   logbook,
   parallel,
 )
@@ -67,7 +68,7 @@ def write(
       first run is for, and where it looks; None for not.
 
   Raises:
-    LogbookError: a file cannot be written.
+    WriteError: a file cannot be written.
   """
   folder = pathlib.Path(folder)
   if rows is None:
@@ -77,8 +78,8 @@ def write(
     for one, of_run in zip(all_runs, rows, strict=True):
       _say(one, of_run)
   finally:
-    logbook.write_text(folder / "heads.csv", tables.as_csv(every_row))
-    logbook.write_text(folder / "heads.tex", tables.as_tex(every_row))
+    files.write_text(folder / "heads.csv", tables.as_csv(every_row))
+    files.write_text(folder / "heads.tex", tables.as_tex(every_row))
   console.say(f"written to {folder / 'heads.csv'} and heads.tex")
   measured = None if sample is None else _measured(all_runs[0], sample, folder)
   try:
@@ -95,7 +96,7 @@ def write_of_ended_run(workdir):
 
   Raises:
     CheckpointError: the newest checkpoint is damaged.
-    LogbookError: a file cannot be written.
+    WriteError: a file cannot be written.
   """
   if parallel.is_primary():
     write(workdir, [runs.read(workdir)])
@@ -136,7 +137,7 @@ def _measured(one: runs.Run, sample: Sample, folder) -> _Measured:
   changes = ablation.measure(params, one.config, *sample, _progress())
   for sentence in ablation.sentences(one, changes):
     _say_in_columns(f"ablation   {sentence}")
-  logbook.write_text(folder / "ablation.csv", tables.as_csv(changes))
+  files.write_text(folder / "ablation.csv", tables.as_csv(changes))
   mass = attention_mass.measure(params, one.config, sample.data)
   predict = evaluator.Evaluator(Transformer(one.config), sample.batch_size)
   nats, _ = predict.losses(parallel.replicate(params), sample.data, "window")
@@ -162,23 +163,23 @@ def _progress():
 def _draw(folder, all_runs, split, measured):
   """Draws the figures, and writes them and the page."""
   figures, missing = _figures(all_runs, split, measured)
-  files = {figure.name: style.files(figure) for figure in figures}
+  drawn = {figure.name: style.files(figure) for figure in figures}
   content = page.page(
     all_runs,
     figures,
-    {name: found[f"{name}.svg"] for name, found in files.items()},
+    {name: found[f"{name}.svg"] for name, found in drawn.items()},
     split=split,
     missing=missing,
     command=shlex.join(sys.argv),
     environment=logbook.environment(),
   )
   into = folder / "figures"
-  with logbook.writing(into):
+  with files.writing(into):
     into.mkdir(exist_ok=True)
-  for found in files.values():
+  for found in drawn.values():
     for name, data in found.items():
-      logbook.write_bytes(into / name, data)
-  logbook.write_text(folder / "report.html", content)
+      files.write_bytes(into / name, data)
+  files.write_text(folder / "report.html", content)
   for sentence in missing:
     console.say(f"missing    {sentence}")
   console.say(

@@ -1,4 +1,4 @@
-"""Checkpoints that are intact or refused; the only file that names orbax.
+"""Checkpoints that are intact or refused.
 
 WORKDIR/checkpoints/STEP/ holds these items:
 
@@ -9,40 +9,64 @@ WORKDIR/checkpoints/STEP/ holds these items:
   meta        JSON: the step, a table of all leaves and a sha256 of each item,
               as flipped bits and swapped arrays restore without an error
 
-Arrays are saved from the host. Except for the memory, which belongs to the
-streams of the devices, a checkpoint does not depend on the number of devices.
+Arrays are saved from the host, by a thread of its own, while training goes on.
+Except for the memory, which belongs to the streams of the devices, a checkpoint
+does not depend on the number of devices.
 """
 
 import contextlib
-import os
 import pathlib
-import re
-import shutil
+import time
 from collections.abc import Mapping
+from concurrent import futures
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from adaptive_attention.errors import Error, first_line
+from adaptive_attention.errors import Error
 from adaptive_attention.training import (
+  checkpoint_items,
   checkpoint_meta,
+  console,
+  disks,
   leaf_table,
   leftovers,
   library_noise,
 )
-from adaptive_attention.training.checkpoint_meta import DamageError
-from adaptive_attention.training.plain_path import plain_path
+from adaptive_attention.training.checkpoint_meta import (
+  DamageError,
+  UnreadableError,
+)
+
+_PATIENCE_SECONDS = 5  # before a line says what is waited for
 
 
 class CheckpointError(Error):
   """A checkpoint is missing, is damaged or belongs to another model."""
 
 
+class Save(NamedTuple):
+  """A checkpoint that is whole on the disk, and what it took.
+
+  Attributes:
+    step: its number.
+    bytes: of its arrays.
+    seconds: from the copy on the host to the end of the check.
+    stall_seconds: how long the caller waited for it.
+  """
+
+  step: int
+  bytes: int
+  seconds: float
+  stall_seconds: float
+
+
 class Checkpoints:
   """The checkpoints of one run; a context manager.
 
-  All processes may read; only the primary one may save.
+  All processes may read; only the primary one may save. One save is under way
+  at a time; the end of the context waits for it.
 
   Args:
     workdir: the run's folder.
@@ -54,15 +78,18 @@ class Checkpoints:
     self._folder = self._workdir / "checkpoints"
     self._keep = keep
     self._context = contextlib.ExitStack()
+    self._under_way = None
 
   def __enter__(self) -> "Checkpoints":
-    with self._plain_workdir():  # an error comes now, not at the first save
-      pass
-    self._late_reads = self._context.enter_context(library_noise.quiet())
+    self._check_path()  # an error comes now, not at the first save
+    self._place = disks.Place(self._workdir)
+    self._context.enter_context(library_noise.quiet())
+    self._writer = self._context.enter_context(futures.ThreadPoolExecutor(1))
     return self
 
   def __exit__(self, *_):
-    self._context.close()
+    with self._context:
+      self.finish()
 
   def steps(self) -> list[int]:
     """Returns the steps that have a folder, ascending."""
@@ -112,7 +139,9 @@ class Checkpoints:
     bits: float | None = None,
     memory=None,
   ):
-    """Writes a checkpoint and reads it back; only then removes older ones.
+    """Copies a checkpoint to the host; a thread writes it and reads it back.
+
+    Only then older ones are removed. `finish` tells of the end.
 
     Args:
       step: its number, which must be new.
@@ -122,49 +151,71 @@ class Checkpoints:
       memory: the memory of the streams of all devices, a tree of arrays.
 
     Raises:
-      CheckpointError: a checkpoint of this step exists, or what was read back
-        differs from what was to be saved.
+      CheckpointError: the save before it failed, or a checkpoint of this step
+        exists.
     """
-    params, opt_state, memory = jax.device_get((params, opt_state, memory))
+    self.finish()
+    began = time.perf_counter()
+    with self._writing(step):
+      self._place.check()
+      if step in self.steps():
+        raise CheckpointError(
+          f"the checkpoint of step {step} was not written, as {self._folder} "
+          f"has one; remove {self._folder / str(step)} or give another "
+          "--workdir"
+        )
+    # On a CPU what comes to the host is the array itself, which the next step
+    # overwrites.
+    params, opt_state, memory = jax.tree.map(
+      np.array, jax.device_get((params, opt_state, memory))
+    )
     items = {"params": params, "opt_state": leaf_table.flat(opt_state)}
     if jax.tree.leaves(memory):
       items["memory"] = leaf_table.flat(memory)
-    meta = {
-      **meta,
-      "step": step,
-      "bits": bits,
-      "leaves": {name: leaf_table.table(tree) for name, tree in items.items()},
-      "sha256": {name: leaf_table.digest(tree) for name, tree in items.items()},
-    }
-    if step in self.steps():
-      raise CheckpointError(
-        f"the checkpoint of step {step} was not written, as {self._folder} has "
-        f"one; remove {self._folder / str(step)} or give another --workdir"
+    stall = time.perf_counter() - began
+    meta = {**meta, "step": step, "bits": bits}
+    self._under_way = (
+      Save(step, sum(x.nbytes for x in jax.tree.leaves(items)), 0.0, stall),
+      self._writer.submit(self._complete, step, items, meta),
+    )
+
+  def finish(self, *, wait: bool = True) -> Save | None:
+    """Returns what the save under way took; None if none is, or it goes on.
+
+    Args:
+      wait: whether to wait for its end.
+
+    Raises:
+      CheckpointError: it failed, or what was read back differs from what was to
+        be saved.
+    """
+    if self._under_way is None or not (wait or self._under_way[1].done()):
+      return None
+    begun, writing = self._under_way
+    began = time.perf_counter()
+    if not futures.wait([writing], _PATIENCE_SECONDS).done:
+      console.say(
+        f"waiting    for the checkpoint of step {begun.step}, {begun.bytes:,} "
+        f"bytes, which is being written to {self._folder}"
       )
+    self._under_way = None
+    seconds = writing.result()
+    stall = begun.stall_seconds + time.perf_counter() - began
+    return begun._replace(seconds=seconds, stall_seconds=stall)
+
+  def _complete(self, step, items, meta) -> float:
+    """Writes and checks a checkpoint, removes older ones; returns seconds."""
+    began = time.perf_counter()
+    tables = {name: leaf_table.table(tree) for name, tree in items.items()}
+    digests = {name: leaf_table.digest(tree) for name, tree in items.items()}
+    meta = checkpoint_meta.sealed({**meta, "leaves": tables, "sha256": digests})
     with self._writing(step):
       leftovers.remove(self._folder)
-      self._write(step, items, checkpoint_meta.sealed(meta))
+      checkpoint_items.write(self._workdir, step, items, meta)
     self._guarded(step, lambda: self._verify(step))
     with self._writing(step):
       self._remove_older()
-
-  def _write(self, step, items, meta):
-    """Has orbax write the folder of a step, completely or not at all."""
-    options = ocp.CompositeOptions(multiprocessing_options=_alone())
-    handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    with (
-      self._plain_workdir() as workdir,
-      ocp.Checkpointer(
-        handler, multiprocessing_options=_alone()
-      ) as checkpointer,
-    ):
-      checkpointer.save(
-        workdir / "checkpoints" / str(step),
-        args=ocp.args.Composite(
-          meta=ocp.args.JsonSave(meta),
-          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-        ),
-      )
+    return time.perf_counter() - began
 
   def _remove_older(self):
     """Keeps the newest, the best, and those whose meta cannot be read."""
@@ -179,8 +230,10 @@ class Checkpoints:
 
   def record_evaluation(self, step: int, bits: float):
     """Adds the result of a later evaluation to a checkpoint."""
-    meta = {**self.read_meta(step), "bits": bits}
+    self.finish()
     with self._writing(step):
+      self._place.check()
+      meta = {**self.read_meta(step), "bits": bits}
       checkpoint_meta.write(self._folder / str(step), meta)
 
   @contextlib.contextmanager
@@ -189,15 +242,15 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      # tensorstore has a ValueError of many lines, with the number at the end.
-      reason = getattr(error, "strerror", None) or _system_error(str(error))
+      reason = disks.reason_of(error)
       if reason is None:
         raise
       intact = [s for s in self.steps() if s != step and self._is_intact(s)]
       kept = f"{_listed(intact)} is kept" if intact else "there is no older one"
       raise CheckpointError(
         f"the checkpoint of step {step} cannot be written to {self._folder} "
-        f"({reason}); make room there and give the same command again ({kept})"
+        f"({reason}); make room there, or mend the disk, and give the same "
+        f"command again ({kept})"
       ) from error
 
   def read_meta(self, step: int) -> dict:
@@ -257,13 +310,9 @@ class Checkpoints:
     """
     later = [other for other in self.steps() if other > step]
     for other in later:
-      target = self._workdir / "set_aside" / str(other)
-      target.parent.mkdir(exist_ok=True)
-      number = 1
-      while target.exists():
-        number += 1
-        target = target.with_name(f"{other}-{number}")
-      shutil.move(self._folder / str(other), target)
+      leftovers.move_into(
+        self._workdir / "set_aside", self._folder / str(other)
+      )
     return later
 
   def _guarded(self, step, read):
@@ -271,16 +320,19 @@ class Checkpoints:
     try:
       return read()
     except DamageError as damage:
+      of_disk = isinstance(damage, UnreadableError)
+      found = "cannot be read" if of_disk else "is damaged"
+      mend = "mend the disk, or " if of_disk else ""
       intact = [s for s in self.steps() if s < step and self._is_intact(s)]
       way_out = (
-        f"older ones that are intact: {_listed(intact)}; choose one with "
+        f"older ones that are intact: {_listed(intact)}; {mend}choose one with "
         f"--step={intact[-1]}"
         if intact
-        else "no older one is intact; give another --workdir"
+        else f"no older one is intact; {mend}give another --workdir"
       )
       raise CheckpointError(
-        f"the checkpoint of step {step} in {self._workdir} is damaged "
-        f"({damage}); {way_out}"
+        f"the checkpoint of step {step} in {self._workdir} {found} ({damage}); "
+        f"{way_out}"
       ) from damage
 
   def _is_intact(self, step):
@@ -301,82 +353,27 @@ class Checkpoints:
   def _read(self, step, names):
     """Returns (*trees, meta); each tree fits the table and its digest."""
     meta = self._meta(step)
-    trees = []
-    for name in names:
-      try:
-        tree = self._restored(step, name)
-      except jax.errors.JaxRuntimeError:  # of a device: no damage
-        raise
-      except Exception as error:  # of any of the libraries below orbax
-        self._late_reads.expected = True
-        raise DamageError(f"{name}: {first_line(error)}") from error
-      tree = jax.tree.map(np.asarray, tree)
-      if leaf_table.table(tree) != meta["leaves"][name]:
-        raise DamageError(
-          f"{name}: its leaves differ from those that were saved"
-        )
-      if leaf_table.digest(tree) != meta["sha256"][name]:
-        raise DamageError(
-          f"{name}: its sha256 differs from the one that was saved"
-        )
-      trees.append(tree)
-    return (*trees, meta)
+    read = (
+      checkpoint_items.read(self._workdir, step, name, meta) for name in names
+    )
+    return (*read, meta)
 
-  def _restored(self, step, name):
-    """Returns an item as orbax reads it."""
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    with (
-      self._plain_workdir() as workdir,
-      ocp.Checkpointer(
-        handler, multiprocessing_options=_alone()
-      ) as checkpointer,
-    ):
-      return checkpointer.restore(workdir / "checkpoints" / str(step) / name)
-
-  @contextlib.contextmanager
-  def _plain_workdir(self):
-    """Yields a path of the workdir that the libraries take as it is written.
-
-    Raises:
-      CheckpointError: there is no such path, as no link can be made.
-    """
-    with contextlib.ExitStack() as stack:
-      try:
-        workdir = stack.enter_context(plain_path(self._workdir))
-      except OSError as error:
-        raise CheckpointError(
-          f"checkpoints cannot be kept in {self._workdir}, as its path has "
-          "characters that need a link, which cannot be made "
-          f"({first_line(error)}); give a --workdir of letters, digits, dots "
-          "and dashes"
-        ) from error
-      yield workdir
-
-
-def _alone():
-  """Returns options for orbax: this process waits for no other one."""
-  me = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
-  )
+  def _check_path(self):
+    try:
+      with checkpoint_items.plain(self._workdir):
+        pass
+    except checkpoint_items.PathError as error:
+      raise CheckpointError(
+        f"checkpoints cannot be kept in {self._workdir}, as its path has "
+        f"characters that need a link, which cannot be made ({error}); give a "
+        "--workdir of letters, digits, dots and dashes"
+      ) from error
 
 
 def _best_of(figures):
   """Returns the step with the least figure, the newest of equals, or None."""
   evaluated = [step for step in figures if figures[step] is not None]
   return min(evaluated, key=lambda step: (figures[step], -step), default=None)
-
-
-def _system_error(text):
-  """Returns the system's message for the number in tensorstore's, or None.
-
-  Arrays are written at the same time. If one fails, another may find that the
-  file of both is gone, which has no number, and be the one that is told of.
-  """
-  if found := re.search(r"os_error_code='(\d+)'", text):
-    return os.strerror(int(found[1]))
-  lost = text.startswith(("NOT_FOUND: ", "DATA_LOSS: "))
-  return "a file that was just written is gone" if lost else None
 
 
 def _listed(steps):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from adaptive_attention.atomic_write import atomic_write
 from adaptive_attention.errors import first_line
+from adaptive_attention.training import disks
 
 _REQUIRED = ("step", "bits", "leaves", "sha256")
 _EARLIER = {"bits_per_char": "bits"}  # names of earlier versions
@@ -15,6 +16,10 @@ _SEAL = "meta_sha256"  # earlier versions wrote none
 
 class DamageError(Exception):
   """One checkpoint is damaged; the message says what is wrong with it."""
+
+
+class UnreadableError(DamageError):
+  """The disk does not give a checkpoint's bytes, which may be whole."""
 
 
 def sealed(meta: Mapping) -> dict:
@@ -28,13 +33,16 @@ def read(folder: pathlib.Path, step: int) -> dict:
   """Returns the meta of the checkpoint in `folder`, which is of this step.
 
   Raises:
-    DamageError: it cannot be read, was changed, or belongs to another step.
+    DamageError: it is not JSON, was changed, or belongs to another step.
+    UnreadableError: the disk does not give it.
   """
   try:
     meta = json.loads(_path(folder).read_text(encoding="utf-8"))
     named = {_EARLIER.get(name, name): meta[name] for name in meta}
     found, *_ = (named[name] for name in _REQUIRED)
   except (OSError, ValueError, KeyError, TypeError) as error:
+    if reason := disks.refusal(error):
+      raise UnreadableError(f"meta: {reason}") from error
     raise DamageError(f"meta: {first_line(error)}") from error
   if found != step:
     raise DamageError(f"meta: it belongs to step {found}")

@@ -23,6 +23,16 @@ def set_aside(checkpoint: pathlib.Path):
   checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.removed"))
 
 
+def move_into(folder: pathlib.Path, checkpoint: pathlib.Path):
+  """Moves a checkpoint to another folder without overwriting any there."""
+  folder.mkdir(exist_ok=True)
+  target, number = folder / checkpoint.name, 1
+  while target.exists():
+    number += 1
+    target = folder / f"{checkpoint.name}-{number}"
+  shutil.move(checkpoint, target)
+
+
 def remove(folder: pathlib.Path):
   """Removes what is left over in a folder of checkpoints."""
   for path in folder.glob("*.*"):

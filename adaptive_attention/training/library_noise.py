@@ -12,9 +12,6 @@ def quiet():
   One save logs some sixty lines. Errors are dropped too: they also arrive as
   exceptions, which are reported once. Contexts may be nested. The hook outlives
   its context if a read has failed in it, as late reads may end at any time.
-
-  Yields:
-    The `LateReads` that is installed.
   """
   logger, hook = logging.getLogger("absl"), sys.unraisablehook
   installs = not isinstance(hook, LateReads)
@@ -23,11 +20,17 @@ def quiet():
   quiet = _WithoutOrbax()
   logger.addFilter(quiet)
   try:
-    yield hook
+    yield
   finally:
     logger.removeFilter(quiet)
     if installs and sys.unraisablehook is hook and not hook.expected:
       sys.unraisablehook = hook.otherwise
+
+
+def expect_late_reads():
+  """Keeps the hook that is installed, as a read has failed."""
+  if isinstance(sys.unraisablehook, LateReads):
+    sys.unraisablehook.expected = True
 
 
 class _WithoutOrbax(logging.Filter):

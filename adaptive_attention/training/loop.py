@@ -10,7 +10,7 @@ from adaptive_attention.errors import Error
 from adaptive_attention.training import parallel
 from adaptive_attention.training.batches import Batches
 from adaptive_attention.training.resume import Start
-from adaptive_attention.training.signals import Signals
+from adaptive_attention.training.signals import Signals, Stopped
 from adaptive_attention.training.training_config import Every
 
 
@@ -48,12 +48,14 @@ class Follow(NamedTuple):
 
   Attributes:
     record: called with (step, its metrics, seconds per step or None).
-    save: called with (state, memory, step).
+    save: called with (state, memory, step); it may end later.
+    finish: called without arguments, to wait for the last save's end.
     evaluate, sample: called with (state, step).
   """
 
   record: Callable
   save: Callable
+  finish: Callable
   evaluate: Callable
   sample: Callable
 
@@ -84,6 +86,15 @@ def train(
     TrainingError: a loss or gradient that is not finite.
     Stopped: the end was asked for, and the step is saved.
   """
+  try:
+    _train(train_step, start, memory, batches, every, ends, follow)
+  except (Stopped, TrainingError):  # which say what is saved
+    follow.finish()
+    raise
+  follow.finish()
+
+
+def _train(train_step, start, memory, batches, every, ends, follow):
   clock, done = Clock(), start.step
   clock.start()
   made = _steps(train_step, start, memory, batches, every, ends)

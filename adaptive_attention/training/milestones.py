@@ -12,8 +12,10 @@ from adaptive_attention import accounting, generation
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.masks import Mask
 from adaptive_attention.training import (
+  checkpoint,
   console,
   evaluator,
+  files,
   logbook,
   parallel,
   processes,
@@ -34,6 +36,7 @@ def record(
   units: Units,
   last: int,
   began: float,
+  saved: checkpoint.Checkpoints,
   book: logbook.Logbook,
   ends: signals.Signals,
 ):
@@ -46,34 +49,40 @@ def record(
     units: those of the losses.
     last: the run's last step.
     began: when this process began with the run, by time.perf_counter.
-    book: the record.
+    saved, book: the run's checkpoints and its record.
     ends: asked to end the run if the record cannot be written.
   """
+  finish(saved=saved, book=book, wait=False)
   layers, shares_LH = metrics["masks"]
   lengths = by_head(layers, shares_LH)
   bits = float(metrics["cross_entropy"] / math.log(2))
   rate = None if seconds is None else step_tokens / seconds
   said = units.brief(bits)
   console.say(console.step_text(step, last, metrics, said, seconds, rate))
-  wall_seconds = time.perf_counter() - began
   numbers = {
     "loss": metrics["loss"],
     **units.figures(bits),
     "tokens_per_second": rate,
-    "seconds": book.seconds + wall_seconds,
+    "seconds": book.seconds + time.perf_counter() - began,
     **{
       name: metrics[name]
       for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
     },
+    **_of_masks(layers, lengths, config),
+  }
+  with _ended_by_failure(ends):
+    book.write_masks(step, **lengths)
+    book.write(step, "train", **numbers)
+
+
+def _of_masks(layers, lengths, config) -> dict:
+  return {
     "span_max": float(np.max(lengths["span"])),
     "span_by_layer": np.mean(lengths["span"], axis=1).tolist(),
     "attention_macs_per_token": accounting.attention_macs_per_token(
       layers, config, config.context_tokens, config.memory_tokens
     ),
   }
-  with _ended_by_failure(ends):
-    book.write_masks(step, **lengths)
-    book.write(step, "train", **numbers)
 
 
 def by_head(layers: Sequence[Mask], shares_LH) -> dict[str, list]:
@@ -94,17 +103,49 @@ def by_head(layers: Sequence[Mask], shares_LH) -> dict[str, list]:
   }
 
 
-def save(state, memory, step: int, *, saved, meta: dict):
-  """Saves a step; the primary process writes the memory of all processes.
+def save(
+  state,
+  memory,
+  step: int,
+  *,
+  meta: dict,
+  saved: checkpoint.Checkpoints,
+  book: logbook.Logbook,
+):
+  """Begins to save a step, once the save before it has ended.
+
+  The primary process writes the memory of all processes.
+
+  Args:
+    meta: what else is kept with each checkpoint.
+    saved: the run's checkpoints.
+    book: the record.
+  """
+  memory = parallel.gather(memory)
+  finish(saved=saved, book=book)
+  if parallel.is_primary():
+    saved.save(step, state.params, state.opt_state, meta, memory=memory)
+  processes.exchange(None)  # as above
+
+
+def finish(
+  *, saved: checkpoint.Checkpoints, book: logbook.Logbook, wait: bool = True
+):
+  """Adds what the save under way took to the next line of the record.
 
   Args:
     saved: the run's checkpoints.
-    meta: what else is kept with each checkpoint.
+    book: the record.
+    wait: whether to wait for its end.
   """
-  memory = parallel.gather(memory)
-  if parallel.is_primary():
-    saved.save(step, state.params, state.opt_state, meta, memory=memory)
-  processes.exchange(None)  # if it failed there, all of them end
+  if done := saved.finish(wait=wait):
+    book.add(
+      save_seconds=done.seconds,
+      save_stall_seconds=done.stall_seconds,
+      save_bytes=done.bytes,
+    )
+  if wait:
+    processes.exchange(None)  # if it failed there, all of them end
 
 
 def evaluate(
@@ -115,13 +156,13 @@ def evaluate(
   data,
   units: Units,
   last: int,
-  saved,
+  saved: checkpoint.Checkpoints,
   book: logbook.Logbook,
   ends: signals.Signals,
 ):
   """Evaluates a step that is saved; prints and records the result.
 
-  The checkpoint of the step gets the result too.
+  The checkpoint of the step gets the result too. The save may go on meanwhile.
 
   Args:
     predict: the evaluator.
@@ -147,6 +188,7 @@ def evaluate(
     if units.is_text:
       text += f", and lzma takes {evaluator.lzma_bits_per_char(data):.4f}"
   console.say(text)
+  finish(saved=saved, book=book)
   with _ended_by_failure(ends):
     book.write(step, "valid", loss=result.loss, **units.record(result))
   if parallel.is_primary():
@@ -214,5 +256,5 @@ def _ended_by_failure(ends):
   """Ends the run as at a signal if a line of the record cannot be written."""
   try:
     yield
-  except logbook.LogbookError as error:
+  except files.WriteError as error:
     ends.stop(f"a failed write of the record ({error})", 1)

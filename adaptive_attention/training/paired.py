@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive_attention.training import logbook
+from adaptive_attention.training import files
 from adaptive_attention.training.evaluator import (
   EvaluationError,
   Result,
@@ -51,7 +51,7 @@ def earlier(
     EvaluationError: there is none that has all of these.
   """
   try:
-    records = logbook.read_lines(pathlib.Path(workdir) / "evals.jsonl")
+    records = files.read_lines(pathlib.Path(workdir) / "evals.jsonl")
   except OSError as error:
     raise EvaluationError(
       f"--against={workdir} has no evaluations ({error.strerror}); evaluate it "

@@ -19,7 +19,7 @@ from adaptive_attention.training import (
   console,
   earlier_settings,
   exported,
-  logbook,
+  files,
   parallel,
   processes,
   settings,
@@ -43,12 +43,12 @@ def lock(workdir):
 
   Raises:
     CheckpointError: another process holds it, or this one does already.
-    LogbookError: the folder cannot be written to.
+    WriteError: the folder cannot be written to.
   """
   if not parallel.is_primary():
     yield
     return
-  with logbook.writing(workdir):
+  with files.writing(workdir):
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     pathlib.Path(workdir, "lock").touch()
   path = pathlib.Path(workdir).resolve() / "lock"

@@ -96,6 +96,7 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
 def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
   """Binds what follows a step to what it works with in this run."""
   read = units.of(corpus)
+  kept = {"saved": saved, "book": book}
   return loop.Follow(
     record=functools.partial(
       milestones.record,
@@ -104,23 +105,23 @@ def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
       units=read,
       last=config.steps,
       began=began,
-      book=book,
       ends=ends,
+      **kept,
     ),
     save=functools.partial(
       milestones.save,
-      saved=saved,
       meta={"config": config.record, "data": units.source(corpus)},
+      **kept,
     ),
+    finish=functools.partial(milestones.finish, **kept),
     evaluate=functools.partial(
       milestones.evaluate,
       predict=evaluator.Evaluator(model, config.eval_batch_size),
       data=corpus.valid[: config.eval_tokens],
       units=read,
       last=config.steps,
-      saved=saved,
-      book=book,
       ends=ends,
+      **kept,
     ),
     sample=functools.partial(
       milestones.sample,

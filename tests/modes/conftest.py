@@ -1,8 +1,33 @@
-"""A run on streams, for the tests of several modes."""
+"""Runs for the tests of several modes."""
 
 import pytest
 
+from adaptive_attention.modes import train
+from configs import base
+from data import text_file
 from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def run(text):
+  """run(workdir, **settings): trains here, in this process."""
+
+  def trained(workdir, **changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(
+      TINY | {"data.path": str(text), "sample_every_steps": 0} | changes
+    )
+    train.run(config, workdir, corpus=text_file.load(str(text)))
+
+  return trained
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+  """A run that is never interrupted."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  run(workdir)
+  return workdir
 
 
 @pytest.fixture(scope="module")

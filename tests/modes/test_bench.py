@@ -24,7 +24,7 @@ from adaptive_attention.modes import bench
 from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   checkpoint,
-  logbook,
+  files,
   parallel,
 )
 from tests.training.test_steps import init_state
@@ -108,7 +108,7 @@ def test_rows_are_printed_before_they_are_written(
   (tmp_path / "bench.json").mkdir()
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
-  with pytest.raises(logbook.LogbookError, match=r"bench.json cannot be writ"):
+  with pytest.raises(files.WriteError, match=r"bench.json cannot be writ"):
     bench.run(tiny, tmp_path)
   assert "blocked both" in capsys.readouterr().out
 

@@ -15,7 +15,6 @@ import jax
 import pytest
 
 from adaptive_attention import accounting, generation
-from adaptive_attention.modes import train
 from adaptive_attention.training import (
   evaluator,
   logbook,
@@ -25,33 +24,8 @@ from adaptive_attention.training import (
 from adaptive_attention.training import run as training
 from adaptive_attention.training.checkpoint import Checkpoints
 from adaptive_attention.training.signals import Stopped
-from data import text_file
 from tests.conftest import ROOT
 from tests.modes.test_train import final, metrics
-
-
-@pytest.fixture(scope="module")
-def run(text):
-  """run(workdir, **settings): trains here, in this process."""
-  from configs import base
-  from tests.conftest import TINY
-
-  def trained(workdir, **changes):
-    config = base.get_config()
-    config.update_from_flattened_dict(
-      TINY | {"data.path": str(text), "sample_every_steps": 0} | changes
-    )
-    train.run(config, workdir, corpus=text_file.load(str(text)))
-
-  return trained
-
-
-@pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-  """A run that is never interrupted."""
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  run(workdir)
-  return workdir
 
 
 def figures(workdir):

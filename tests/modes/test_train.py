@@ -20,13 +20,14 @@ from adaptive_attention.training.checkpoint import Checkpoints
 from tests.training.test_checkpoint import flip
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLOCKED = ("tokens_per_second", "seconds")  # equal runs may differ in these
+# Equal runs may differ in these, and in which line tells of a save.
+CLOCKED = re.compile("tokens_per_second|seconds|save_.*")
 
 
 def metrics(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [
-    {k: v for k, v in json.loads(line).items() if k not in CLOCKED}
+    {k: v for k, v in json.loads(line).items() if not CLOCKED.fullmatch(k)}
     for line in lines
   ]
 
@@ -147,6 +148,21 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
   assert "mfu" not in out.lower()
   for field in ("loss", "bpc", "lr", "grad", "span", "open", "tok/s", "eta"):
     assert re.search(rf"step +12 100.0% .*{field}", out), field
+
+
+def test_what_saving_took_is_recorded(whole_run):
+  """Each save is told of in the line that is next when it has ended."""
+  workdir, _ = whole_run
+  rows = (workdir / "metrics.jsonl").read_text().splitlines()
+  told = [x for x in map(json.loads, rows) if "save_seconds" in x]
+  assert {x["step"] for x in told if x["split"] == "valid"} == {6, 12}
+  with Checkpoints(workdir) as saved:
+    params, opt_state, _ = saved.restore_items(12)
+  arrays = [*jax.tree.leaves(params), *opt_state.values()]
+  for line in told:
+    assert line["save_bytes"] == sum(x.nbytes for x in arrays)
+    assert line["save_seconds"] > 0
+    assert line["save_stall_seconds"] > 0
 
 
 def test_spans_are_summed_up_as_they_are_recorded(whole_run):

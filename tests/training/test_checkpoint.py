@@ -1,9 +1,14 @@
 """Checkpoints are restored to the bit, or refused with advice on what to do."""
 
+import errno
 import json
+import os
+import pathlib
 import re
 import shutil
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -12,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from adaptive_attention.training import checkpoint, checkpoint_items
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import files_of_at_most
 
@@ -230,7 +236,7 @@ def test_what_fails_on_a_device_is_no_damage(tmp_path, monkeypatch):
     raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed")
 
   with Checkpoints(tmp_path) as saved:
-    monkeypatch.setattr(saved, "_restored", lost)
+    monkeypatch.setattr(checkpoint_items, "_restored", lost)
     with pytest.raises(jax.errors.JaxRuntimeError, match="all-reduce"):
       saved.restore_params(saved.resolve("latest"))
 
@@ -303,13 +309,13 @@ def test_what_cannot_be_read_back_drives_no_older_one_out(
   tmp_path, monkeypatch, damage
 ):
   save(tmp_path, [1, 2], [1.0, 2.0])
-  write = Checkpoints._write
+  write = checkpoint_items.write
 
-  def write_badly(self, step, *args):
-    write(self, step, *args)
+  def write_badly(workdir, step, *args):
+    write(workdir, step, *args)
     damage(tmp_path / "checkpoints" / str(step))
 
-  monkeypatch.setattr(Checkpoints, "_write", write_badly)
+  monkeypatch.setattr(checkpoint_items, "write", write_badly)
   with pytest.raises(CheckpointError, match=r"intact: 1, 2; .*--step=2"):
     save(tmp_path, [3], [0.5], keep=1)
   for step in (1, 2):
@@ -360,7 +366,7 @@ def test_errors_of_tensorstore_are_told_in_a_few_words(
   def failing(*_):
     raise ValueError(error)
 
-  monkeypatch.setattr(Checkpoints, "_write", failing)
+  monkeypatch.setattr(checkpoint_items, "write", failing)
   expected = (
     (CheckpointError, rf"written to .* \({told}\); make room")
     if told
@@ -368,6 +374,175 @@ def test_errors_of_tensorstore_are_told_in_a_few_words(
   )
   with pytest.raises(expected[0], match=expected[1]):
     save(tmp_path, [2])
+
+
+class Slow:
+  """Holds up the writing of checkpoints until it is let go on."""
+
+  def __init__(self, monkeypatch):
+    self.begun, self.may_go_on = [], threading.Event()
+    write = checkpoint_items.write
+
+    def slow(workdir, step, *args):
+      self.begun.append(step)
+      assert self.may_go_on.wait(60)
+      write(workdir, step, *args)
+
+    monkeypatch.setattr(checkpoint_items, "write", slow)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+  return Slow(monkeypatch)
+
+
+def test_what_comes_after_a_save_does_not_change_it(tmp_path, slow):
+  """A donated array of a CPU is overwritten by the next step."""
+  weights = jax.device_put({"w": np.arange(64, dtype=np.float32)})
+  counts = {"count": np.zeros(4, np.int32)}
+  streams = {"k": np.ones(3, np.float32)}
+  step = jax.jit(lambda w: jax.tree.map(lambda x: x + 1, w), donate_argnums=0)
+  with Checkpoints(tmp_path) as saved:
+    saved.save(1, weights, counts, {}, memory=streams)
+    for _ in range(3):
+      weights = step(weights)
+    counts["count"] += 1
+    streams["k"] += 1
+    assert saved.finish(wait=False) is None
+    assert saved.steps() == []
+    slow.may_go_on.set()
+    saved.finish()
+    params, opt_state, _ = saved.restore_items(1)
+    np.testing.assert_array_equal(params["w"], np.arange(64))
+    np.testing.assert_array_equal(opt_state["count"], np.zeros(4))
+    found = saved.restore_memory(1, streams)
+    np.testing.assert_array_equal(found["k"], np.ones(3))
+
+
+def test_what_a_save_took_is_told_once(tmp_path, slow):
+  with Checkpoints(tmp_path) as saved:
+    assert saved.finish() is None
+    began = time.perf_counter()
+    saved.save(1, {"w": np.zeros(10, np.float32)}, {"n": np.zeros(2, int)}, {})
+    called = time.perf_counter() - began
+    time.sleep(0.2)
+    slow.may_go_on.set()
+    done = saved.finish()
+    took = time.perf_counter() - began
+    assert saved.finish() is None
+  assert (done.step, done.bytes) == (1, 56)
+  assert 0.2 <= done.seconds <= took
+  assert 0 < done.stall_seconds <= took - 0.2
+  assert called < 0.2
+
+
+def test_a_save_waits_for_the_one_before_it(tmp_path, slow):
+  with Checkpoints(tmp_path) as saved:
+    saved.save(1, PARAMS, STATE, {})
+    threading.Timer(0.1, slow.may_go_on.set).start()
+    saved.save(2, PARAMS, STATE, {})
+    assert saved.steps()[0] == 1
+    saved.finish()
+    assert saved.steps() == [1, 2]
+  assert slow.begun == [1, 2]
+
+
+def test_an_evaluation_waits_for_its_save(tmp_path, slow):
+  with Checkpoints(tmp_path) as saved:
+    saved.save(1, PARAMS, STATE, {})
+    threading.Timer(0.1, slow.may_go_on.set).start()
+    saved.record_evaluation(1, 2.5)
+    assert saved.read_meta(1)["bits"] == 2.5
+
+
+def test_a_slow_disk_is_named_while_it_is_waited_for(
+  tmp_path, slow, monkeypatch, capsys
+):
+  monkeypatch.setattr(checkpoint, "_PATIENCE_SECONDS", 0.05)
+  with Checkpoints(tmp_path) as saved:
+    saved.save(7, PARAMS, STATE, {})
+    threading.Timer(0.3, slow.may_go_on.set).start()
+    saved.finish()
+  said = capsys.readouterr().out
+  assert re.fullmatch(
+    r"waiting    for the checkpoint of step 7, [\d,]+ bytes, which is being "
+    rf"written to {re.escape(str(tmp_path / 'checkpoints'))}\n",
+    said,
+  )
+
+
+@pytest.mark.parametrize("where", ["finish", "next save", "evaluation", "end"])
+def test_a_save_that_failed_is_told_at_the_next_chance(
+  tmp_path, monkeypatch, where
+):
+  save(tmp_path, [1], [2.0])
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(checkpoint_items, "write", full)
+  with (
+    pytest.raises(
+      CheckpointError, match=r"step 2 cannot .*No space.*1 is kept"
+    ),
+    Checkpoints(tmp_path) as saved,
+  ):
+    saved.save(2, PARAMS, STATE, {})
+    if where == "finish":
+      saved.finish()
+    elif where == "next save":
+      saved.save(3, PARAMS, STATE, {})
+    elif where == "evaluation":
+      saved.record_evaluation(1, 2.5)
+    if where != "end":
+      raise AssertionError("nothing was told")
+
+
+def test_what_vanished_is_not_made_anew(tmp_path):
+  """A disk that is gone leaves the folder that it was mounted on."""
+  workdir, gone = tmp_path / "w", tmp_path / "gone"
+  workdir.mkdir()
+  with Checkpoints(workdir) as saved:
+    saved.save(1, PARAMS, STATE, {})
+    saved.finish()
+    workdir.rename(gone)
+    told = "is not the folder any more that the run began in"
+    with pytest.raises(CheckpointError, match=told):
+      saved.save(2, PARAMS, STATE, {})
+    workdir.mkdir()
+    for act in (
+      lambda: saved.save(2, PARAMS, STATE, {}),
+      lambda: saved.record_evaluation(1, 2.5),
+    ):
+      with pytest.raises(CheckpointError, match=told):
+        act()
+    assert list(workdir.iterdir()) == []
+    workdir.rmdir()
+    gone.rename(workdir)
+    saved.save(2, PARAMS, STATE, {})
+    saved.finish()
+    assert saved.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("item", ["meta", "params"])
+def test_what_a_disk_does_not_give_is_no_damage(tmp_path, monkeypatch, item):
+  save(tmp_path, [1, 2])
+
+  def of_tensorstore(workdir, step, name):
+    raise ValueError("UNKNOWN: Error reading x [os_error_code='5'] [y]")
+
+  def of_system(path, **_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+  if item == "params":
+    monkeypatch.setattr(checkpoint_items, "_restored", of_tensorstore)
+  else:
+    monkeypatch.setattr(pathlib.Path, "read_text", of_system)
+  message = refused(
+    tmp_path, 2, f"cannot be read ({item}: Input/output error); ", "mend the"
+  )
+  assert "damaged" not in message
+  assert "no older one is intact" in message
 
 
 def test_an_evaluation_may_come_after_the_save(tmp_path):

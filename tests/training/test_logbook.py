@@ -9,7 +9,7 @@ import types
 import pytest
 from tensorboardX.proto import event_pb2
 
-from adaptive_attention.training import logbook
+from adaptive_attention.training import files, logbook
 from tests.conftest import files_of_at_most
 
 
@@ -35,7 +35,7 @@ def test_lines_after_the_resumed_step_are_made_again(tiny, tmp_path):
     {"step": 2, "split": "train", "loss": 1.0},
     {"step": 3, "split": "valid", "loss": 0.1},
   ]
-  rows = logbook.read_lines(tmp_path / "masks.jsonl")
+  rows = files.read_lines(tmp_path / "masks.jsonl")
   assert rows == [
     {"step": s, "span": [[x]]} for s, x in ((1, 1), (2, 2), (3, 9))
   ]
@@ -53,12 +53,12 @@ def test_config_and_environment_are_plain_json(tiny, tmp_path):
 
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
   path = tmp_path / "x.json"
-  logbook.write_json(path, {"a": 1})
+  files.write_json(path, {"a": 1})
   with (
     files_of_at_most(100),
-    pytest.raises(logbook.LogbookError, match=r"x.json .*\(File too large\)"),
+    pytest.raises(files.WriteError, match=r"x.json .*\(File too large\)"),
   ):
-    logbook.write_json(path, {"a": "long" * 1000})
+    files.write_json(path, {"a": "long" * 1000})
   assert json.loads(path.read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
@@ -201,6 +201,6 @@ def test_wandb_that_cannot_be_started_is_told(
     raise RuntimeError("no API key\nconfigured.")
 
   monkeypatch.setattr(sys.modules["wandb"], "init", init)
-  with pytest.raises(logbook.LogbookError) as error:
+  with pytest.raises(files.WriteError) as error:
     wandb_id(wandb_calls, tmp_path, tiny)
   assert "(no API key configured); run wandb login" in str(error.value)

@@ -42,7 +42,9 @@ class Run:
 
   def train(self):
     follow = loop.Follow(
-      self.record, *(self.note(name) for name in ("save", "evaluate", "sample"))
+      record=self.record,
+      finish=lambda: self.events.append(("finish", None)),
+      **{name: self.note(name) for name in ("save", "evaluate", "sample")},
     )
     batches = types.SimpleNamespace(at=lambda step, stop: step)
     loop.train(
@@ -51,7 +53,8 @@ class Run:
     )
 
   def followed(self):
-    return [event for event in self.events if event[0] != "step"]
+    assert self.events[-1] == ("finish", None)
+    return [event for event in self.events[:-1] if event[0] != "step"]
 
 
 def test_what_follows_comes_in_order_and_after_its_save():
@@ -63,6 +66,7 @@ def test_what_follows_comes_in_order_and_after_its_save():
     *(("step", 4), ("record", 4), ("save", 4), ("evaluate", 4)),
     *(("step", 5), ("save", 5), ("sample", 5)),
     *(("step", 6), ("record", 6), ("save", 6), ("evaluate", 6)),
+    ("finish", None),
   ]
   assert all(seconds > 0 for seconds in run.rates)
 
@@ -97,7 +101,7 @@ def test_a_signal_saves_the_step_and_nothing_else_is_begun(step):
   with pytest.raises(Stopped, match=f"by SIGTERM after step {step}, ") as error:
     run.train()
   assert error.value.exit_code == 143
-  assert run.events[-1] == ("save", step)
+  assert run.events[-2:] == [("save", step), ("finish", None)]
   assert run.events.count(("step", step)) == 1
   assert ("step", step + 1) not in run.events
 
@@ -118,7 +122,7 @@ def test_a_step_that_is_not_finite_ends_it(start, saved_step, nan_at, kept):
   assert f"loss=nan at step {nan_at}, which was not made ({kept})" in str(
     error.value
   )
-  assert run.events[-1] == ("step", nan_at)
+  assert run.events[-2:] == [("step", nan_at), ("finish", None)]
 
 
 def test_the_host_is_one_step_behind():
@@ -126,4 +130,4 @@ def test_the_host_is_one_step_behind():
   run = Run(nan_at=2, every=Every(9, record=9, save=9, evaluate=9, sample=0))
   with pytest.raises(loop.TrainingError, match="at step 2,"):
     run.train()
-  assert run.events[-1] == ("step", 3)
+  assert run.events[-2] == ("step", 3)

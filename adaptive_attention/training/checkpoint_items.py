@@ -1,0 +1,100 @@
+"""The items of one checkpoint as orbax keeps them; nothing else names orbax."""
+
+import contextlib
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from adaptive_attention.errors import first_line
+from adaptive_attention.training import disks, leaf_table, library_noise
+from adaptive_attention.training.checkpoint_meta import (
+  DamageError,
+  UnreadableError,
+)
+from adaptive_attention.training.plain_path import plain_path
+
+
+class PathError(Exception):
+  """A workdir's path needs a link, which cannot be made."""
+
+
+def write(workdir: pathlib.Path, step: int, items: Mapping, meta: Mapping):
+  """Has orbax write the folder of a step, completely or not at all.
+
+  Args:
+    items: trees of numpy arrays, by their names.
+    meta: JSON.
+  """
+  options = ocp.CompositeOptions(multiprocessing_options=_alone())
+  handler = ocp.CompositeCheckpointHandler(composite_options=options)
+  with (
+    plain(workdir) as path,
+    ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer,
+  ):
+    checkpointer.save(
+      path / "checkpoints" / str(step),
+      args=ocp.args.Composite(
+        meta=ocp.args.JsonSave(meta),
+        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+      ),
+    )
+
+
+def read(workdir: pathlib.Path, step: int, name: str, meta: Mapping):
+  """Returns the tree of an item, which fits the table and digest in `meta`.
+
+  Raises:
+    DamageError: it does not.
+    UnreadableError: the disk does not give its bytes.
+  """
+  try:
+    tree = _restored(workdir, step, name)
+  except jax.errors.JaxRuntimeError:  # of a device: no damage
+    raise
+  except Exception as error:  # of any of the libraries below orbax
+    library_noise.expect_late_reads()
+    if reason := disks.refusal(error):
+      raise UnreadableError(f"{name}: {reason}") from error
+    raise DamageError(f"{name}: {first_line(error)}") from error
+  tree = jax.tree.map(np.asarray, tree)
+  if leaf_table.table(tree) != meta["leaves"][name]:
+    raise DamageError(f"{name}: its leaves differ from those that were saved")
+  if leaf_table.digest(tree) != meta["sha256"][name]:
+    raise DamageError(f"{name}: its sha256 differs from the one that was saved")
+  return tree
+
+
+def _restored(workdir, step, name):
+  """Returns an item as orbax reads it."""
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+  with (
+    plain(workdir) as path,
+    ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer,
+  ):
+    return checkpointer.restore(path / "checkpoints" / str(step) / name)
+
+
+@contextlib.contextmanager
+def plain(workdir: pathlib.Path):
+  """Yields a path of the workdir that the libraries take as it is written.
+
+  Raises:
+    PathError: there is no such path, as no link can be made.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      path = stack.enter_context(plain_path(workdir))
+    except OSError as error:
+      raise PathError(first_line(error)) from error
+    yield path
+
+
+def _alone():
+  """Returns options for orbax: this process waits for no other one."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
+  )
