@@ -8,7 +8,7 @@ import sys
 
 from adaptive_attention.command_line import flags
 from adaptive_attention.errors import Error
-from adaptive_attention.training import console, signals
+from adaptive_attention.training import console, last_words, signals
 from adaptive_attention.training.settings import holds_tokens
 from configs import base
 from data import CorpusError
@@ -75,6 +75,7 @@ def load_corpus(config):
   """
   from data import enwik8, python_source, text_file, tokens
 
+  last_words.of_lost_file(f"data.path={config.data.path}")
   if holds_tokens(config.data.path):
     return tokens.load(
       config.data.path,

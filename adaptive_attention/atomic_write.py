@@ -1,6 +1,7 @@
 """Files that are replaced as a whole."""
 
 import contextlib
+import os
 import pathlib
 
 
@@ -13,7 +14,10 @@ def atomic_write(path, content: bytes):
   path = pathlib.Path(path)
   part = path.with_name(path.name + ".part")
   try:
-    part.write_bytes(content)
+    with part.open("wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())  # or a host that fails may keep an empty file
     part.replace(path)
   except OSError:
     with contextlib.suppress(OSError):

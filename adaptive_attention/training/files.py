@@ -78,11 +78,10 @@ def append_line(path, content):
       with path.open("a+b", buffering=0) as file:
         file.seek(0)
         last = file.read().rpartition(b"\n")[2]
-        if last and _is_json(last):
-          _add(file, b"\n")
-        else:
-          file.truncate(file.tell() - len(last))
-        add_line(file, content)
+        if is_whole := _is_json(last):
+          last = b""
+        file.truncate(file.tell() - len(last))
+        _add(file, (b"\n" if is_whole else b"") + _line(content))
     except OSError:
       if is_new:
         path.unlink(missing_ok=True)
@@ -95,7 +94,11 @@ def add_line(file: io.FileIO, content):
   Raises:
     OSError: it cannot be written.
   """
-  _add(file, json.dumps(content).encode() + b"\n")
+  _add(file, _line(content))
+
+
+def _line(content) -> bytes:
+  return json.dumps(content).encode() + b"\n"
 
 
 def _add(file, data: bytes):

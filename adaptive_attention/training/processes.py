@@ -6,11 +6,9 @@ through `parallel`.
 """
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ import jax
 from jax._src import distributed  # what it keeps for all has no public name
 
 from adaptive_attention.errors import Error, SettingsError, first_line
+from adaptive_attention.training import last_words
 
 _AGAIN = "the same command goes on from the newest checkpoint"
 # A failed collective has no class of its own. Words of gloo, NCCL and gRPC:
@@ -27,7 +26,6 @@ _LEAVING_SECONDS = 5  # in which the others learn why a process leaves
 _JOIN_SECONDS = 300  # in which all processes must come
 _END_SECONDS = 86_400  # the primary process may have much to do at the end
 _calls = itertools.count()
-_handlers = []  # which C calls, and which must therefore live
 
 
 class PeerError(Error):
@@ -167,7 +165,7 @@ def leave(reason: str, exit_code: int):
   client = _client()
   if client is None:
     return
-  _on_abort(lambda: exit_code)
+  last_words.on(signal.SIGABRT, lambda: exit_code)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     if exit_code != PeerError.exit_code:
       client.key_value_set(f"failed/{_index()}", reason)
@@ -229,20 +227,10 @@ def _speak_at_abort(text):
   """
 
   def speak():
-    _say(text)
+    last_words.say(text)
     return PeerError.exit_code
 
-  _on_abort(speak)
-
-
-def _on_abort(speak):
-  """Ends the process with the code that `speak` returns where C would abort."""
-  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: os._exit(speak()))
-  _handlers.append(handler)
-  with contextlib.suppress(OSError, TypeError, AttributeError):  # no such libc
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = ctypes.c_int, type(handler)
-    libc.signal(signal.SIGABRT, handler)
+  last_words.on(signal.SIGABRT, speak)
 
 
 def _leaving_after(hook):
@@ -253,10 +241,3 @@ def _leaving_after(hook):
     leave(first_line(error), 1)
 
   return told
-
-
-def _say(text):
-  """Writes a line to stderr from any thread."""
-  with contextlib.suppress(OSError):
-    line = f"{pathlib.Path(sys.argv[0]).name}: {text}\n"
-    os.write(2, line.encode(errors="backslashreplace"))

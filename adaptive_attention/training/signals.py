@@ -7,13 +7,12 @@ reaches it at once, through a pipe.
 
 import contextlib
 import os
-import pathlib
 import select
 import signal
-import sys
 import threading
 
 from adaptive_attention.errors import Error
+from adaptive_attention.training import last_words
 
 _NUMBERS = tuple(
   getattr(signal, name)
@@ -138,7 +137,7 @@ class Signals:
       pass
     second = number and self._next(_PATIENCE_SECONDS)
     if second == 0:
-      _say(
+      last_words.say(
         f"{signal.Signals(number).name}: finishing the step and saving it; a "
         "second signal ends the program at once"
       )
@@ -175,12 +174,5 @@ def _hangup():
 
 
 def _end(number, text):
-  _say(text)
+  last_words.say(text)
   os._exit(128 + number)
-
-
-def _say(text):
-  """Writes a line to stderr, even if the main thread is held."""
-  with contextlib.suppress(OSError):
-    line = f"{pathlib.Path(sys.argv[0]).name}: {text}\n"
-    os.write(2, line.encode(errors="backslashreplace"))

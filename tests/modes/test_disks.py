@@ -10,7 +10,7 @@ import pytest
 from adaptive_attention.training import logbook
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from tests.modes.test_ends import before_call
-from tests.modes.test_train import final, metrics
+from tests.modes.test_train import final, metrics, start, wait_for_step
 
 
 def system(*command):
@@ -81,7 +81,15 @@ def one_sentence(text, *parts):
     assert part in text
 
 
-@pytest.mark.parametrize("kilobytes", [4, 16, 48, 128])
+def also(*values):
+  """More values of a parameter, for runs by hand."""
+  return [pytest.param(x, marks=pytest.mark.every_case) for x in values]
+
+
+IN_SAVE, IN_RECORD = (Checkpoints, "save", 3), (logbook.Logbook, "write", 4)
+
+
+@pytest.mark.parametrize("kilobytes", [48, *also(4, 16, 128)])
 def test_a_disk_that_is_too_small(main, tiny_flags, disk, whole, kilobytes):
   """With room the same command makes the run that was to be."""
   remount(disk, f"size={kilobytes}k")
@@ -97,41 +105,39 @@ def test_a_disk_that_is_too_small(main, tiny_flags, disk, whole, kilobytes):
   assert not list(disk.rglob("*.part")) + list(disk.rglob("*orbax*tmp*"))
 
 
+FULL = fill, empty, "No space left on device"
+READ_ONLY = make_read_only, take_off, "Read-only file system"
+
+
 @pytest.mark.parametrize(
-  ("fails", "mend", "said"),
+  ("failure", "before"),
   [
-    (fill, empty, "No space left on device"),
-    (make_read_only, take_off, "Read-only file system"),
+    (FULL, IN_SAVE),
+    *(
+      pytest.param(*case, marks=pytest.mark.every_case)
+      for case in (
+        (FULL, IN_RECORD),
+        (READ_ONLY, IN_SAVE),
+        (READ_ONLY, IN_RECORD),
+      )
+    ),
   ],
 )
-@pytest.mark.parametrize(
-  ("owner", "name", "number", "kept"),
-  [(Checkpoints, "save", 3, "3, 6"), (logbook.Logbook, "write", 4, "3, 6")],
-)
 def test_a_disk_that_fails_in_a_run(
-  run,
-  whole,
-  disk,
-  monkeypatch,
-  fails,
-  mend,
-  said,
-  owner,
-  name,
-  number,
-  kept,
+  run, whole, disk, monkeypatch, failure, before
 ):
   """What is saved stays, and the same command goes on from there."""
+  fails, mend, said = failure
   workdir = disk / "w"
   with monkeypatch.context() as changed:
-    before_call(changed, owner, name, number, lambda: fails(disk))
+    before_call(changed, *before, lambda: fails(disk))
     with pytest.raises(CheckpointError) as error:
       run(workdir)
   message = str(error.value)
   assert (
     f"step 9 cannot be written to {workdir}/checkpoints ({said})" in message
   )
-  assert f"({kept} is kept)" in message
+  assert "(3, 6 is kept)" in message
   mend(disk)
   with Checkpoints(workdir) as saved:
     assert saved.steps() == [3, 6]
@@ -141,24 +147,13 @@ def test_a_disk_that_fails_in_a_run(
   assert metrics(workdir) == metrics(whole)
 
 
-@pytest.mark.parametrize(
-  ("owner", "name", "number"),
-  [(Checkpoints, "save", 3), (logbook.Logbook, "write", 4)],
-)
-def test_a_disk_that_vanishes(
-  run,
-  whole,
-  tmp_path,
-  monkeypatch,
-  owner,
-  name,
-  number,
-):
+@pytest.mark.parametrize("before", [IN_RECORD, *also(IN_SAVE)])
+def test_a_disk_that_vanishes(run, whole, tmp_path, monkeypatch, before):
   """Nothing is written to what was under it; when it is back, it goes on."""
   (tmp_path / "real").mkdir()
   with mounted(tmp_path / "disk", "--bind", str(tmp_path / "real")) as disk:
     with monkeypatch.context() as changed:
-      before_call(changed, owner, name, number, lambda: take_off(disk))
+      before_call(changed, *before, lambda: take_off(disk))
       with pytest.raises(CheckpointError) as error:
         run(disk)
     assert "is not the folder any more that the run began in" in str(
@@ -182,7 +177,7 @@ def test_copies_for_tensorboard_do_not_hold_up_a_full_disk(
       run(disk / "w", tensorboard=True, log_every_steps=1)
 
 
-@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("full", [True, *also(False)])
 def test_other_modes(main, run, disk, full):
   """Figures are printed, what was there stays, and no half file is left."""
   workdir = disk / "w"
@@ -202,3 +197,19 @@ def test_other_modes(main, run, disk, full):
     assert mode != "eval" or "bits per character" in out
     assert content(workdir) == before, mode
   (empty if full else take_off)(disk)
+
+
+def test_data_that_vanish_while_they_are_read(tiny_flags, text, tmp_path):
+  """A file that is mapped into memory makes no read fail."""
+  data = tmp_path / "data"
+  data.write_bytes(text.read_bytes() * 50)
+  path = f"--config.data.path={data}"
+  flags = [*tiny_flags, path, "--config.steps=1000000"]
+  process = start(flags, tmp_path / "w")
+  wait_for_step(tmp_path / "w", 3, process)
+  os.truncate(data, 1000)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 1
+  one_sentence(
+    err, f"data.path={data} cannot be read any more", "bring it back"
+  )
