@@ -39,11 +39,12 @@ def main(argv) -> int:
 
 
 def _fail(error, code) -> int:
+  told = console.one_line(str(error))
   with contextlib.suppress(OSError):  # the exit code still says that it failed
-    console.write(f"main.py: {error}\n", sys.stderr)
+    console.write(f"main.py: {told}\n", sys.stderr)
   # Without this module there are no other processes that wait for this one.
   if others := sys.modules.get("adaptive_attention.training.processes"):
-    others.leave(str(error), code)
+    others.leave(told, code)
   return code
 
 
@@ -58,11 +59,11 @@ def _print_help():
 def _run(given: flags.Given):
   # Imported after the flags were read, so that a wrong one is refused at once.
   from adaptive_attention.command_line import prepare
-  from adaptive_attention.training import processes
+  from adaptive_attention.training import processes, room
 
   project = prepare.Project(_HERE, base.get_config, load_corpus)
   mode = importlib.import_module(f"adaptive_attention.modes.{given.use.mode}")
-  with processes.failures():
+  with processes.failures(), room.failures():
     positional, named = prepare.arguments(given, project)
     mode.run(*positional, **named)
 

@@ -14,12 +14,21 @@ import numpy as np
 
 from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.attention.choice import device
-from adaptive_attention.mask_bounds import MaskBounds, WaveBounds, require
+from adaptive_attention.mask_bounds import (
+  MOST_HARMONICS,
+  MaskBounds,
+  WaveBounds,
+  require,
+)
 
 
 def defaults(settings: type) -> dict[str, Any]:
   """Returns the default of each field of a dataclass, as it is written."""
   return {field.name: field.default for field in dataclasses.fields(settings)}
+
+
+_MOST_LAYERS = 4096  # each is compiled by itself
+_MOST = 2**31 - 1  # positions and tokens are 32-bit integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +112,13 @@ class ModelConfig:
 
   def _check_sizes(self) -> None:
     for name in ("vocab_size", "n_layer", "n_head", "width", "context_tokens"):
-      require(self, name, getattr(self, name) >= 1, "an integer of at least 1")
+      most = _MOST_LAYERS if name == "n_layer" else _MOST
+      require(
+        self,
+        name,
+        1 <= getattr(self, name) <= most,
+        f"an integer from 1 to {most}",
+      )
     require(
       self,
       "width",
@@ -141,7 +156,13 @@ class ModelConfig:
     )
 
   def _check_memory(self) -> None:
-    require(self, "memory_tokens", self.memory_tokens >= 0, "0 or more")
+    most = _MOST - self.context_tokens
+    require(
+      self,
+      "memory_tokens",
+      0 <= self.memory_tokens <= most,
+      f"from 0 to {most}, as positions are 32-bit integers",
+    )
     require(
       self,
       "position",
@@ -166,7 +187,10 @@ class ModelConfig:
       self, "dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"
     )
     require(
-      self, "harmonics", self.harmonics >= 0, "0 for the exact wave, or more"
+      self,
+      "harmonics",
+      0 <= self.harmonics <= MOST_HARMONICS,
+      f"0 for the exact wave, or at most {MOST_HARMONICS}",
     )
     self._wave_bounds()
 

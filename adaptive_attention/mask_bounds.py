@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+MOST_HARMONICS = 255  # each is a cosine of its own in the compiled program
+
 
 def require(settings: Any, name: str, condition: bool, expected: str) -> None:
   """Raises ValueError, naming the field, where its value is not possible."""
@@ -65,8 +67,8 @@ class WaveBounds:
     require(
       self,
       "harmonics",
-      self.harmonics is None or self.harmonics >= 1,
-      "at least 1, or None for the exact wave",
+      self.harmonics is None or 1 <= self.harmonics <= MOST_HARMONICS,
+      f"from 1 to {MOST_HARMONICS}, or None for the exact wave",
     )
 
 

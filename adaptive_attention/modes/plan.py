@@ -18,6 +18,7 @@ from adaptive_attention.training import (
   exported,
   optimizer,
   parallel,
+  room,
   settings,
   steps,
   targets,
@@ -148,7 +149,7 @@ def _say_memory(parts, model, rule, target):
   except jax.errors.JaxRuntimeError as error:
     if not target or "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    console.say(f"fits       no: {first_line(error)}; {_LESS}")
+    console.say(f"fits       no: {first_line(error)}; {room.LESS}")
     return
   for name, size in sizes.items():
     console.say(
@@ -173,16 +174,10 @@ def _compiled_sizes(parts, model, rule) -> dict:
   )[1]
 
 
-_LESS = (
-  "give --config.accumulation_steps more, --config.model.remat, or several "
-  "devices a smaller part of --config.batch_size each"
-)
-
-
 def _fit_text(total: int, target: str) -> str:
   """Returns whether so many bytes fit on a target, and what to do if not."""
   there = targets.TARGETS[target].memory_bytes
   text = f"{console.bytes_text(total)} of {console.bytes_text(there)}"
   if total <= there:
     return f"yes, {text}"
-  return f"no, {text}; {_LESS}"
+  return f"no, {text}; {room.LESS}"

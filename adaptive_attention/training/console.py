@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 
 import jax
@@ -33,6 +34,15 @@ def write(text: str, stream):
     if not _handlers:
       raise
     _handlers[-1](error)
+
+
+def one_line(text: str) -> str:
+  """Returns the text with line breaks and the like escaped, as \\n."""
+  return re.sub(
+    r"[\0-\x1f\x7f-\x9f\u2028\u2029]",
+    lambda found: found[0].encode("unicode_escape").decode(),
+    text,
+  )
 
 
 @contextlib.contextmanager

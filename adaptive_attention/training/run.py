@@ -22,6 +22,7 @@ from adaptive_attention.training import (
   optimizer,
   parallel,
   resume,
+  room,
   signals,
   steps,
   units,
@@ -58,6 +59,7 @@ def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   ):
     model = Transformer(config.model)
     rule = optimizer.make(config.optimizer, config.steps, config.train_only)
+    _check_room(model, rule)
     start = resume.start(saved, model, rule, config, corpus, which)
     _say_start(config, workdir, corpus, start)
     if start.step >= config.steps and not start.owed:
@@ -145,11 +147,19 @@ def _batches(config, corpus) -> batches.Batches:
   )
 
 
+def _check_room(model, rule):
+  """Checks that a device holds the train state, before any is drawn."""
+  state = jax.eval_shape(lambda: steps.init_state(model, rule, 0))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  room.check(size, "the train state (parameters and optimizer)")
+
+
 def _compile(train_step, state, memory, shapes):
   """Compiles a step and prints how long that took and its memory."""
   start = time.perf_counter()
   step, sizes = parallel.compile_step(train_step, state, memory, shapes)
   if sizes:
+    room.check(sizes["total"], "a training step")
     console.say(
       f"compiled   in {time.perf_counter() - start:.1f} s; memory per device "
       f"{console.bytes_text(sizes['total'])}, of which temporary "

@@ -45,8 +45,8 @@ _LEAST = {
   "bench.context": 0,
   "data.bytes_per_token": 0,
 }
-# The most that some may be: jax.random.key takes 32 bits, steps are int32.
-_MOST = {"seed": 2**32 - 1, "steps": 2**31 - 1}
+# The most that a number may be, where it is not 31 bits.
+_MOST = {"seed": 2**32 - 1}  # jax.random.key takes 32
 _CHOICES = {
   "bench.compare": ("", "torch"),
   "data.corpus": ("enwik8", "python_source"),
@@ -107,10 +107,18 @@ def _bounds(flat) -> _Conditions:
   for name, value in flat.items():
     if isinstance(value, float):
       yield name, math.isfinite(value), "a finite number"
+    elif isinstance(value, int) and not name.startswith("model."):
+      most = _MOST.get(name, 2**31 - 1)
+      yield name, value <= most, f"at most {most}"
   for name, least in _LEAST.items():
     yield name, flat[name] >= least, f"at least {least}"
-  for name, most in _MOST.items():
-    yield name, flat[name] <= most, f"at most {most}"
+  T = flat["model.context_tokens"]
+  yield (
+    "batch_size",
+    flat["batch_size"] * T < 2**31,
+    f"at most {(2**31 - 1) // max(T, 1)} sequences of "
+    f"model.context_tokens={T}, as tokens are counted by 32-bit integers",
+  )
   for name, allowed in _CHOICES.items():
     yield name, flat[name] in allowed, f"one of {allowed}"
 

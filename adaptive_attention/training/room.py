@@ -1,0 +1,70 @@
+"""The memory of the devices: what there is, and what to do where it lacks."""
+
+import contextlib
+import os
+import pathlib
+
+import jax
+
+from adaptive_attention.errors import Error, first_line
+from adaptive_attention.training import console, parallel
+
+LESS = (
+  "give --config.accumulation_steps more, --config.model.remat, or several "
+  "devices a smaller part of --config.batch_size each"
+)
+_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+class RoomError(Error):
+  """The memory does not hold what is to be computed."""
+
+
+def bytes_per_device() -> int | None:
+  """Returns what a device of this process has for arrays; None if not known.
+
+  Devices of a CPU share what the process may use.
+  """
+  device, *others = parallel.local_devices()
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit")
+  limits = []
+  with contextlib.suppress(ValueError, OSError, AttributeError):
+    limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+  with contextlib.suppress(ValueError, OSError):  # no group, or no limit
+    limits.append(int(_CGROUP.read_text()))
+  return min(limits) // (1 + len(others)) if limits else None
+
+
+def check(needed: int, what: str):
+  """Checks that a device has room, before it is asked for.
+
+  Args:
+    needed: bytes per device.
+    what: what takes them; for the message.
+
+  Raises:
+    RoomError: naming both sizes.
+  """
+  there = bytes_per_device()
+  if there is not None and needed > there:
+    raise RoomError(
+      f"{what} takes {console.bytes_text(needed)} per device, which has "
+      f"{console.bytes_text(there)}; make the model smaller, or {LESS}"
+    )
+
+
+@contextlib.contextmanager
+def failures():
+  """Turns what fails for want of memory into a `RoomError`."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
+      error
+    ):
+      raise
+    raise RoomError(
+      f"there is not enough memory ({first_line(error)}); make the model "
+      f"smaller, or {LESS}"
+    ) from error
