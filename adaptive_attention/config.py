@@ -29,6 +29,7 @@ def defaults(settings: type) -> dict[str, Any]:
 
 _MOST_LAYERS = 4096  # each is compiled by itself
 _MOST = 2**31 - 1  # positions and tokens are 32-bit integers
+_LEAST_RAMP = 1e-6  # gradients to spans grow as its inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +132,18 @@ class ModelConfig:
       self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0,
       f"0, or a number that divides model.n_head={self.n_head}",
     )
-    for name in ("max_span", "ramp"):
-      value = getattr(self, name)
-      require(self, name, 0 < value < math.inf, "more than 0 tokens, finite")
+    require(
+      self,
+      "max_span",
+      0 < self.max_span <= _MOST,
+      f"more than 0 tokens, at most {_MOST}",
+    )
+    require(
+      self,
+      "ramp",
+      _LEAST_RAMP <= self.ramp <= _MOST,
+      f"from {_LEAST_RAMP} to {_MOST} tokens",
+    )
 
   def _check_choices(self) -> None:
     choices = {

@@ -52,8 +52,8 @@ class WaveBounds:
     require(
       self,
       "period_max",
-      self.period_min < self.period_max < math.inf,
-      f"more than period_min={self.period_min}, and finite",
+      self.period_min < self.period_max <= 2**31,
+      f"more than period_min={self.period_min}, up to {2**31}",
     )
     require(
       self,

@@ -4,6 +4,7 @@ import inspect
 import os
 import pathlib
 import runpy
+import traceback
 
 from ml_collections import ConfigDict
 
@@ -46,8 +47,8 @@ def read(given: str, folder: pathlib.Path, defaults: ConfigDict) -> ConfigDict:
     config = _called(given, file, argument)
   except ConfigFileError:
     raise
-  except (Exception, SystemExit) as error:  # a file may raise anything
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+  except BaseException as error:  # a file may raise anything
+    reason = " ".join(traceback.format_exception_only(error)[-1].split())
     raise ConfigFileError(
       f"--config={given} fails ({reason}); correct it, or give another"
     ) from error

@@ -15,6 +15,17 @@ import jax
 import adaptive_attention
 from adaptive_attention.training import console, copies, files
 
+NAMES = ("config.json", "environment.json", "metrics.jsonl", "masks.jsonl")
+
+
+def is_of_run(workdir: pathlib.Path) -> bool:
+  """Tells whether a folder has the settings of a run."""
+  try:
+    config = json.loads((workdir / "config.json").read_bytes())
+    return {"model", "optimizer", "data"} <= config.keys()
+  except (OSError, ValueError, AttributeError):
+    return False
+
 
 def write_evaluation(workdir, record):
   """Adds a record to evals.jsonl, and replaces eval_SPLIT.json by it.

@@ -20,6 +20,7 @@ from adaptive_attention.training import (
   earlier_settings,
   exported,
   files,
+  logbook,
   parallel,
   processes,
   settings,
@@ -42,12 +43,14 @@ def lock(workdir):
   ends. Of several processes that work together the primary one holds it.
 
   Raises:
-    CheckpointError: another process holds it, or this one does already.
+    CheckpointError: another process holds it, or this one does already; or
+      the folder is another program's.
     WriteError: the folder cannot be written to.
   """
   if not parallel.is_primary():
     yield
     return
+  _check_own(pathlib.Path(workdir))
   with files.writing(workdir):
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     pathlib.Path(workdir, "lock").touch()
@@ -68,6 +71,20 @@ def lock(workdir):
       yield
     finally:
       _LOCKED.remove(path)
+
+
+def _check_own(workdir):
+  """Checks that a run overwrites no file of another program.
+
+  Raises:
+    CheckpointError: naming such a file.
+  """
+  theirs = [name for name in logbook.NAMES if (workdir / name).exists()]
+  if theirs and not logbook.is_of_run(workdir):
+    raise CheckpointError(
+      f"workdir {workdir} holds {theirs[0]}, and no config.json of a run, so "
+      "it is another program's; give another --workdir, or move the file away"
+    )
 
 
 _LOCKED = set()  # the files that this process has locked

@@ -7,7 +7,6 @@ unknown names; no other file of this floor uses it.
 
 import contextlib
 import copy
-import math
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 
@@ -106,7 +105,7 @@ def _bounds(flat) -> _Conditions:
   """Yields the bounds of each setting; model and optimizer check their own."""
   for name, value in flat.items():
     if isinstance(value, float):
-      yield name, math.isfinite(value), "a finite number"
+      yield name, abs(value) < 1e38, "a finite number, as a float32 holds it"
     elif isinstance(value, int) and not name.startswith("model."):
       most = _MOST.get(name, 2**31 - 1)
       yield name, value <= most, f"at most {most}"
