@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 
 import numpy as np
 
@@ -35,6 +36,38 @@ class Corpus:
   largest: int = 255
   bytes_per_token: float | None = 1.0
   unit: str = "byte"
+
+  def __post_init__(self):
+    # Of arrays that are mapped into memory numpy knows the file.
+    parts = (self.train, self.valid, self.test)
+    names = {getattr(part, "filename", None) for part in parts} - {None}
+    object.__setattr__(self, "_files", {n: _identity(n) for n in names})
+
+  def check_unchanged(self):
+    """Checks that no file was written to that is read as needed.
+
+    A file that was replaced by another one is still read as it was.
+
+    Raises:
+      CorpusError: naming the file.
+    """
+    for name, (file, *seen) in self._files.items():
+      try:
+        found, *now = _identity(name)
+      except OSError:  # it was removed, or its disk is gone
+        continue
+      if found == file and now != seen:
+        raise CorpusError(
+          f"{name} was written to while it was read, so nothing is known of "
+          "what was learned from it; give the file as it was, and the same "
+          "command again"
+        )
+
+
+def _identity(name):
+  """Returns (which file it is, its bytes, the time of its last change)."""
+  stat = pathlib.Path(name).stat()
+  return (stat.st_dev, stat.st_ino), stat.st_size, stat.st_mtime_ns
 
 
 def split(name: str, content, sizes=None, sha256=None) -> Corpus:

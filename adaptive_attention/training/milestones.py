@@ -108,6 +108,7 @@ def save(
   memory,
   step: int,
   *,
+  corpus,
   meta: dict,
   saved: checkpoint.Checkpoints,
   book: logbook.Logbook,
@@ -117,10 +118,12 @@ def save(
   The primary process writes the memory of all processes.
 
   Args:
+    corpus: the data, which must still be what they were.
     meta: what else is kept with each checkpoint.
     saved: the run's checkpoints.
     book: the record.
   """
+  corpus.check_unchanged()
   memory = parallel.gather(memory)
   finish(saved=saved, book=book)
   if parallel.is_primary():

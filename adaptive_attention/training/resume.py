@@ -79,7 +79,7 @@ def _check_own(workdir):
   Raises:
     CheckpointError: naming such a file.
   """
-  theirs = [name for name in logbook.NAMES if (workdir / name).exists()]
+  theirs = [name for name in logbook.NAMES if (workdir / name).is_file()]
   if theirs and not logbook.is_of_run(workdir):
     raise CheckpointError(
       f"workdir {workdir} holds {theirs[0]}, and no config.json of a run, so "

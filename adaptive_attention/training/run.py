@@ -36,7 +36,7 @@ def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   Args:
     config: the settings of the run, checked.
     workdir: its folder, made if absent.
-    corpus: `train`, `valid` and `test` splits, `name` and `sha256`.
+    corpus: a `data.Corpus`.
     which: the checkpoint to go on from, instead of the newest; later ones are
       set aside.
 
@@ -112,6 +112,7 @@ def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:
     ),
     save=functools.partial(
       milestones.save,
+      corpus=corpus,
       meta={"config": config.record, "data": units.source(corpus)},
       **kept,
     ),

@@ -10,14 +10,15 @@ from tests.conftest import TINY
 
 @pytest.fixture(scope="module")
 def run(text):
-  """run(workdir, **settings): trains here, in this process."""
+  """run(workdir, corpus, **settings): trains here, in this process."""
 
-  def trained(workdir, **changes):
+  def trained(workdir, corpus=None, **changes):
     config = base.get_config()
     config.update_from_flattened_dict(
       TINY | {"data.path": str(text), "sample_every_steps": 0} | changes
     )
-    train.run(config, workdir, corpus=text_file.load(str(text)))
+    corpus = corpus or text_file.load(str(text))
+    train.run(config, workdir, corpus=corpus)
 
   return trained
 

@@ -9,6 +9,7 @@ import pytest
 
 from adaptive_attention.training import logbook
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
+from data import CorpusError, text_file
 from tests.modes.test_ends import before_call
 from tests.modes.test_train import final, metrics, start, wait_for_step
 
@@ -197,6 +198,33 @@ def test_other_modes(main, run, disk, full):
     assert mode != "eval" or "bits per character" in out
     assert content(workdir) == before, mode
   (empty if full else take_off)(disk)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_data_that_change_while_they_are_read(
+  run, text, tmp_path, monkeypatch, replaced
+):
+  """What is learned from it is not kept, unless the file is another one."""
+  data = tmp_path / "data"
+  data.write_bytes(text.read_bytes())
+
+  def change():
+    if replaced:
+      (tmp_path / "new").write_bytes(b"other " * 4000)
+      (tmp_path / "new").rename(data)
+    else:
+      with data.open("r+b") as file:
+        file.write(b"other")
+
+  before_call(monkeypatch, logbook.Logbook, "write", 2, change)
+  corpus = text_file.load(data)
+  if replaced:
+    run(tmp_path / "w", corpus=corpus)
+    return
+  with pytest.raises(CorpusError, match=f"{data} was written to while"):
+    run(tmp_path / "w", corpus=corpus)
+  with Checkpoints(tmp_path / "w") as saved:
+    assert saved.steps() == [3]
 
 
 def test_data_that_vanish_while_they_are_read(tiny_flags, text, tmp_path):

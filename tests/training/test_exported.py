@@ -26,6 +26,7 @@ def saved(tmp_path):
   meta = {"config": saved, "data": {"name": "book.txt", "sha256": "12"}}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(7, params, {"count": np.zeros(1)}, meta, bits=2.5)
+    checkpoints.finish()
     meta = checkpoints.read_meta(7)
   return tmp_path, params, meta
 
