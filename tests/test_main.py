@@ -219,6 +219,22 @@ def test_no_run_is_written_into_the_source(refused, tmp_path, workdir):
   assert sorted(ROOT.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+  ("changes", "what"),
+  [
+    ({"model.width": 2_000_000}, "the train state (parameters and optimizer)"),
+    ({"batch_size": 2_000_000, "model.dropout": 0.0}, "a training step"),
+  ],
+)
+def test_sizes_that_no_memory_holds(
+  refused, tiny_flags, tmp_path, changes, what
+):
+  flags = [f"--config.{name}={value}" for name, value in changes.items()]
+  message = refused(1, *tiny_flags, *flags, f"--workdir={tmp_path / 'w'}")
+  assert f"main.py: {what} takes " in message
+  assert "iB per device, which has " in message
+
+
 def test_a_folder_of_that_name_elsewhere_will_do(tmp_path):
   for workdir in (tmp_path / "data", ROOT / "runs" / "data", ROOT / "runs"):
     workdirs.check(workdir, ROOT)

@@ -140,3 +140,18 @@ def public_functions(tree):
         member.name[0] != "_" or member.name in ("__call__", "__init__")
       ):
         yield owner, member
+
+
+def test_each_python_that_is_named_is_tested():
+  """The workflow runs on all of them, and a script on those but the least."""
+  prefix = "Programming Language :: Python :: "
+  named = [
+    name.removeprefix(prefix)
+    for name in PROJECT["project"]["classifiers"]
+    if re.fullmatch(rf"{prefix}3\.\d+", name)
+  ]
+  assert PROJECT["project"]["requires-python"] == f">={named[0]}"
+  workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+  assert f"python: {named}".replace("'", '"') in workflow
+  script = (ROOT / ".ci" / "versions").read_text()
+  assert f"versions=({' '.join(named[1:])})" in script
