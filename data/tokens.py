@@ -118,8 +118,10 @@ def _array(path, vocab_size, digests):
   del vocab_size  # an .npy says itself how wide its integers are
   try:
     tokens = np.lib.format.open_memmap(path, mode="r")
-  except ValueError as error:
-    reason = " ".join(str(error).split()).rstrip(".")
+  except OSError:
+    raise
+  except Exception as error:  # of numpy, and of the parsers that it calls
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     raise CorpusError(
       f"data.path={path} is not an array of numbers ({reason}); save one with "
       "numpy.save"

@@ -449,7 +449,7 @@ def test_masks_are_pytrees():
     both(SPAN, 32.0, PERIOD, RATIO, 5, False),
   ):
     assert structure != jax.tree.structure(other[0])
-  assert Mask(mask.span) == Mask(mask.span, ramp=32.0, wave=None)
+  assert Mask(2.0) == Mask(2.0, ramp=32.0, wave=None)
   assert Wave(1, 2) == Wave(1, 2, harmonics=None, integer=False)
 
 
