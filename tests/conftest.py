@@ -31,7 +31,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
       flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
-  # The programs that they start compile the same few steps over and over.
+  # What will be removed is an error in the programs that they start, too.
+  os.environ["PYTHONWARNINGS"] = ",".join(
+    f"error::{kind}Warning"
+    for kind in ("Deprecation", "PendingDeprecation", "Future")
+  )
+  # These programs compile the same few steps over and over.
   _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
