@@ -86,6 +86,8 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--config.process_count=2", "0 without distributed=True"),
     # Flags that the mode does not use.
     ("--protocol=window", "--protocol=window means nothing to --mode=train"),
+    # Characters that would break the line.
+    ("--config.bench.compare=a\nb\x1b", r"compare=a\nb\x1b means nothing"),
   ],
 )
 def test_wrong_settings(refused, flag, named):

@@ -407,6 +407,7 @@ def test_on_a_cpu_there_are_no_bars(tiny, shapes, tmp_path):
   assert "bars" not in json.loads((tmp_path / "bench.json").read_text())
 
 
+@pytest.mark.every_case
 def test_a_profile_has_one_round_of_each(
   tiny, on_device, tmp_path, capsys, monkeypatch
 ):

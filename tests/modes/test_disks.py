@@ -90,7 +90,8 @@ def also(*values):
 IN_SAVE, IN_RECORD = (Checkpoints, "save", 3), (logbook.Logbook, "write", 4)
 
 
-@pytest.mark.parametrize("kilobytes", [48, *also(4, 16, 128)])
+@pytest.mark.every_case
+@pytest.mark.parametrize("kilobytes", [4, 16, 48, 128])
 def test_a_disk_that_is_too_small(main, tiny_flags, disk, whole, kilobytes):
   """With room the same command makes the run that was to be."""
   remount(disk, f"size={kilobytes}k")
@@ -178,7 +179,8 @@ def test_copies_for_tensorboard_do_not_hold_up_a_full_disk(
       run(disk / "w", tensorboard=True, log_every_steps=1)
 
 
-@pytest.mark.parametrize("full", [True, *also(False)])
+@pytest.mark.every_case
+@pytest.mark.parametrize("full", [True, False])
 def test_other_modes(main, run, disk, full):
   """Figures are printed, what was there stays, and no half file is left."""
   workdir = disk / "w"
@@ -200,7 +202,7 @@ def test_other_modes(main, run, disk, full):
   (empty if full else take_off)(disk)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("replaced", [False, *also(True)])
 def test_data_that_change_while_they_are_read(
   run, text, tmp_path, monkeypatch, replaced
 ):

@@ -58,11 +58,11 @@ def before_call(monkeypatch, owner, name, number, act):
   ("owner", "name", "number"),
   [
     (evaluator.Evaluator, "__call__", 2),  # of the last step
-    (logbook.Logbook, "write", 3),
     *(
       pytest.param(*before, marks=pytest.mark.every_case)
       for before in (
         (evaluator.Evaluator, "__call__", 1),
+        (logbook.Logbook, "write", 3),
         (Checkpoints, "record_evaluation", 1),
       )
     ),
@@ -88,9 +88,14 @@ def test_killed_in_validation(
   ("owner", "name", "number", "step"),
   [
     (evaluator.Evaluator, "__call__", signal.SIGTERM, 6),
-    (generation, "generate", signal.SIGHUP, 4),
     (Checkpoints, "save", signal.SIGINT, 3),
-    (training, "_compile", signal.SIGINT, 1),
+    *(
+      pytest.param(*before, marks=pytest.mark.every_case)
+      for before in (
+        (generation, "generate", signal.SIGHUP, 4),
+        (training, "_compile", signal.SIGINT, 1),
+      )
+    ),
   ],
 )
 def test_a_signal_whatever_is_being_done(

@@ -32,6 +32,7 @@ def losses(rows):
   return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
+@pytest.mark.every_case
 def test_tokens_that_are_bytes_train_as_bytes_do(
   main, tiny_flags, numbers, tmp_path
 ):

@@ -35,6 +35,28 @@ def test_lines_after_the_resumed_step_are_made_again(tiny, tmp_path):
   ]
 
 
+def test_a_record_that_is_gone_takes_no_lines(tiny, tmp_path):
+  """It would, as its file is open, and nobody could read them."""
+  with logbook.Logbook(tmp_path, tiny.to_dict(), 0) as book:
+    book.write(1, "train", loss=1.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(files.WriteError, match=r"metrics.jsonl .*No such file"):
+      book.write(2, "train", loss=1.0)
+
+
+def test_what_is_added_stands_in_the_next_line_alone(tiny, tmp_path):
+  with logbook.Logbook(tmp_path, tiny.to_dict(), 0) as book:
+    book.add(save_seconds=1.0, save_bytes=2)
+    book.add(save_seconds=3.0)
+    book.write(1, "valid", loss=0.5)
+    book.write(2, "train", loss=0.25)
+  assert lines(tmp_path) == [
+    {"step": 1, "split": "valid", "loss": 0.5, "save_seconds": 3.0}
+    | {"save_bytes": 2},
+    {"step": 2, "split": "train", "loss": 0.25},
+  ]
+
+
 def test_config_and_environment_are_plain_json(tiny, tmp_path):
   with logbook.Logbook(tmp_path, tiny.to_dict(), 0):
     pass
