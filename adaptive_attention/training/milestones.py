@@ -143,6 +143,7 @@ def finish(
   """
   if done := saved.finish(wait=wait):
     book.add(
+      save_step=done.step,
       save_seconds=done.seconds,
       save_stall_seconds=done.stall_seconds,
       save_bytes=done.bytes,

@@ -202,7 +202,7 @@ def test_other_modes(main, run, disk, full):
   (empty if full else take_off)(disk)
 
 
-@pytest.mark.parametrize("replaced", [False, *also(True)])
+@pytest.mark.parametrize("replaced", [False, True])
 def test_data_that_change_while_they_are_read(
   run, text, tmp_path, monkeypatch, replaced
 ):

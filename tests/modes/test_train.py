@@ -155,7 +155,9 @@ def test_what_saving_took_is_recorded(whole_run):
   workdir, _ = whole_run
   rows = (workdir / "metrics.jsonl").read_text().splitlines()
   told = [x for x in map(json.loads, rows) if "save_seconds" in x]
-  assert {x["step"] for x in told if x["split"] == "valid"} == {6, 12}
+  assert {x["save_step"] for x in told} >= {6, 12}
+  for line in told:  # an evaluation waits for its own save
+    assert line["split"] == "train" or line["save_step"] == line["step"]
   with Checkpoints(workdir) as saved:
     params, opt_state, _ = saved.restore_items(12)
   arrays = [*jax.tree.leaves(params), *opt_state.values()]
