@@ -15,6 +15,7 @@ import numpy as np
 from adaptive_attention.attention import IMPLEMENTATIONS
 from adaptive_attention.attention.choice import device
 from adaptive_attention.mask_bounds import (
+  LEAST_RAMP,
   MOST_HARMONICS,
   MaskBounds,
   WaveBounds,
@@ -29,7 +30,6 @@ def defaults(settings: type) -> dict[str, Any]:
 
 _MOST_LAYERS = 4096  # each is compiled by itself
 _MOST = 2**31 - 1  # positions and tokens are 32-bit integers
-_LEAST_RAMP = 1e-6  # gradients to spans grow as its inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ class ModelConfig:
     require(
       self,
       "ramp",
-      _LEAST_RAMP <= self.ramp <= _MOST,
-      f"from {_LEAST_RAMP} to {_MOST} tokens",
+      LEAST_RAMP <= self.ramp <= _MOST,
+      f"from {LEAST_RAMP} to {_MOST} tokens",
     )
 
   def _check_choices(self) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adaptive_attention import masks, positions, state
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.mask_bounds import MaskBounds, WaveBounds
+from adaptive_attention.mask_bounds import LEAST_RAMP, MaskBounds, WaveBounds
 from adaptive_attention.mask_parameters import (
   initializer,
   mask_from_logits,
@@ -311,5 +311,9 @@ class AdaptiveSelfAttention(nn.Module):
     if self.max_span is None:
       return
     require("max_span", 0 < self.max_span < math.inf, "more than 0 tokens")
-    require("ramp", 0 < self.ramp < math.inf, "more than 0 tokens")
+    require(
+      "ramp",
+      LEAST_RAMP <= self.ramp < math.inf,
+      f"at least {LEAST_RAMP} tokens, finite",
+    )
     require("span_init", 0 < self.span_init < 1, "between 0 and 1")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+LEAST_RAMP = 1e-6  # tokens; gradients to spans grow as its inverse
 MOST_HARMONICS = 255  # each is a cosine of its own in the compiled program
 
 

@@ -212,6 +212,7 @@ def test_positions():
     ({"position": "relative"}, "position='relative' needs max_span"),
     ({"max_span": 0}, "max_span=0"),
     ({"max_span": 8, "ramp": 0.0}, "ramp=0.0"),
+    ({"max_span": 8, "ramp": 1e-320}, "ramp=1e-320"),
     ({"max_span": 8, "span_init": 1.0}, "span_init=1.0"),
     ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
     ({"out_dropout_rate": -0.1}, "out_dropout_rate=-0.1"),
