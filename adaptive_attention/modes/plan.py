@@ -149,7 +149,7 @@ def _say_memory(parts, model, rule, target):
   except jax.errors.JaxRuntimeError as error:
     if not target or "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    console.say(f"fits       no: {first_line(error)}; {room.LESS}")
+    console.say(f"fits       no: {first_line(error)}; {room.ADVICE}")
     return
   for name, size in sizes.items():
     console.say(
@@ -180,4 +180,4 @@ def _fit_text(total: int, target: str) -> str:
   text = f"{console.bytes_text(total)} of {console.bytes_text(there)}"
   if total <= there:
     return f"yes, {text}"
-  return f"no, {text}; {room.LESS}"
+  return f"no, {text}; {room.ADVICE}"

@@ -135,7 +135,7 @@ class Logbook:
     self._config = config
     self._resumed_step = resumed_step
     self._made_again = made_again
-    self._copied, self._copies = copies, []
+    self._copy_names, self._copies = copies, []
     self._metrics = self._masks = None
     self._added = {}
 
@@ -153,7 +153,7 @@ class Logbook:
     )
     self._masks = _Lines(self._workdir / "masks.jsonl", self._resumed_step)
     self._copies = copies.opened(
-      self._copied, self._workdir, config, self._resumed_step
+      self._copy_names, self._workdir, config, self._resumed_step
     )
     return self
 

@@ -9,7 +9,7 @@ import jax
 from adaptive_attention.errors import Error, first_line
 from adaptive_attention.training import console, parallel
 
-LESS = (
+ADVICE = (
   "give --config.accumulation_steps more, --config.model.remat, or several "
   "devices a smaller part of --config.batch_size each"
 )
@@ -50,7 +50,7 @@ def check(needed: int, what: str):
   if there is not None and needed > there:
     raise RoomError(
       f"{what} takes {console.bytes_text(needed)} per device, which has "
-      f"{console.bytes_text(there)}; make the model smaller, or {LESS}"
+      f"{console.bytes_text(there)}; make the model smaller, or {ADVICE}"
     )
 
 
@@ -66,5 +66,5 @@ def failures():
       raise
     raise RoomError(
       f"there is not enough memory ({first_line(error)}); make the model "
-      f"smaller, or {LESS}"
+      f"smaller, or {ADVICE}"
     ) from error
