@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from adaptive_attention import attention, masks
-from adaptive_attention.attention import choice, decode
+from adaptive_attention.attention import choice, head_groups
 from adaptive_attention.attention.choice import Call, Choice
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.segment_memory import ring_rows
@@ -179,15 +179,17 @@ def _by_key_head(x_HS, config) -> np.ndarray:
 def _key_reaches(layers, config) -> list[np.ndarray]:
   """Returns, for each layer, the reach of each head of keys."""
   return [
-    decode.key_reach(mask, config.cache_tokens, config.n_kv_head)
+    head_groups.key_reach(mask, config.cache_tokens, config.n_kv_head)
     for mask in layers
   ]
 
 
-def _groups(layers, config) -> Iterator[decode.Group]:
+def _groups(layers, config) -> Iterator[head_groups.Group]:
   """Yields the groups of heads of all layers."""
   for mask in layers:
-    yield from decode.groups_of(mask, config.cache_tokens, config.n_kv_head)
+    yield from head_groups.groups_of(
+      mask, config.cache_tokens, config.n_kv_head
+    )
 
 
 def train_flops_per_token(config: ModelConfig) -> float:

@@ -53,6 +53,10 @@ class ModelConfig:
   # Earlier tokens whose keys and values a layer holds. Training then reads
   # streams, batch_size of them, and not random parts of the text.
   memory_tokens: int = 0
+  # By which share the memory of a head is longer than the head reaches, so that
+  # its span can grow. A head that has used it up gets more, for which the step
+  # is compiled again; a memory is at most 1.3 times what heads see at 0.2.
+  memory_margin: float = 0.2
   # "learned": added before every layer, as published. "learned_once": added
   # before the first, as in GPT-2. "rotary": queries and
   # keys are turned, and there is no longest context. "relative": a learned
@@ -175,6 +179,12 @@ class ModelConfig:
     )
     require(
       self,
+      "memory_margin",
+      0 <= self.memory_margin < math.inf,
+      "0 or more, finite",
+    )
+    require(
+      self,
       "position",
       not self.learns_positions or not self.memory_tokens,
       "rotary or relative, as learned positions do not tell a token from those "
@@ -279,6 +289,7 @@ _FREE = (
   "dtype",
   "remat",
   "implementation",
+  "memory_margin",
 )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention import masks
-from adaptive_attention.attention import attend, decode
+from adaptive_attention.attention import attend, decode, head_groups
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params
 
@@ -32,7 +32,7 @@ class KVCache(flax.struct.PyTreeNode):
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   bias: tuple[jax.Array, ...]
-  groups: tuple[decode.Group, ...] = flax.struct.field(pytree_node=False)
+  groups: tuple[head_groups.Group, ...] = flax.struct.field(pytree_node=False)
 
   def attend(
     self,
@@ -141,7 +141,7 @@ def known(tokens_read: jax.Array | np.uint32 | int) -> int | None:
 
 def cache_groups(
   params: Mapping, config: ModelConfig, cache: str = "spans"
-) -> tuple[tuple[decode.Group, ...], ...]:
+) -> tuple[tuple[head_groups.Group, ...], ...]:
   """Returns the groups of heads of each layer, whose rings are of one size.
 
   Args:
@@ -155,13 +155,13 @@ def cache_groups(
   match cache:
     case "spans":
       return tuple(
-        decode.groups_of(
+        head_groups.groups_of(
           jax.tree.map(np.asarray, mask), config.cache_tokens, config.n_kv_head
         )
         for mask in mask_params(params, config)
       )
     case "dense":
-      dense = decode.dense_groups(
+      dense = head_groups.dense_groups(
         config.n_head, config.cache_tokens, config.n_kv_head
       )
       return (dense,) * config.n_layer

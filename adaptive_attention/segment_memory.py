@@ -1,9 +1,14 @@
 """Segment memory: the keys and values of the tokens before a segment.
 
 It is that of Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019. No
-gradient flows to keys and values that are older than the segment.
+gradient flows to keys and values that are older than the segment. Heads hold as
+many as they reach, with a margin; see `attention.head_groups`.
+
+A ring is read at all positions in turn, also under a wave: what one query does
+not see later ones do.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,21 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention import masks
-from adaptive_attention.attention import attend_ring
-from adaptive_attention.attention.ring import Ring
+from adaptive_attention.attention import attend_ring, head_groups
+from adaptive_attention.attention.ring import Ring, in_order
+from adaptive_attention.config import ModelConfig
+
+Groups = tuple[head_groups.Group, ...]
 
 
 class SegmentKV(flax.struct.PyTreeNode):
-  """One layer's keys and values of N streams, in rings.
+  """One layer's keys and values of N streams, in rings of groups of heads.
 
   Attributes:
-    k, v: (N, S, G, K), as in a `Ring`.
+    k, v: for each group (N, S, G, K), as in a `Ring`.
+    first_kept: for each group uint32, how many tokens of each stream came
+      before the first that its heads hold; what came before that does not exist
+      for them. It is zero but where rings were made longer.
+    groups: static; the groups of heads.
     memory_tokens: static; how many tokens before a segment are visible.
     first_stream: the stream that a call begins with; None for the first.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+  first_kept: tuple[jax.Array, ...]
+  groups: Groups = flax.struct.field(pytree_node=False)
   memory_tokens: int = flax.struct.field(pytree_node=False)
   first_stream: jax.Array | int | None = None
 
@@ -41,44 +55,187 @@ class SegmentKV(flax.struct.PyTreeNode):
     tokens_read: jax.Array | np.uint32 | int,
     **options: Any,
   ) -> tuple[jax.Array, "SegmentKV"]:
-    """Writes T tokens over the oldest, and attends over the ring.
+    """Writes T tokens over the oldest, and attends over the rings.
 
     Raises:
       ValueError: a number of tokens that needs rings of another length.
     """
-    T, S = k_BTGK.shape[1], self.k.shape[1]
-    if ring_rows(self.memory_tokens, T) != S:
+    tokens_read = jnp.asarray(tokens_read, jnp.uint32)
+    # Streams that start again have nothing before what they hold.
+    first_kept = tuple(jnp.minimum(x, tokens_read) for x in self.first_kept)
+    outs, rings = [], []
+    for at, group in enumerate(self.groups):
+      q, k, v, of_group = q_BTHK, k_BTGK, v_BTGK, mask
+      if len(self.groups) > 1:
+        keys, heads = np.array(group.heads), group.query_heads
+        q, k, v = q[:, :, heads], k[:, :, keys], v[:, :, keys]
+        of_group = jax.tree.map(lambda x_H, heads=heads: x_H[heads], mask)
+        options["dropout_heads"] = heads
+      ring, first_key = self._ring(at, q.shape[1], tokens_read, first_kept[at])
+      out, ring = attend_ring(
+        ring, q, k, v, of_group, first_key=first_key, **options
+      )
+      outs.append(out)
+      rings.append(ring)
+    out_BTHK = outs[0]
+    if len(outs) > 1:
+      heads = np.concatenate([group.query_heads for group in self.groups])
+      out_BTHK = jnp.concatenate(outs, axis=2)[:, :, np.argsort(heads)]
+    return out_BTHK, self.replace(
+      k=tuple(ring.k_NSHK for ring in rings),
+      v=tuple(ring.v_NSHK for ring in rings),
+      first_kept=first_kept,
+    )
+
+  def _ring(
+    self, at: int, T: int, tokens_read: jax.Array, first_kept: jax.Array
+  ) -> tuple[Ring, jax.Array]:
+    """Returns (a group's ring, the first key that exists after T more)."""
+    S = self.k[at].shape[1]
+    if (expected := self.groups[at].rows + T - 1) != S:
       raise ValueError(
         f"rings of {S} rows do not serve calls with {T} tokens over a memory "
-        f"of {self.memory_tokens}, which need "
-        f"{ring_rows(self.memory_tokens, T)}; make the state by "
+        f"of {self.memory_tokens}, which need {expected}; make the state by "
         f"init_memory(config, streams, {T})"
       )
-    stream = 0 if self.first_stream is None else self.first_stream
-    tokens_read = jnp.asarray(tokens_read, jnp.uint32)
+    held = jnp.minimum(tokens_read - first_kept, min(self.memory_tokens, S - T))
     first_row = (tokens_read % S).astype(jnp.int32)
-    read = jnp.minimum(tokens_read, self.memory_tokens).astype(jnp.int32)
-    out_BTHK, ring = attend_ring(
-      Ring(self.k, self.v, first_row, stream),
-      *(q_BTHK, k_BTGK, v_BTGK, mask),
-      first_key=S - T - read,
-      **options,
-    )
-    return out_BTHK, self.replace(k=ring.k_NSHK, v=ring.v_NSHK)
+    stream = 0 if self.first_stream is None else self.first_stream
+    ring = Ring(self.k[at], self.v[at], first_row, stream)
+    return ring, S - T - held.astype(jnp.int32)
 
   @property
   def nbytes(self) -> int:
     """Bytes of all keys and values."""
-    return self.k.nbytes + self.v.nbytes
+    return sum(x.nbytes for x in (*self.k, *self.v))
+
+  def held(self, tokens_read: int) -> list[int]:
+    """Returns for each head of keys how many of the newest tokens it holds."""
+    held_G: dict[int, int] = {}
+    for group, k, first_kept in zip(
+      self.groups, self.k, self.first_kept, strict=True
+    ):
+      # All devices have read equally many tokens.
+      first = min(int(np.max(first_kept)), tokens_read)
+      of_group = min(tokens_read - first, k.shape[-3])
+      held_G |= dict.fromkeys(group.heads, of_group)
+    return [held_G[h] for h in sorted(held_G)]
+
+  def regrouped(self, groups: Groups, T: int, tokens_read) -> "SegmentKV":
+    """Returns the same keys and values in the rings of other groups.
+
+    Rings that are shorter lose the oldest; those that are longer hold no more
+    than before, until as much was read.
+
+    Args:
+      groups: all heads of each hold equally many tokens of those it asks for.
+      T: tokens of a call.
+      tokens_read: how many tokens of each stream were read.
+    """
+    tokens_read = jnp.asarray(tokens_read, jnp.uint32)
+    place = {
+      h: (group, i)
+      for group, of_group in enumerate(self.groups)
+      for i, h in enumerate(of_group.heads)
+    }
+
+    def moved(rings, group):
+      """Returns the new ring, its heads' rows moved from where they stand."""
+      S = group.rows + T - 1
+      heads = []
+      for h in group.heads:
+        old, i = place[h]
+        ring = rings[old][:, :, i : i + 1]
+        first_row = (tokens_read % ring.shape[1]).astype(jnp.int32)
+        newest = in_order(ring, Ring(ring, ring, first_row), len(ring))[:, -S:]
+        more = S - newest.shape[1]
+        heads.append(jnp.pad(newest, ((0, 0), (more, 0), (0, 0), (0, 0))))
+      first_row = (tokens_read % S).astype(jnp.int32)
+      return jnp.roll(jnp.concatenate(heads, axis=2), first_row, axis=1)
+
+    def first_kept(group):
+      """Returns what came before that which each head of the group holds."""
+      firsts = []
+      for h in group.heads:
+        old, _ = place[h]
+        rows = min(self.k[old].shape[1], group.rows + T - 1)
+        kept = jnp.minimum(self.first_kept[old], tokens_read)
+        kept = jnp.maximum(kept, tokens_read - jnp.minimum(tokens_read, rows))
+        asked = tokens_read - jnp.minimum(tokens_read, group.rows - 1)
+        firsts.append(jnp.where(kept <= asked, jnp.uint32(0), kept))
+      return functools.reduce(jnp.maximum, firsts)
+
+    return self.replace(
+      k=tuple(moved(self.k, group) for group in groups),
+      v=tuple(moved(self.v, group) for group in groups),
+      first_kept=tuple(map(first_kept, groups)),
+      groups=groups,
+    )
 
 
 def ring_rows(memory_tokens: int, T: int) -> int:
-  """Returns S, the rows of a ring.
+  """Returns S, the rows of a ring that holds all of a memory.
 
   They have room for the memory, in whole segments of T tokens, and for one more
   segment.
   """
   return (-(-memory_tokens // T) + 1) * T
+
+
+def sizes(config: ModelConfig, T: int) -> head_groups.Memory:
+  """Returns what decides how long the rings of a model's memory are."""
+  longest = ring_rows(config.memory_tokens, T) - T + 1
+  return head_groups.Memory(T, longest, config.memory_margin)
+
+
+def reaches(
+  layers: Sequence[masks.Mask], config: ModelConfig, T: int
+) -> list[np.ndarray]:
+  """Returns for each layer the reach of its heads of keys, rounded up.
+
+  Args:
+    layers: the mask of each layer; concrete.
+    T: tokens of a segment.
+  """
+  longest = sizes(config, T).longest
+  return [
+    head_groups.upper_reach(mask, longest, config.n_kv_head) for mask in layers
+  ]
+
+
+def memory_groups(
+  layers: Sequence[masks.Mask],
+  config: ModelConfig,
+  T: int,
+  held_LG: Sequence[Sequence[int]] | None = None,
+) -> tuple[Groups, ...]:
+  """Returns for each layer the groups of heads of a segment memory.
+
+  The rings of a group hold what its heads reach, and `config.memory_margin`
+  more; at most `config.memory_tokens`.
+
+  Args:
+    layers: the mask of each layer, of `mask_params`; concrete.
+    T: tokens of a segment.
+    held_LG: how many tokens each head holds, where a memory is made out of
+      another; see `head_groups.Memory.groups`.
+  """
+  queries = config.n_head // config.n_kv_head
+  of_layer = sizes(config, T).groups
+  reach_LG = reaches(layers, config, T)
+  if held_LG is None:
+    return tuple(of_layer(reach_G, queries) for reach_G in reach_LG)
+  return tuple(
+    of_layer(reach_G, queries, held_G)
+    for reach_G, held_G in zip(reach_LG, held_LG, strict=True)
+  )
+
+
+def full_groups(config: ModelConfig, T: int) -> tuple[Groups, ...]:
+  """Returns one group of each layer's heads, which hold all of the memory."""
+  longest = sizes(config, T).longest
+  groups = head_groups.dense_groups(config.n_head, longest, config.n_kv_head)
+  return (groups,) * config.n_layer
 
 
 def tokens_before(reach_L: Sequence[int], memory_tokens: int, T: int) -> int:

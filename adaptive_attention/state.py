@@ -17,11 +17,15 @@ import numpy as np
 
 from adaptive_attention import masks
 from adaptive_attention.attention import attend as attend_plainly
-from adaptive_attention.attention import decode
+from adaptive_attention.attention import decode, head_groups
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.kv_cache import KVCache, cache_groups, known
 from adaptive_attention.mask_parameters import mask_params
-from adaptive_attention.segment_memory import SegmentKV, ring_rows
+from adaptive_attention.segment_memory import (
+  Groups,
+  SegmentKV,
+  full_groups,
+)
 
 TokensRead = jax.Array | np.uint32 | int
 
@@ -142,6 +146,27 @@ class State(flax.struct.PyTreeNode):
     """Returns the state with another number of tokens read."""
     return self.replace(tokens_read=tokens_read)
 
+  @property
+  def groups(self) -> tuple[Groups, ...]:
+    """The groups of heads of each layer."""
+    return tuple(layer.groups for layer in self.layers)
+
+  def regrouped(self, groups: tuple[Groups, ...], T: int) -> "State":
+    """Returns a segment memory in the rings of other groups.
+
+    Args:
+      groups: those of `segment_memory.memory_groups`, for the tokens that the
+        heads hold.
+      T: tokens of a call.
+    """
+    layers = zip(self.layers, groups, strict=True)
+    return self.replace(
+      layers=tuple(
+        layer.regrouped(of_layer, T, self.tokens_read)
+        for layer, of_layer in layers
+      )
+    )
+
   def after(self, layers: Iterable[Any], T: int) -> "State":
     """Returns the state whose layers have appended T tokens."""
     return self.replace(
@@ -184,24 +209,40 @@ class Stateless(flax.struct.PyTreeNode):
     return self
 
 
-def path_today(path: str) -> str:
-  """Returns the path in a State that a path of version 0.1 has become.
+def leaves_today(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns by today's paths the arrays of a segment memory of any version.
 
-  k.I and v.I were the keys and values of layer I.
+  In version 0.1 k.I and v.I were the keys and values of layer I, of all heads;
+  in 0.4 layers.I.k and layers.I.v.
   """
-  return re.sub(r"^([kv])\.(\d+)$", r"layers.\2.\1", path)
+  found = {}
+  for path, array in leaves.items():
+    path = re.sub(r"^([kv])\.(\d+)$", r"layers.\2.\1", path)
+    if old := re.fullmatch(r"(layers\.\d+)\.([kv])", path):
+      path = f"{path}.0"
+      found[f"{old[1]}.first_kept.0"] = np.zeros(len(array), np.uint32)
+    found[path] = array
+  return found
 
 
-def init_memory(config: ModelConfig, streams: int, T: int) -> State:
+def init_memory(
+  config: ModelConfig,
+  streams: int,
+  T: int,
+  groups: tuple[Groups, ...] | None = None,
+) -> State:
   """Returns an empty segment memory of N streams, for calls with T tokens.
 
-  Each layer has (N, S, G, K) keys and values in `config.compute_dtype`, where S
-  is the memory in whole segments and one segment more.
+  Each layer has for each group of its heads (N, S, G, K) keys and values in
+  `config.compute_dtype`. S is the reach of the group's rings and one segment
+  more.
 
   Args:
     config: the model's; `memory_tokens` are visible before each segment.
     streams: N.
     T: tokens of a segment.
+    groups: those of `segment_memory.memory_groups`; by default all heads hold
+      all of the memory, in whole segments.
 
   Raises:
     ValueError: `streams` or `T` below 1.
@@ -209,18 +250,24 @@ def init_memory(config: ModelConfig, streams: int, T: int) -> State:
   for name, value in (("streams", streams), ("T", T)):
     if value < 1:
       raise ValueError(f"{name}={value} is not possible; expected 1 or more")
-  shape = (
-    streams,
-    ring_rows(config.memory_tokens, T),
-    config.n_kv_head,
-    config.width // config.n_head,
-  )
+  K = config.width // config.n_head
 
-  def layer() -> SegmentKV:
-    k, v = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
-    return SegmentKV(k, v, config.memory_tokens)
+  def layer(groups: Groups) -> SegmentKV:
+    k, v = (
+      tuple(
+        jnp.zeros(
+          (streams, group.rows + T - 1, len(group.heads), K),
+          config.compute_dtype,
+        )
+        for group in groups
+      )
+      for _ in range(2)
+    )
+    first_kept = tuple(jnp.uint32(0) for _ in groups)
+    return SegmentKV(k, v, first_kept, groups, config.memory_tokens)
 
-  return State(tuple(layer() for _ in range(config.n_layer)), jnp.uint32(0))
+  layers = map(layer, full_groups(config, T) if groups is None else groups)
+  return State(tuple(layers), jnp.uint32(0))
 
 
 def init_cache(
@@ -228,7 +275,7 @@ def init_cache(
   config: ModelConfig,
   batch: int,
   cache: str = "spans",
-  groups: tuple[tuple[decode.Group, ...], ...] | None = None,
+  groups: tuple[tuple[head_groups.Group, ...], ...] | None = None,
 ) -> State:
   """Returns an empty KV cache for B sequences of one length.
 
@@ -251,7 +298,7 @@ def init_cache(
     groups = cache_groups(params, config, cache)
   K = config.width // config.n_head
 
-  def layer(mask: masks.Mask, groups: tuple[decode.Group, ...]) -> KVCache:
+  def layer(mask: masks.Mask, groups: tuple[head_groups.Group, ...]) -> KVCache:
     k, v = (
       tuple(
         jnp.zeros(

@@ -13,7 +13,7 @@ from adaptive_attention import (
   generation,
   masks,
 )
-from adaptive_attention.attention import decode
+from adaptive_attention.attention import head_groups
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.model import Transformer
@@ -150,7 +150,7 @@ def test_integer_waves_are_strides_and_what_is_hidden_is_not_read():
   config = changed(**MODELS["integer waves"])
   params = parameters(config)
   layers = mask_params(params, config)
-  groups = decode.groups_of(layers[0], config.cache_tokens, 4)
+  groups = head_groups.groups_of(layers[0], config.cache_tokens, 4)
   periods = {group.period for group in groups}
   assert len(periods) > 1
   reads = accounting.cache_reads(layers, config)
@@ -165,9 +165,9 @@ def test_integer_waves_are_strides_and_what_is_hidden_is_not_read():
 def test_groups_hold_the_reach_of_heads_and_hardly_more(longest):
   spans = np.array([0, 0, 10, 20, 60, 150, 400, 1500.0])
   mask = Mask(jnp.asarray(spans))
-  reach_H = decode.reach(mask, longest)
+  reach_H = head_groups.reach(mask, longest)
   np.testing.assert_array_equal(reach_H, np.minimum(spans + 32, longest))
-  groups = decode.groups_of(mask, longest, 8)
+  groups = head_groups.groups_of(mask, longest, 8)
   assert sorted(h for g in groups for h in g.heads) == list(range(8))
   for group in groups:
     assert group.rows == max(reach_H[h] for h in group.heads)
@@ -183,7 +183,7 @@ def test_open_residues_of_waves():
     integer=True,
   )
   mask = Mask(jnp.array([100.0, 90.0, 50.0, 10.0]), 4.0, wave)
-  groups = decode.groups_of(mask, 1000, 4)
+  groups = head_groups.groups_of(mask, 1000, 4)
   # The third and the fourth head have all residues open.
   assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
     ((1, 0), 4, (0,), 26),
@@ -199,7 +199,7 @@ def test_a_head_of_keys_keeps_what_any_of_its_query_heads_reads():
     integer=True,
   )
   mask = Mask(jnp.array([100.0, 30.0, 9.0, 50.0]), 4.0, wave)
-  groups = decode.groups_of(mask, 1000, 2)
+  groups = head_groups.groups_of(mask, 1000, 2)
   # Period 4 is open at residues 0, and at 0, 1 and 3. Two periods are none.
   assert {(g.heads, g.period, g.residues, g.rows) for g in groups} == {
     ((0,), 4, (0, 1, 3), 26),

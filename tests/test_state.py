@@ -55,13 +55,13 @@ def with_spans(params, config, span):
 
 def rows(memory):
   """Returns the keys of all layers and the values of all layers."""
-  return [x.k for x in memory.layers], [x.v for x in memory.layers]
+  return [x.k[0] for x in memory.layers], [x.v[0] for x in memory.layers]
 
 
 def with_rows(memory, keys, values):
   layers = zip(memory.layers, keys, values, strict=True)
   return memory.replace(
-    layers=tuple(layer.replace(k=k, v=v) for layer, k, v in layers)
+    layers=tuple(layer.replace(k=(k,), v=(v,)) for layer, k, v in layers)
   )
 
 
@@ -249,7 +249,7 @@ def test_earlier_segments_are_visible_but_get_no_gradient(implementation):
 def test_a_memory_for_other_calls_is_refused():
   config, params = CONFIG, parameters(CONFIG)
   memory = init_memory(config, 2, T)
-  assert memory.layers[0].k.shape[1] == ring_rows(5 * T, T) == 6 * T
+  assert memory.layers[0].k[0].shape[1] == ring_rows(5 * T, T) == 6 * T
   with pytest.raises(ValueError, match="144 rows do not serve calls with 23"):
     Transformer(config).apply(
       {"params": params}, STREAM[:, : T - 1], state=memory
@@ -263,7 +263,7 @@ def test_one_token_at_a_time():
   config = changed(memory_tokens=30)
   params = with_spans(parameters(config), config, 20.0)
   memory = init_memory(config, 2, 1)
-  assert memory.layers[0].k.shape[1] == 31
+  assert memory.layers[0].k[0].shape[1] == 31
 
   logits = []
   for t in range(60):

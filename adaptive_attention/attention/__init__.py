@@ -124,6 +124,7 @@ def attend_ring(
   relative_RK: ArrayLike | None = None,
   dropout_rate: float = 0.0,
   dropout_seed: ArrayLike | None = None,
+  dropout_heads: ArrayLike | None = None,
   implementation: str | None = None,
   interpret: bool = False,
 ) -> tuple[jax.Array, Ring]:
@@ -141,6 +142,8 @@ def attend_ring(
       appended, those before this index do not exist yet.
     mask, relative_RK, dropout_rate, dropout_seed, implementation, interpret: as
       in `attend`. "blocked" has no second derivatives over a ring.
+    dropout_heads: (H,) integers, the h of each head where dropout is drawn, as
+      the heads of a layer may come in several calls; by default 0 .. H - 1.
 
   Returns:
     (out_BTHK, ring): what `attend` returns, and the ring with the T tokens in
@@ -153,9 +156,8 @@ def attend_ring(
   q_BTHK, k_BTGK, v_BTGK = map(jnp.asarray, (q_BTHK, k_BTGK, v_BTGK))
   checks.queries_and_keys(q_BTHK, k_BTGK, v_BTGK)
   checks.ring_rows(ring, q_BTHK, k_BTGK)
-  options = _checked_options(
-    q_BTHK, mask, first_key, relative_RK, dropout_rate, dropout_seed
-  )
+  draws = dropout_rate, dropout_seed, dropout_heads
+  options = _checked_options(q_BTHK, mask, first_key, relative_RK, *draws)
   ring = append(jax.tree.map(lax.stop_gradient, ring), k_BTGK, v_BTGK)
   memory = ring.k_NSHK.shape[1] - jnp.shape(q_BTHK)[1]
   arrays = q_BTHK, k_BTGK, v_BTGK
@@ -228,7 +230,9 @@ def _say_once(found: choice.Choice):
   logging.getLogger(__name__).info("attention runs as %s", found)
 
 
-def _checked_options(q, mask, first_key, relative, dropout_rate, dropout_seed):
+def _checked_options(
+  q, mask, first_key, relative, dropout_rate, dropout_seed, dropout_heads=None
+):
   """Returns by name, as arrays, what both functions take beside q, k and v.
 
   NumPy's arrays, lists and numbers are taken as JAX takes them anywhere, and a
@@ -241,7 +245,11 @@ def _checked_options(q, mask, first_key, relative, dropout_rate, dropout_seed):
     dropout_seed = jnp.uint32(dropout_seed % 2**32)
   elif dropout_seed is not None:
     dropout_seed = jnp.asarray(dropout_seed)
-  checks.options(q, first_key, relative, dropout_rate, dropout_seed)
+  if dropout_heads is None:
+    dropout_heads = np.arange(q.shape[2], dtype=np.int32)
+  dropout_heads = jnp.asarray(dropout_heads)
+  draws = dropout_rate, dropout_seed, dropout_heads
+  checks.options(q, first_key, relative, *draws)
   checks.lengths(mask, q.shape[2])
   return {
     "mask": mask,
@@ -249,4 +257,5 @@ def _checked_options(q, mask, first_key, relative, dropout_rate, dropout_seed):
     "relative_RK": relative,
     "dropout_rate": dropout_rate,
     "dropout_seed": dropout_seed,
+    "dropout_heads": dropout_heads,
   }

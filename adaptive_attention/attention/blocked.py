@@ -51,6 +51,7 @@ def attend(
   relative_RK,
   dropout_rate,
   dropout_seed,
+  dropout_heads,
 ):
   """The same as `reference.attend`, in time that the masks leave."""
   B, T, H, _ = q_BTHK.shape
@@ -66,8 +67,9 @@ def attend(
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
   stream_B = dropout.stream_hash(seed, jnp.arange(B, dtype=jnp.int32))
+  stream_BH = dropout.head_hash(stream_B[:, None], dropout_heads)
   walked = heads, table_HS, relative_RK
-  arrays = q_BTHK, k_BSGK, v_BSGK, ring, stream_B
+  arrays = q_BTHK, k_BSGK, v_BSGK, ring, stream_BH
   if segments is None:
     return _attend(static, *varying_alike(*walked, *arrays, None))
   found = SegmentWalk(segments, segments.first_keys() - sizes.older)
@@ -131,14 +133,14 @@ class _Softmax(NamedTuple):
     return self.sum_BQK / (total_BQ1 * (1 - dropout_rate)), lse_BQ1
 
 
-def _forward_head(head: Head, local, relative, stream_B, zero):
+def _forward_head(head: Head, local, relative, stream_BH, zero):
   """Returns the local arrays (out, lse) of one head."""
   B, _, K = local["q"].shape
 
   def one_block(queries, carry):
     out_local, lse_local = carry
     q_BQK = take(local["q"], queries.row, BLOCK) / math.sqrt(K)
-    kept = head.kept(stream_B, queries)
+    kept = head.kept(stream_BH, queries)
 
     def one_key_block(keys, softmax):
       k_BCK, v_BCK = (take(local[name], keys.row, BLOCK) for name in ("k", "v"))

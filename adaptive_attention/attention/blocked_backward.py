@@ -64,14 +64,16 @@ class Sums(NamedTuple):
   relative: jax.Array | None
 
 
-def add_head(head: Head, local, relative, stream_B, zero, gradients: Gradients):
+def add_head(
+  head: Head, local, relative, stream_BH, zero, gradients: Gradients
+):
   """Returns (gradients, local) with the gradients of one head written.
 
   Args:
     head: the head with its walk.
     local: loaded local arrays by name; those of gradients are written over.
     relative: the vectors of distances, or None.
-    stream_B: `dropout.stream_hash` of the streams.
+    stream_BH: `dropout.head_hash` of the streams and heads.
     zero: 0.0, which the compiler does not know before the arrays are there.
     gradients: the gradients with those of the heads before written.
   """
@@ -81,7 +83,7 @@ def add_head(head: Head, local, relative, stream_B, zero, gradients: Gradients):
   )
   table_S = jnp.full(gradients.table_HS.shape[1], zero)
   sums = Sums(dk, dv, table_S, gradients.relative_RK)
-  dq, sums = _of_head(head, local, relative, stream_B, zero, sums)
+  dq, sums = _of_head(head, local, relative, stream_BH, zero, sums)
   written = Gradients(
     head.queries.store(dq, gradients.dq_BTHK, h, 0),
     head.new_keys.add(sums.dk, gradients.dk_BNGK, head.key_h, first_x),
@@ -92,14 +94,14 @@ def add_head(head: Head, local, relative, stream_B, zero, gradients: Gradients):
   return written, local | {"dq": dq, "dk": sums.dk, "dv": sums.dv}
 
 
-def _of_head(head: Head, local, relative, stream_B, zero, sums: Sums):
+def _of_head(head: Head, local, relative, stream_BH, zero, sums: Sums):
   """Returns (dq as a local array, sums) of one head."""
   B, _, K = local["q"].shape
 
   def one_block(queries, carry):
     dq_local, sums = carry
     brought = _brought(head, local, queries)
-    kept = head.kept(stream_B, queries)
+    kept = head.kept(stream_BH, queries)
 
     def one_key_block(keys, carry):
       return _add_block(

@@ -218,13 +218,13 @@ class Head:
     alike = self._alike(queries.x, x)
     return KeyBlock(*rows, x, bias, alike, distance, older)
 
-  def kept(self, stream_B, queries: QueryBlock):
+  def kept(self, stream_BH, queries: QueryBlock):
     """Returns a function of a KeyBlock that gives (B, Q, C) booleans.
 
     They say which weights dropout leaves.
     """
-    row_BQ1 = dropout.row_hash(
-      stream_B[:, None, None], self.h, queries.x[None, :, None]
+    row_BQ1 = dropout.query_hash(
+      stream_BH[:, self.h, None, None], queries.x[None, :, None]
     )
 
     def kept(keys):

@@ -123,7 +123,7 @@ def ring_rows(ring, q, k):
     )
 
 
-def options(q, first_key, relative, dropout_rate, dropout_seed):
+def options(q, first_key, relative, dropout_rate, dropout_seed, dropout_heads):
   """Checks what both functions take beside queries, keys and masks."""
   _require(_is_integer(first_key), f"first_key={first_key} must be one integer")
   _require(
@@ -143,6 +143,13 @@ def options(q, first_key, relative, dropout_rate, dropout_seed):
   _require(
     dropout_seed is None or _is_integer(dropout_seed),
     f"dropout_seed={dropout_seed} must be one integer",
+  )
+  H = q.shape[2]
+  _require(
+    jnp.issubdtype(dropout_heads.dtype, jnp.integer)
+    and dropout_heads.shape == (H,),
+    f"dropout_heads {dropout_heads.dtype}{list(dropout_heads.shape)} must be "
+    f"one integer for each of the {H} heads of q",
   )
 
 

@@ -1,18 +1,13 @@
 """Attention of one query to the KV cache of each head.
 
 The keys and values of a head stand in a ring of at least as many rows as its
-reach, ceil(z + R) tokens. Where a head of keys serves several heads of queries
-its ring reaches as far as the farthest of these. Under a wave of an integer
-period P the rows are dealt into P residue classes by position, and only the
-classes at an open distance are read. That is exact: the weight of what is not
-read is zero.
+reach; `head_groups` says how many. Under a wave of an integer period P the rows
+are dealt into P residue classes by position, and only the classes at an open
+distance are read. That is exact: the weight of what is not read is zero.
 
 Axes: G heads of keys of one group, Q heads of queries that each of them serves,
 P residue classes, Y rows of each, r open residues.
 """
-
-import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,145 +15,7 @@ import numpy as np
 from jax import lax
 
 from adaptive_attention import masks
-
-_WASTE = 1.08  # rings have at most so many times the rows that reaches need
-
-
-class Group(NamedTuple):
-  """Heads whose rings are of one size; static.
-
-  Attributes:
-    heads: their indices among the layer's heads of keys.
-    queries: Q.
-    period: P; 1 where all keys of a ring are read.
-    rows: Y.
-    residues: the open residues of distances mod P, the same for all its heads.
-  """
-
-  heads: tuple[int, ...]
-  queries: int
-  period: int
-  rows: int
-  residues: tuple[int, ...]
-
-  @property
-  def query_heads(self) -> np.ndarray:
-    """The indices of the query heads, (G Q,)."""
-    first_G1 = self.queries * np.array(self.heads)[:, None]
-    return (first_G1 + np.arange(self.queries)).ravel()
-
-  @property
-  def ring_rows(self) -> int:
-    """Rows of a head's ring."""
-    return self.period * self.rows
-
-  @property
-  def reads(self) -> int:
-    """Rows of a head's ring that a query reads."""
-    return len(self.residues) * self.rows
-
-  def distances(self) -> np.ndarray:
-    """Returns (r, Y) the distances that are read, ascending along Y."""
-    row_Y = np.arange(self.rows, dtype=np.int32)
-    return np.add.outer(np.array(self.residues, np.int32), self.period * row_Y)
-
-
-def reach(mask: masks.Mask, longest: int) -> np.ndarray:
-  """Returns (H,) the reach of each head in tokens, the query itself included.
-
-  It is ceil(z + R), as m(d) > 0 where d < z + R, and at most `longest`. A last
-  token whose weight is hidden, m(d) <= 1e-6, does not count.
-  """
-  spans = masks.Mask(mask.span, mask.ramp)
-  return np.asarray(masks.is_open(spans, np.arange(longest))).sum(axis=1)
-
-
-def key_reach(mask: masks.Mask, longest: int, key_heads: int) -> np.ndarray:
-  """Returns for each head of keys the longest reach of its query heads."""
-  return reach(mask, longest).reshape(key_heads, -1).max(axis=1)
-
-
-def groups_of(
-  mask: masks.Mask, longest: int, key_heads: int
-) -> tuple[Group, ...]:
-  """Returns a layer's heads of keys in as few groups as _WASTE allows.
-
-  Args:
-    mask: concrete, of the heads of queries.
-    longest: the longest reach that a head gets.
-    key_heads: how many heads of keys the layer has.
-  """
-  queries = len(mask.span) // key_heads
-  reach_H = key_reach(mask, longest, key_heads)
-  strides = [(1, (0,))] * key_heads
-  if mask.wave is not None and mask.wave.integer:
-    strides = _strides(mask.wave, key_heads)
-  groups = []
-  for stride in sorted(set(strides)):
-    heads = [h for h, other in enumerate(strides) if other == stride]
-    period, residues = stride
-    rows = {h: -(-int(reach_H[h]) // period) for h in heads}
-    for part in _parted(sorted(heads, key=rows.get), rows):
-      groups.append(Group(part, queries, period, rows[part[-1]], residues))
-  return tuple(groups)
-
-
-def dense_groups(heads: int, longest: int, key_heads: int) -> tuple[Group, ...]:
-  """Returns one group of all heads, whose rings are of the `longest` reach."""
-  every = tuple(range(key_heads))
-  return (Group(every, heads // key_heads, 1, longest, (0,)),)
-
-
-def _strides(wave, key_heads):
-  """Returns (P, open residues) of each head of keys.
-
-  A residue is open if it is to any of its query heads. It is (1, (0,)) where
-  all residues are open, or none, or where the periods of these differ.
-  """
-  period_H = np.round(np.asarray(wave.period)).astype(int)
-  open_HR = np.asarray(
-    masks.wave_weight(np.arange(period_H.max()), wave) > masks.HIDDEN
-  )
-  strides = []
-  for period_Q, open_QR in zip(
-    np.split(period_H, key_heads), np.split(open_HR, key_heads), strict=True
-  ):
-    P = int(period_Q[0])
-    residues = tuple(np.flatnonzero(open_QR.any(axis=0)[:P]).tolist())
-    strided = (period_Q == P).all() and 0 < len(residues) < P
-    strides.append((P, residues) if strided else (1, (0,)))
-  return strides
-
-
-def _parted(heads, rows):
-  """Returns heads, ascending by rows, cut into the fewest parts.
-
-  Each head of a part takes as many rows as the part's last one. Altogether they
-  take at most _WASTE times the rows that are needed. Of all cuts into as many
-  parts the one with the fewest rows is taken.
-  """
-  needed = sum(rows[h] for h in heads)
-
-  @functools.cache
-  def cheapest(first, parts):
-    """Returns (rows, cuts) of the heads from `first` on in so many parts."""
-    if parts == 1:
-      return (len(heads) - first) * rows[heads[-1]], (len(heads),)
-    options = []
-    for end in range(first + 1, len(heads) - parts + 2):
-      rest, cuts = cheapest(end, parts - 1)
-      options.append(
-        ((end - first) * rows[heads[end - 1]] + rest, (end, *cuts))
-      )
-    return min(options)
-
-  for parts in range(1, len(heads) + 1):
-    taken, cuts = cheapest(0, parts)
-    if taken <= _WASTE * needed or parts == len(heads):
-      return [
-        tuple(heads[start:end])
-        for start, end in zip((0, *cuts), cuts, strict=False)
-      ]
+from adaptive_attention.attention.head_groups import Group
 
 
 def biases(mask: masks.Mask, groups) -> tuple[jax.Array, ...]:

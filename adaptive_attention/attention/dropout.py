@@ -32,13 +32,23 @@ def stream_hash(seed, b):
   return _plus(jnp.asarray(seed).astype(jnp.uint32), b)
 
 
+def head_hash(stream, h):
+  """mix(stream) + h: what the `stream_hash` of a seed and b gives with h."""
+  return _plus(stream, h)
+
+
 def row_hash(stream, h, t):
   """mix(mix(mix(stream) + h) + t): the part of `keep` without keys.
 
   Args:
     stream: `stream_hash` of a seed and b.
   """
-  return _mix(_plus(_plus(stream, h), t))
+  return query_hash(head_hash(stream, h), t)
+
+
+def query_hash(head, t):
+  """The same from the `head_hash` of a stream and h."""
+  return _mix(_plus(head, t))
 
 
 def keep_key(row, x, rate):

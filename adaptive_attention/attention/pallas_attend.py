@@ -143,6 +143,7 @@ def attend(
   first_key,
   dropout_rate,
   dropout_seed,
+  dropout_heads,
   interpret=False,
   call,
   launch=None,
@@ -170,7 +171,8 @@ def attend(
     mask = Mask(jnp.full(H, float(call.S), jnp.float32), 1.0)
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
-  arrays = mask, q_BTHK, k_BSGK, v_BSGK, ring, first_key, seed
+  draws = seed, dropout_heads.astype(jnp.int32)
+  arrays = mask, q_BTHK, k_BSGK, v_BSGK, ring, first_key, draws
   return _attend(kernels, static, *varying_alike(*arrays))
 
 
@@ -251,29 +253,29 @@ def heads_of(inputs: Inputs, static: Static, sizes) -> walk.Heads:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernels, static, mask, q, k, v, ring, first_key, seed):
-  return _attend_forward(kernels, static, mask, q, k, v, ring, first_key, seed)[
-    0
-  ]
+def _attend(kernels, static, mask, q, k, v, ring, first_key, draws):
+  return _attend_forward(
+    kernels, static, mask, q, k, v, ring, first_key, draws
+  )[0]
 
 
-def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, seed):
-  residuals = mask, q, k, v, ring, first_key, seed
+def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, draws):
+  residuals = mask, q, k, v, ring, first_key, draws
   q = _differentiated_once(kernels, q)
-  inputs = _inputs(mask, q, k, v, ring, first_key, seed)
+  inputs = _inputs(mask, q, k, v, ring, first_key, draws)
   axes = (_axes_of(inputs, static),), ("bthk", "bht")
   out, lse = _on_devices(kernels.forward, static, (inputs,), *axes)
   return out, (residuals, out, lse)
 
 
 def _attend_backward(kernels, static, residuals, d_out):
-  (mask, q, k, v, ring, first_key, seed), out, lse = residuals
+  (mask, q, k, v, ring, first_key, draws), out, lse = residuals
   d_out = _differentiated_once(kernels, jnp.asarray(d_out))
   # Or else XLA keeps what the forward pass has laid out until it is used again
   # here, of all layers at once.
   arrays = lax.optimization_barrier((q, k, v, ring, d_out))
   q, k, v, ring, d_out = arrays
-  inputs = _inputs(mask, q, k, v, ring, first_key, seed)
+  inputs = _inputs(mask, q, k, v, ring, first_key, draws)
   mean_BTH = jnp.sum(
     d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1
   )
@@ -301,7 +303,7 @@ def _attend_backward(kernels, static, residuals, d_out):
     )
     for x_BNHK in (gradients.dk_BNHK, gradients.dv_BNHK)
   )
-  none = (jax.tree.map(checks.no_gradient, x) for x in (ring, first_key, seed))
+  none = (jax.tree.map(checks.no_gradient, x) for x in (ring, first_key, draws))
   return d_mask, gradients.dq_BTHK, dk, dv, *none
 
 
@@ -334,8 +336,8 @@ def _axes_of(inputs: Inputs, static: Static) -> Inputs:
   return Inputs(of_mask, "h", "b", "", "", "bthk", of_keys, of_keys)
 
 
-def _inputs(mask, q, k, v, ring, first_key, seed) -> Inputs:
-  B, _, H, _ = q.shape
+def _inputs(mask, q, k, v, ring, first_key, draws) -> Inputs:
+  B = q.shape[0]
   first_row = jnp.int32(0)
   if ring is not None:
     k, v = (
@@ -343,8 +345,8 @@ def _inputs(mask, q, k, v, ring, first_key, seed) -> Inputs:
       for x in (ring.k_NSHK, ring.v_NSHK)
     )
     first_row = jnp.asarray(ring.first_row, jnp.int32)
+  seed, head_H = draws
   stream_B = dropout.stream_hash(seed, jnp.arange(B, dtype=jnp.int32))
-  head_H = jnp.arange(H, dtype=jnp.int32)
   first_key = jnp.asarray(first_key, jnp.int32)
   return Inputs(mask, head_H, stream_B, first_key, first_row, q, k, v)
 

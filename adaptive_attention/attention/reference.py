@@ -28,19 +28,17 @@ def attend(
   relative_RK,
   dropout_rate,
   dropout_seed,
+  dropout_heads,
 ):
   """Returns softmax(q (k + p) / sqrt(K) + log m + log w) v; see `attend`."""
   del memory  # the gradient is stopped already
-  B, T, H, K = q_BTHK.shape
+  T, H, K = q_BTHK.shape[1:]
   if ring is not None:
-    k_BSGK, v_BSGK = (
-      jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
-      for old, new in ((ring.k_NSHK, k_BSGK), (ring.v_NSHK, v_BSGK))
-    )
+    k_BSGK, v_BSGK = _after_older(ring, k_BSGK, v_BSGK)
   k_BSHK, v_BSHK = (for_each_query_head(x, H) for x in (k_BSGK, v_BSGK))
   S = k_BSHK.shape[1]
-  # A key that does not exist may hold anything, and 0 * nan is nan.
   x_S = jnp.arange(T - S, T, dtype=jnp.int32)  # relative to the first query
+  # A key that does not exist may hold anything, and 0 * nan is nan.
   exists_S = x_S >= first_key - (S - T)
   k_BSHK, v_BSHK = (
     jnp.where(exists_S[None, :, None, None], x, jnp.zeros((), x.dtype))
@@ -55,8 +53,8 @@ def attend(
   bias_BHTS = _bias(mask, distance_TS, exists_S, segments)
   weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_BHTS)
   if dropout_rate:
-    kept_BHTS = _kept(dropout_seed, (B, H, T), x_S, dropout_rate)
-    weights_BHTS = jnp.where(kept_BHTS, weights_BHTS / (1 - dropout_rate), 0.0)
+    drawn = dropout_seed, dropout_heads, x_S, dropout_rate
+    weights_BHTS = _dropped(weights_BHTS, *drawn)
   # The product gives float32 for the gradient's sake: the weights' gradient is
   # a product of the same dtype, and XLA's CPU may sum bfloat16 in bfloat16.
   return jnp.einsum(
@@ -67,10 +65,22 @@ def attend(
   ).astype(q_BTHK.dtype)
 
 
-def _kept(seed, shape_BHT, x_S, rate):
-  """Returns (B, H, T, S) whether dropout leaves a weight."""
-  b_B, h_H, t_T = (jnp.arange(n, dtype=jnp.int32) for n in shape_BHT)
-  return dropout.keep(
+def _after_older(ring, k_BTGK, v_BTGK):
+  """Returns (B, S, G, K) keys and values: those of a ring, then the new ones."""
+  B, T = k_BTGK.shape[:2]
+  return (
+    jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
+    for old, new in ((ring.k_NSHK, k_BTGK), (ring.v_NSHK, v_BTGK))
+  )
+
+
+def _dropped(weights_BHTS, seed, h_H, x_S, rate):
+  """Returns the weights, of which a share is zero and the rest larger."""
+  b_B, t_T = (
+    jnp.arange(n, dtype=jnp.int32)
+    for n in (weights_BHTS.shape[0], weights_BHTS.shape[2])
+  )
+  kept_BHTS = dropout.keep(
     seed,
     b_B[:, None, None, None],
     h_H[None, :, None, None],
@@ -78,6 +88,7 @@ def _kept(seed, shape_BHT, x_S, rate):
     x_S[None, None, None],
     rate,
   )
+  return jnp.where(kept_BHTS, weights_BHTS / (1 - rate), 0.0)
 
 
 def _bias(mask, distance_TS, exists_S, segments):

@@ -24,6 +24,7 @@ from adaptive_attention.training import (
   optimizer,
   parallel,
   protocols,
+  regrouping,
   steps,
 )
 from adaptive_attention.training.settings import training_config
@@ -196,7 +197,9 @@ def _runner_of_step(case, name, kind, parts, params):
   """Makes the runner of a training step that begins with these parameters."""
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
-  memory = steps.start_memory(parts.model, batches.per_device(case.B))
+  layers = mask_params(params, parts.model)
+  groups = regrouping.groups_for(layers, parts.model)
+  memory = steps.start_memory(parts.model, batches.per_device(case.B), groups)
   read = np.uint32(parts.model.context_tokens + parts.model.memory_tokens)
   memory = memory.at(memory.tokens_read + read)
   state = steps.TrainState(np.int32(0), params, jax.jit(rule.init)(params))

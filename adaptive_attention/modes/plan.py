@@ -18,6 +18,7 @@ from adaptive_attention.training import (
   exported,
   optimizer,
   parallel,
+  regrouping,
   room,
   settings,
   steps,
@@ -59,7 +60,7 @@ def run(config, workdir, *, step=None):
     )
   _say_attention(counted, found, layers, step or 0)
   with _on(device):
-    _say_memory(parts, model, rule, config.target)
+    _say_memory(parts, model, rule, layers, config.target)
 
 
 def _on(device):
@@ -139,13 +140,23 @@ def _computed_share(config, layers) -> float:
   return sum(map(pairs, layers)) / (len(layers) * pairs(whole))
 
 
-def _say_memory(parts, model, rule, target):
+def _say_memory(parts, model, rule, layers, target):
   """Compiles a training step and prints its bytes on a device."""
+  memory = _memory(parts, layers)
+  if parts.model.memory_tokens:
+    most = regrouping.full_bytes(
+      parts.model, batches.per_device(parts.batch_size)
+    )
+    console.say(
+      f"memory     {regrouping.bytes_text(memory):>10} of keys and values for "
+      f"what the heads reach, per device; {console.bytes_text(most)} if all of "
+      "them held all of it"
+    )
   if target:
     console.say(f"compiling  a step for {target}, which may take minutes")
   start = time.perf_counter()
   try:
-    sizes = _compiled_sizes(parts, model, rule)
+    sizes = _compiled_sizes(parts, model, rule, memory)
   except jax.errors.JaxRuntimeError as error:
     if not target or "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -162,12 +173,20 @@ def _say_memory(parts, model, rule, target):
     )
 
 
-def _compiled_sizes(parts, model, rule) -> dict:
+def _memory(parts, layers):
+  """Returns the shapes of a memory for what these masks reach."""
   streams = batches.per_device(parts.batch_size)
+  groups = regrouping.groups_for(layers, parts.model)
+  return jax.eval_shape(
+    lambda: steps.start_memory(parts.model, streams, groups)
+  )
+
+
+def _compiled_sizes(parts, model, rule, memory) -> dict:
   return parallel.compile_step(
     steps.make_train_step(model, rule, parts.seed),
     _state(parts, model, rule),
-    jax.eval_shape(lambda: steps.start_memory(parts.model, streams)),
+    memory,
     batches.shapes(
       parts.batch_size, parts.accumulation_steps, parts.model.context_tokens
     ),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptive_attention import accounting, masks
-from adaptive_attention.attention import decode
+from adaptive_attention.attention import head_groups
 from adaptive_attention.config import ModelConfig
 
 
@@ -76,7 +76,7 @@ def _of_layer(run, layer, mask, config):
     *(config.width // H, config.compute_dtype),
   )
   share = masks.open_share(mask, config.max_context_tokens)
-  reach = decode.reach(mask, config.cache_tokens)
+  reach = head_groups.reach(mask, config.cache_tokens)
   for h in range(H):
     yield Head(
       *(run, layer, h, float(mask.span[h]), float(mask.ramp)),
@@ -99,7 +99,9 @@ def _cache(mask, config):
   """Returns (H,) rows of each head's ring, and how many a token reads."""
   rows = np.zeros(config.n_head, int)
   reads = np.zeros(config.n_head, int)
-  for group in decode.groups_of(mask, config.cache_tokens, config.n_kv_head):
+  for group in head_groups.groups_of(
+    mask, config.cache_tokens, config.n_kv_head
+  ):
     rows[group.query_heads] = group.ring_rows
     reads[group.query_heads] = group.reads
   return rows, reads

@@ -288,17 +288,17 @@ class Checkpoints:
       meta,
     )
 
-  def restore_memory(self, step: int, memory_like, renamed=str):
+  def restore_memory(self, step: int, memory_like, today=dict):
     """Returns the memory, verified; None if it is absent or its streams differ.
 
     Args:
       memory_like: a tree of the same arrays, or of their shapes.
-      renamed: maps the path of an array of the checkpoint to today's path.
+      today: turns the arrays of a checkpoint, by their paths, into today's.
     """
     if "memory" not in self.read_meta(step)["leaves"]:
       return None
     found, _ = self._guarded(step, lambda: self._read(step, ("memory",)))
-    found = {renamed(path): array for path, array in found.items()}
+    found = today(found)
     if leaf_table.table(found) != leaf_table.table(memory_like):
       return None
     return leaf_table.filled(memory_like, found)

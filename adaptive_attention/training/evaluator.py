@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from adaptive_attention.attention import decode
+from adaptive_attention.attention import head_groups
 from adaptive_attention.errors import Error
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
@@ -20,6 +20,7 @@ from adaptive_attention.training import (
   batches,
   parallel,
   protocols,
+  regrouping,
   steps,
 )
 
@@ -71,7 +72,8 @@ class Evaluator:
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(model)
-    self._compiled = set()  # (with a memory, rows) that are compiled
+    self._compiled = set()  # (groups of a memory or None, rows) of a program
+    self._groups = None
 
   def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all tokens of `data`.
@@ -116,7 +118,8 @@ class Evaluator:
         "as the first is not predicted; give a longer one"
       )
     reading = self._reading(params, len(data), protocol)
-    shape = (protocols.reads_streams(protocol), reading.starts.shape[1])
+    self._groups = self._groups_for(params, protocol)
+    shape = self._groups, reading.starts.shape[1]
     if shape not in self._compiled:
       self._predict(params, data, reading.part(slice(1)), protocol)
       self._compiled.add(shape)
@@ -131,6 +134,17 @@ class Evaluator:
         "that is not finite; choose an older checkpoint with --step=N"
       )
     return nats, seconds
+
+  def _groups_for(self, params, protocol):
+    """Returns the groups of a memory: those of before, if they serve."""
+    if not protocols.reads_streams(protocol):
+      return None
+    layers = mask_params(params, self._config)
+    if self._groups and regrouping.serves(
+      self._groups, layers, self._config, shrinks=True
+    ):
+      return self._groups
+    return regrouping.groups_for(layers, self._config)
 
   def _reading(self, params, length, protocol) -> batches.Reading:
     """Returns the share of this process."""
@@ -153,7 +167,10 @@ class Evaluator:
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
     warm_tokens = tokens_before(
-      [decode.reach(mask, T + M).max() for mask in mask_params(params, config)],
+      [
+        head_groups.reach(mask, T + M).max()
+        for mask in mask_params(params, config)
+      ],
       *(M, T),
     )
     N = parallel.local_device_count()
@@ -170,9 +187,9 @@ class Evaluator:
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
     memory = Stateless(self._config.n_layer)
-    if protocols.reads_streams(protocol):
+    if self._groups:
       first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
-      memory = steps.start_memory(self._config, first_NB.shape[1])
+      memory = steps.start_memory(self._config, first_NB.shape[1], self._groups)
       memory = memory.replace(first_position=parallel.deal(first_NB))
     for batch in range(len(reading)):
       tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)

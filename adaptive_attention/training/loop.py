@@ -1,12 +1,14 @@
 """The loop of training: steps, and what follows them."""
 
 import collections
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from adaptive_attention.errors import Error
+from adaptive_attention.masks import Mask
 from adaptive_attention.training import parallel
 from adaptive_attention.training.batches import Batches
 from adaptive_attention.training.resume import Start
@@ -36,11 +38,35 @@ class Clock:
     self._seconds += time.perf_counter() - self._began
     self._steps += steps
 
+  @contextlib.contextmanager
+  def stopped(self):
+    """Leaves out what is done inside."""
+    began = time.perf_counter()
+    yield
+    self._began += time.perf_counter() - began
+
   def take(self) -> float | None:
     """Seconds per step since this was called last; None without a step."""
     seconds = self._seconds / self._steps if self._steps else None
     self._seconds, self._steps = 0.0, 0
     return seconds
+
+
+class Regroup(NamedTuple):
+  """How the memory of a run follows its masks.
+
+  Attributes:
+    serves: tells of (memory, masks, what follows their step) whether it can
+      stay as it is.
+    memory: called with (memory, masks), returns the one to go on with.
+    compiled: called with (state, memory), returns the step to go on with.
+    masks: a mask per layer at the start.
+  """
+
+  serves: Callable
+  memory: Callable
+  compiled: Callable
+  masks: Sequence[Mask]
 
 
 class Follow(NamedTuple):
@@ -68,6 +94,7 @@ def train(
   every: Every,
   ends: Signals,
   follow: Follow,
+  regroup: Regroup | None = None,
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
@@ -81,23 +108,28 @@ def train(
     every: which steps are followed by what.
     ends: what asks for the end.
     follow: what is called then.
+    regroup: how the memory follows the masks; None if it stays as it is.
 
   Raises:
     TrainingError: a loss or gradient that is not finite.
     Stopped: the end was asked for, and the step is saved.
   """
   try:
-    _train(train_step, start, memory, batches, every, ends, follow)
+    clock = Clock()
+    made = _steps(
+      *(train_step, start, memory, batches, every, ends, regroup, clock)
+    )
+    _follow(made, start, every, ends, follow, clock)
   except (Stopped, TrainingError):  # which say what is saved
     follow.finish()
     raise
   follow.finish()
 
 
-def _train(train_step, start, memory, batches, every, ends, follow):
-  clock, done = Clock(), start.step
+def _follow(made, start, every, ends, follow, clock):
+  """Does what follows each of the steps that are made."""
+  done = start.step
   clock.start()
-  made = _steps(train_step, start, memory, batches, every, ends)
   for step, state, memory, metrics, stop in made:
     clock.stop(step - done)
     done = step
@@ -118,24 +150,35 @@ def _train(train_step, start, memory, batches, every, ends, follow):
     clock.start()
 
 
-def _steps(train_step, start, memory, batches, every, ends):
+def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
   """Makes the steps, and yields those at which the host has caught up.
 
   The host reads one step behind, but for the first step and those that
-  something follows: it goes on when all steps are done.
+  something follows: it goes on when all steps are done. What it reads of a step
+  decides on the memory after the next one, whether it has caught up or not.
 
   Yields:
     (step, state, memory, its metrics, whether the run is to end).
   """
   state, waiting, stop = start.state, collections.deque(), False
+  masks = {start.step: regroup.masks} if regroup else {}
   for step in range(start.step + 1, every.last + 1):
     batch = batches.at(step - 1, stop=ends.reason is not None)
     state, memory, metrics = train_step(state, memory, batch)
     waiting.append((step, metrics))
     waits = any(every.due(step)) or step == start.step + 1
     while len(waiting) > 1 or (waiting and (waits or stop)):
-      metrics = _read(*waiting.popleft(), start, every)
+      read, metrics = waiting.popleft()
+      metrics = _read(read, metrics, start, every)
+      if regroup:
+        masks[read], _ = metrics["masks"]
       stop = stop or _stops(ends, metrics)
+    if regroup:
+      before = masks.pop(step - 1)
+      if not regroup.serves(memory, before, every.due(step - 1)):
+        with clock.stopped():
+          memory = regroup.memory(memory, before)
+          train_step = regroup.compiled(state, memory)
     if not waiting:
       yield step, state, memory, metrics, stop
 

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import accounting, generation
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.masks import Mask
+from adaptive_attention.state import State
 from adaptive_attention.training import (
   checkpoint,
   console,
@@ -19,6 +20,7 @@ from adaptive_attention.training import (
   logbook,
   parallel,
   processes,
+  regrouping,
   signals,
 )
 from adaptive_attention.training.units import Units
@@ -124,6 +126,8 @@ def save(
     book: the record.
   """
   corpus.check_unchanged()
+  if isinstance(memory, State):
+    meta = {**meta, "memory_groups": regrouping.record(memory)}
   memory = parallel.gather(memory)
   finish(saved=saved, book=book)
   if parallel.is_primary():

@@ -109,6 +109,11 @@ def on_each_device(make):
   )()
 
 
+def each_device(change, tree_N):
+  """Returns `change` of the tree of each local device, with axis N."""
+  return jax.jit(jax.vmap(change), out_shardings=_dealt())(tree_N)
+
+
 def _dealt():
   mesh = Mesh(np.array(local_devices()), (_AXIS,))
   return NamedSharding(mesh, PartitionSpec(_AXIS))

@@ -13,8 +13,9 @@ from adaptive_attention import weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import Error
 from adaptive_attention.fitted import adapted, shapes_of
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
-from adaptive_attention.state import path_today
+from adaptive_attention.state import leaves_today
 from adaptive_attention.training import (
   console,
   earlier_settings,
@@ -23,6 +24,7 @@ from adaptive_attention.training import (
   logbook,
   parallel,
   processes,
+  regrouping,
   settings,
   steps,
 )
@@ -240,37 +242,59 @@ def _say_changes(changed):
 
 
 def start_memory(
-  saved: Checkpoints, config: ModelConfig, streams: int, step: int
+  saved: Checkpoints, config: ModelConfig, streams: int, start: Start
 ):
-  """Returns the memory of this process' devices at `step`.
+  """Returns the memory of this process' devices at the start.
 
   Args:
     saved: the run's checkpoints.
     config: the model's settings.
     streams: how many streams each device has.
-    step: that of the checkpoint; 0 for a new run.
+    start: the state that it belongs to.
 
   Returns:
     The memory of the checkpoint. If it is of other streams, a line says so, and
     the memory has read nothing.
   """
-  fresh = steps.start_memory(config, streams)
-  if not jax.tree.leaves(fresh) or not step:
-    return fresh
+  if not config.memory_tokens:
+    return steps.start_memory(config, streams)
+  restored = _restored_memory(saved, config, streams, start)
+  if restored is None:
+    layers = mask_params(start.state.params, config)
+    groups = regrouping.groups_for(layers, config)
+    restored = steps.start_memory(config, streams, groups)
+  console.say(
+    f"{'memory':<10} {regrouping.bytes_text(restored)} per device for what the "
+    f"heads reach; {console.bytes_text(regrouping.full_bytes(config, streams))}"
+    " if all of them held all of it"
+  )
+  return restored
+
+
+def _restored_memory(saved, config, streams, start):
+  """Returns the memory of the checkpoint; None if none is, or of others."""
+  step = start.step
+  if not step:
+    return None
   N = parallel.device_count()
+  record = processes.from_primary(
+    lambda: saved.read_meta(step).get("memory_groups")
+  )
+  groups = record and regrouping.from_record(record, config)
   like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype), fresh
+    lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype),
+    jax.eval_shape(lambda: steps.start_memory(config, streams, groups)),
   )
   restored = None
   if parallel.is_primary():
-    restored = saved.restore_memory(step, like, path_today)
+    restored = saved.restore_memory(step, like, leaves_today)
   if not processes.from_primary(lambda: restored is not None):
     console.say(
       "memory     empty: the streams restart, as the checkpoint's are not "
       f"those of {N} device(s) with {streams} sequences each in "
       f"{config.compute_dtype}"
     )
-    return fresh
+    return None
   shards = parallel.local_shards()
   return parallel.deal(
     _from_primary(lambda: restored, like, lambda x: x[shards])

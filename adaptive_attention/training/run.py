@@ -10,6 +10,7 @@ import time
 import jax
 
 from adaptive_attention import accounting
+from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
 from adaptive_attention.training import (
   batches,
@@ -21,6 +22,7 @@ from adaptive_attention.training import (
   milestones,
   optimizer,
   parallel,
+  regrouping,
   resume,
   room,
   signals,
@@ -85,14 +87,30 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
   if start.step >= config.steps:
     return
   source = _batches(config, corpus)
-  memory = resume.start_memory(
-    saved, config.model, source.per_device, start.step
-  )
-  train_step = _compile(
+  memory = resume.start_memory(saved, config.model, source.per_device, start)
+  compiled = functools.partial(
+    _compile,
     steps.make_train_step(model, rule, config.seed),
-    *(start.state, memory, source.shapes),
+    shapes=source.shapes,
   )
-  loop.train(train_step, start, memory, source, config.every, ends, follow)
+  loop.train(
+    *(compiled(start.state, memory), start, memory, source, config.every),
+    *(ends, follow, _regroup(config.model, start.state.params, compiled)),
+  )
+
+
+def _regroup(config, params, compiled) -> loop.Regroup | None:
+  """Binds how the memory follows the masks; None if there is no memory."""
+  if not config.memory_tokens:
+    return None
+  return loop.Regroup(
+    serves=lambda memory, layers, due: regrouping.serves(
+      memory.groups, layers, config, shrinks=due.save or due.evaluate
+    ),
+    memory=functools.partial(regrouping.regrouped, config=config),
+    compiled=compiled,
+    masks=mask_params(params, config),
+  )
 
 
 def _follow(config, model, corpus, saved, book, ends, began) -> loop.Follow:

@@ -9,6 +9,7 @@ from adaptive_attention import masks
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, regularizer
 from adaptive_attention.model import Transformer
+from adaptive_attention.segment_memory import Groups
 from adaptive_attention.state import State, Stateless, init_memory
 from adaptive_attention.training import parallel
 from adaptive_attention.training.batches import Batch
@@ -43,12 +44,20 @@ def init_state(
   return jax.jit(init)(jax.random.key(seed))
 
 
-def start_memory(config: ModelConfig, streams: int) -> State | Stateless:
-  """Makes the memory of this process' devices, each with `streams` streams."""
+def start_memory(
+  config: ModelConfig,
+  streams: int,
+  groups: tuple[Groups, ...] | None = None,
+) -> State | Stateless:
+  """Makes the memory of this process' devices, each with `streams` streams.
+
+  Args:
+    groups: as in `init_memory`.
+  """
   if not config.memory_tokens:
     return Stateless(config.n_layer)
   return parallel.on_each_device(
-    lambda: init_memory(config, streams, config.context_tokens)
+    lambda: init_memory(config, streams, config.context_tokens, groups)
   )
 
 

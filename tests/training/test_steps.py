@@ -219,7 +219,7 @@ def test_the_memory_stays_in_its_place(tiny):
     memory,
     batch_shapes(config),
   )
-  layer = memory.layers[0].k.nbytes / 2
+  layer = memory.layers[0].k[0].nbytes / 2
   assert sizes["outputs that are not aliased"] < layer / 100
   config.model.memory_tokens = 24 * 100
   _, short = parallel.compile_step(

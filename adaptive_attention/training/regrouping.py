@@ -1,0 +1,115 @@
+"""How much each head keeps of a segment memory, as spans move in training.
+
+A head keeps what it reaches, and a margin. Rings are made anew, with a margin
+for the masks of that step, as soon as a head has used up three quarters of its
+own; and after a step that is saved or evaluated, if a quarter of all bytes can
+go. Both follow from the masks of one step, and act after the next one, in
+whatever way a run was cut, so that a run that is resumed does the same.
+
+A step whose rings have other lengths is another program, which is compiled.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from adaptive_attention import segment_memory
+from adaptive_attention.attention.head_groups import Group
+from adaptive_attention.config import ModelConfig
+from adaptive_attention.masks import Mask
+from adaptive_attention.segment_memory import Groups, memory_groups
+from adaptive_attention.state import State
+from adaptive_attention.training import console, parallel
+
+_WORTH = 0.75  # rings that become shorter take at most so much of the bytes
+
+
+def groups_for(
+  layers: Sequence[Mask], config: ModelConfig
+) -> tuple[Groups, ...]:
+  """Returns the groups of a memory that has read nothing, for these masks."""
+  return memory_groups(layers, config, config.context_tokens)
+
+
+def serves(
+  groups: tuple[Groups, ...],
+  layers: Sequence[Mask],
+  config: ModelConfig,
+  *,
+  shrinks: bool,
+) -> bool:
+  """Tells whether a memory of these groups can go on as it is.
+
+  It is called after each step, and computes nothing on a device.
+
+  Args:
+    layers: the mask of each layer.
+    shrinks: whether to let go of what is not needed.
+  """
+  sizes = segment_memory.sizes(config, config.context_tokens)
+  reach_LG = segment_memory.reaches(layers, config, sizes.T)
+  if not all(map(sizes.fits, groups, reach_LG)):
+    return False
+  if not shrinks:
+    return True
+  rows, needed = (
+    sum(map(sizes.all_rows, of_layers))
+    for of_layers in (groups, groups_for(layers, config))
+  )
+  return needed > _WORTH * rows
+
+
+def regrouped(
+  memory: State, layers: Sequence[Mask], config: ModelConfig
+) -> State:
+  """Returns the memory of this process' devices in rings for these masks.
+
+  A line says how many bytes it takes, before and after.
+
+  Args:
+    memory: the memory, with the devices' axis N in front.
+    layers: the mask of each layer.
+  """
+  T = config.context_tokens
+  read = int(np.asarray(memory.tokens_read)[0])
+  held_LG = [layer.held(read) for layer in memory.layers]
+  groups = memory_groups(layers, config, T, held_LG)
+  moved = parallel.each_device(lambda state: state.regrouped(groups, T), memory)
+  changed = sum(
+    old != new for old, new in zip(memory.groups, groups, strict=True)
+  )
+  console.say(
+    f"memory     of {changed} of {len(groups)} layers follows the spans: "
+    f"{bytes_text(memory)} -> {bytes_text(moved)} per device"
+  )
+  return moved
+
+
+def bytes_text(memory: State) -> str:
+  """Returns the bytes of a memory per device, for a person."""
+  return console.bytes_text(memory.nbytes // parallel.local_device_count())
+
+
+def full_bytes(config: ModelConfig, streams: int) -> int:
+  """Returns the bytes of a device's memory if all heads keep all of it."""
+  T = config.context_tokens
+  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
+  rows = segment_memory.ring_rows(config.memory_tokens, T)
+  return streams * config.n_layer * config.n_kv_head * rows * row
+
+
+def record(memory) -> list:
+  """Returns the groups of a memory as JSON; `from_record` reads it."""
+  return [
+    [[list(group.heads), group.rows] for group in layer]
+    for layer in memory.groups
+  ]
+
+
+def from_record(saved: list, config: ModelConfig) -> tuple[Groups, ...]:
+  """Returns the groups of a checkpoint's record."""
+  queries = config.n_head // config.n_kv_head
+  return tuple(
+    tuple(Group(tuple(heads), queries, 1, rows, (0,)) for heads, rows in layer)
+    for layer in saved
+  )
