@@ -66,7 +66,7 @@ def attend(
 
 
 def _after_older(ring, k_BTGK, v_BTGK):
-  """Returns (B, S, G, K) keys and values: those of a ring, then the new ones."""
+  """Returns (B, S, G, K) keys and values: those of a ring, then new ones."""
   B, T = k_BTGK.shape[:2]
   return (
     jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)

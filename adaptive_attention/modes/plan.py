@@ -149,8 +149,8 @@ def _say_memory(parts, model, rule, layers, target):
     )
     console.say(
       f"memory     {regrouping.bytes_text(memory):>10} of keys and values for "
-      f"what the heads reach, per device; {console.bytes_text(most)} if all of "
-      "them held all of it"
+      f"what heads reach, per device; {console.bytes_text(most)} if each held "
+      "all of it"
     )
   if target:
     console.say(f"compiling  a step for {target}, which may take minutes")

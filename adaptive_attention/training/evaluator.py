@@ -14,13 +14,12 @@ from adaptive_attention.attention import head_groups
 from adaptive_attention.errors import Error
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
-from adaptive_attention.segment_memory import tokens_before
+from adaptive_attention.segment_memory import memory_groups, tokens_before
 from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   batches,
   parallel,
   protocols,
-  regrouping,
   steps,
 )
 
@@ -68,12 +67,12 @@ class Evaluator:
   """
 
   def __init__(self, model: Transformer, batch_size: int):
-    self._config = model.config
+    self._model, self._config = model, model.config
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(model)
-    self._compiled = set()  # (groups of a memory or None, rows) of a program
-    self._groups = None
+    self._compiled = set()  # the rows of each program
+    self._groups = None  # of a memory, which they are compiled for
 
   def __call__(self, params, data, protocol: str | None = None) -> Result:
     """Evaluates `params`, replicated, on all tokens of `data`.
@@ -118,11 +117,11 @@ class Evaluator:
         "as the first is not predicted; give a longer one"
       )
     reading = self._reading(params, len(data), protocol)
-    self._groups = self._groups_for(params, protocol)
-    shape = self._groups, reading.starts.shape[1]
-    if shape not in self._compiled:
+    self._compile_for(params, protocol)
+    rows = reading.starts.shape[1]
+    if rows not in self._compiled:
       self._predict(params, data, reading.part(slice(1)), protocol)
-      self._compiled.add(shape)
+      self._compiled.add(rows)
     start = time.perf_counter()
     nats = self._predict(params, data, reading, protocol)
     nats = parallel.gather(nats[None]).max(axis=0).astype(np.float64)
@@ -135,16 +134,18 @@ class Evaluator:
       )
     return nats, seconds
 
-  def _groups_for(self, params, protocol):
-    """Returns the groups of a memory: those of before, if they serve."""
-    if not protocols.reads_streams(protocol):
-      return None
-    layers = mask_params(params, self._config)
-    if self._groups and regrouping.serves(
-      self._groups, layers, self._config, shrinks=True
-    ):
-      return self._groups
-    return regrouping.groups_for(layers, self._config)
+  def _compile_for(self, params, protocol):
+    """Makes the step anew where the masks ask for a memory of other groups.
+
+    They follow from the parameters alone, and so does the result.
+    """
+    groups = None
+    if protocols.reads_streams(protocol):
+      layers = mask_params(params, self._config)
+      groups = memory_groups(layers, self._config, self._config.context_tokens)
+    if groups != self._groups:
+      self._groups, self._compiled = groups, set()
+      self._step = steps.make_eval_step(self._model)
 
   def _reading(self, params, length, protocol) -> batches.Reading:
     """Returns the share of this process."""

@@ -79,7 +79,7 @@ def regrouped(
     old != new for old, new in zip(memory.groups, groups, strict=True)
   )
   console.say(
-    f"memory     of {changed} of {len(groups)} layers follows the spans: "
+    f"memory     follows the spans of {changed} of {len(groups)} layer(s): "
     f"{bytes_text(memory)} -> {bytes_text(moved)} per device"
   )
   return moved

@@ -264,9 +264,9 @@ def start_memory(
     groups = regrouping.groups_for(layers, config)
     restored = steps.start_memory(config, streams, groups)
   console.say(
-    f"{'memory':<10} {regrouping.bytes_text(restored)} per device for what the "
-    f"heads reach; {console.bytes_text(regrouping.full_bytes(config, streams))}"
-    " if all of them held all of it"
+    f"memory     {regrouping.bytes_text(restored)} per device for what heads "
+    f"reach; {console.bytes_text(regrouping.full_bytes(config, streams))} if "
+    "each held all of it"
   )
   return restored
 

@@ -363,11 +363,24 @@ def run(whole_run):
   return whole_run[0]
 
 
+def memory_lines(out):
+  """Returns what is said of the memory that follows the spans."""
+  return [line for line in out.splitlines() if "follows the spans" in line]
+
+
+def memory_groups(workdir, step):
+  with Checkpoints(workdir) as saved:
+    return saved.read_meta(step)["memory_groups"]
+
+
 @pytest.mark.parametrize("step", [3, 9])
 def test_streams_and_their_memory_go_on_to_the_bit(
   main, memory_run, memory_flags, tmp_path, step
 ):
-  """The run goes on from the middle of its streams, and from their end."""
+  """The run goes on from the middle of its streams, and from their end.
+
+  On the way its memory is made anew for other spans.
+  """
   import shutil
 
   workdir = shutil.copytree(memory_run, tmp_path / "copy")
@@ -383,6 +396,46 @@ def test_streams_and_their_memory_go_on_to_the_bit(
   assert digests[1].keys() == {"params", "opt_state", "memory"}
   assert metrics(workdir) == metrics(memory_run)
   assert masks(workdir) == masks(memory_run)
+  before, after, same = (
+    memory_groups(*at)
+    for at in ((workdir, step), (workdir, 12), (memory_run, 12))
+  )
+  assert after == same
+  assert (after != before) == bool(memory_lines(out))
+  assert step == 9 or after != before
+
+
+def test_a_memory_that_follows_the_spans_changes_nothing(
+  main, memory_run, memory_flags, tmp_path
+):
+  """It is beside one that holds all for all heads."""
+  whole = flags_with(memory_flags, **{"model.memory_margin": 1e6})
+  code, out, err = main(*whole, f"--workdir={tmp_path}")
+  assert code == 0, err
+  assert not memory_lines(out)
+  assert memory_groups(tmp_path, 12) == [[[[0, 1, 2, 3], 120 - 23]]] * 2
+  assert len(memory_groups(memory_run, 12)[0]) > 1
+  for found, exact in zip(*map(metrics, (memory_run, tmp_path)), strict=True):
+    assert found["loss"] == pytest.approx(exact["loss"], rel=1e-6)
+
+
+def test_a_memory_lets_go_of_what_is_not_needed(main, memory_flags, tmp_path):
+  """It does after a step that is saved, if it is worth a compilation."""
+  changes = {
+    "model.span_init": 0.6,
+    "model.span_coef": 1.0,
+    "checkpoint_every_steps": 4,
+  }
+  code, out, err = main(
+    *flags_with(memory_flags, **changes), f"--workdir={tmp_path}"
+  )
+  assert code == 0, err
+  (line,) = memory_lines(out)
+  assert re.search(r": 5\d(.\d+)? KiB -> 2\d+(.\d+)? KiB per device", line)
+  # It is not worth it at step 4, and is at step 6, whose line comes before.
+  lines = out.splitlines()
+  before = [x.split()[1] for x in lines[: lines.index(line)] if " lr " in x]
+  assert before == ["3", "6"]
 
 
 def test_streams_start_again_at_their_ends(memory_run):
