@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from adaptive_attention import masks
 from adaptive_attention.attention import attend_ring, head_groups
@@ -63,24 +64,27 @@ class SegmentKV(flax.struct.PyTreeNode):
     tokens_read = jnp.asarray(tokens_read, jnp.uint32)
     # Streams that start again have nothing before what they hold.
     first_kept = tuple(jnp.minimum(x, tokens_read) for x in self.first_kept)
+    keys = [group.heads for group in self.groups]
+    heads = [group.query_heads for group in self.groups]
+    parts = zip(
+      *(_dealt(q_BTHK, heads), _dealt(k_BTGK, keys), _dealt(v_BTGK, keys)),
+      strict=True,
+    )
     outs, rings = [], []
-    for at, group in enumerate(self.groups):
-      q, k, v, of_group = q_BTHK, k_BTGK, v_BTGK, mask
-      if len(self.groups) > 1:
-        keys, heads = np.array(group.heads), group.query_heads
-        q, k, v = q[:, :, heads], k[:, :, keys], v[:, :, keys]
-        of_group = jax.tree.map(lambda x_H, heads=heads: x_H[heads], mask)
-        options["dropout_heads"] = heads
-      ring, first_key = self._ring(at, q.shape[1], tokens_read, first_kept[at])
+    for at, of_group in enumerate(parts):
+      T = q_BTHK.shape[1]
+      ring, first_key = self._ring(at, T, tokens_read, first_kept[at])
       out, ring = attend_ring(
-        ring, q, k, v, of_group, first_key=first_key, **options
+        *(ring, *of_group),
+        jax.tree.map(lambda x_H, at=at: x_H[heads[at]], mask),
+        first_key=first_key,
+        dropout_heads=heads[at],
+        **options,
       )
       outs.append(out)
       rings.append(ring)
-    out_BTHK = outs[0]
-    if len(outs) > 1:
-      heads = np.concatenate([group.query_heads for group in self.groups])
-      out_BTHK = jnp.concatenate(outs, axis=2)[:, :, np.argsort(heads)]
+    order = np.argsort(np.concatenate(heads))
+    (out_BTHK,) = _dealt(jnp.concatenate(outs, axis=2), [order])
     return out_BTHK, self.replace(
       k=tuple(ring.k_NSHK for ring in rings),
       v=tuple(ring.v_NSHK for ring in rings),
@@ -171,6 +175,19 @@ class SegmentKV(flax.struct.PyTreeNode):
       first_kept=tuple(map(first_kept, groups)),
       groups=groups,
     )
+
+
+def _dealt(x_BTHK: jax.Array, parts: Sequence[Any]) -> list[jax.Array]:
+  """Returns the heads of each part, in its order.
+
+  Parts of an array, put together, have a gradient of the same kind; that of an
+  index would fill an array of all heads for each part.
+  """
+  H = x_BTHK.shape[2]
+  if [list(part) for part in parts] == [list(range(H))]:
+    return [x_BTHK]
+  heads = lax.split(x_BTHK, (1,) * H, axis=2)
+  return [lax.concatenate([heads[h] for h in part], 2) for part in parts]
 
 
 def ring_rows(memory_tokens: int, T: int) -> int:

@@ -198,15 +198,15 @@ class Step:
   """A training step of four layers, width 512, dropout 0.2, B x T tokens.
 
   Attributes:
-    spans: z of the eight heads of every layer, at most the tokens that there
-      are to attend to.
+    spans: z of the eight heads of every layer, or of each layer in turn, at
+      most the tokens that there are to attend to.
     runs: the models that are compared: name -> settings.
   """
 
   name: str
   B: int
   T: int
-  spans: tuple[float, ...]
+  spans: tuple
   runs: dict
 
 
@@ -220,16 +220,27 @@ _BY_MEMORY = {
     "position": "rotary",
     "memory_tokens": memory,
   }
-  for attention, memory in (("span", 512), ("span", 8192), ("dense", 8192))
+  for attention, memory in (
+    *(("span", 512), ("span", 8192), ("span", 65_536), ("span", 1_048_576)),
+    ("dense", 8192),
+  )
 }
+_REMEMBERED = 0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0
 STEPS = (
   Step("step 4 x 512", 4, 512, (*_LEARNED, 256.0), _BY_IMPLEMENTATION),
   Step("step 1 x 2048", 1, 2048, (*_LEARNED, 1024.0), _BY_IMPLEMENTATION),
   Step(
     "step 4 x 512, memory",
-    *(4, 512),
-    (0.0, 0.0, 10.0, 20.0, 60.0, 150.0, 400.0, 1500.0),
+    *(4, 512, _REMEMBERED),
     _BY_MEMORY,
+  ),
+  Step(
+    "step 4 x 512, one far head",
+    *(4, 512, (*[_REMEMBERED] * 3, (*_REMEMBERED[:-1], 60_000.0))),
+    {
+      name: _BY_MEMORY[name]
+      for name in ("span, memory 65536", "span, memory 1048576")
+    },
   ),
 )
 

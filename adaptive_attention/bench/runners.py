@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_attention import accounting, generation
+from adaptive_attention import accounting, generation, segment_memory
 from adaptive_attention.attention import IMPLEMENTATIONS, attend, choice
 from adaptive_attention.bench import cases, device, torch
 from adaptive_attention.bench.cases import Case, Decode, Step
@@ -216,7 +216,21 @@ def _runner_of_step(case, name, kind, parts, params):
     jax.block_until_ready((carried, metrics))
 
   seconds = time.perf_counter() - start
-  return Runner(case.name, name, kind, call, seconds, sizes["temporary"])
+  counts = _memory_counts(memory, layers, parts.model, case.B)
+  return Runner(
+    case.name, name, kind, call, seconds, sizes["temporary"], counts
+  )
+
+
+def _memory_counts(memory, layers, config, streams):
+  """Returns bytes of a memory, and of what heads see of it and of a segment."""
+  if not config.memory_tokens:
+    return None
+  T = config.context_tokens
+  reach_LG = np.array(segment_memory.reaches(layers, config, T))
+  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
+  seen = int((reach_LG + T - 1).sum()) * row * streams
+  return {"memory_bytes": memory.nbytes, "seen_bytes": seen}
 
 
 def _parts(config, B, model):
@@ -313,10 +327,16 @@ def _cache_counts(params, config, cache_bytes, kind):
 
 
 def _with_spans(params, spans, config: ModelConfig):
-  """Returns parameters with these spans in every layer, within their bounds."""
+  """Returns parameters with these spans, within their bounds.
+
+  Args:
+    spans: of the heads of every layer, or of each layer in turn.
+  """
+  shape = config.n_layer, config.n_head
+  layers = iter(np.broadcast_to(np.array(spans), shape))
 
   def changed(name, length):
-    return np.array(spans) if name == "span_logit" else length
+    return next(layers) if name == "span_logit" else length
 
   return with_lengths(params, config, changed)
 

@@ -121,6 +121,12 @@ def _line(runner, baseline):
   if row.get("open_pairs"):
     ratio = row["computed_pairs"] / row["open_pairs"]
     text += f"  computed / open {ratio:.2f}"
+  if "memory_bytes" in row:
+    share = row["memory_bytes"] / row["seen_bytes"]
+    text += (
+      f"  memory {console.bytes_text(row['memory_bytes'])}, {share:.2f} x of "
+      "what heads see"
+    )
   if "cache_bytes" in row:
     text += (
       f"  cache {console.bytes_text(row['cache_bytes'])} per text, "
