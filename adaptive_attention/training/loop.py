@@ -60,12 +60,14 @@ class Regroup(NamedTuple):
       stay as it is.
     memory: called with (memory, masks), returns the one to go on with.
     compiled: called with (state, memory), returns the step to go on with.
+    nbytes: called with a memory, returns its bytes on a device.
     masks: a mask per layer at the start.
   """
 
   serves: Callable
   memory: Callable
   compiled: Callable
+  nbytes: Callable
   masks: Sequence[Mask]
 
 
@@ -180,6 +182,8 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
           memory = regroup.memory(memory, before)
           train_step = regroup.compiled(state, memory)
     if not waiting:
+      if regroup:
+        metrics["memory_bytes"] = regroup.nbytes(memory)
       yield step, state, memory, metrics, stop
 
 

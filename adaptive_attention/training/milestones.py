@@ -25,6 +25,10 @@ from adaptive_attention.training import (
 )
 from adaptive_attention.training.units import Units
 
+_TOLD = (
+  *("learning_rate", "grad_norm", "span_mean", "open_share"),
+  "memory_bytes",  # on a device, if there is a memory
+)
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 32, 200
 
 
@@ -66,10 +70,7 @@ def record(
     **units.figures(bits),
     "tokens_per_second": rate,
     "seconds": book.seconds + time.perf_counter() - began,
-    **{
-      name: metrics[name]
-      for name in ("learning_rate", "grad_norm", "span_mean", "open_share")
-    },
+    **{name: metrics[name] for name in _TOLD if name in metrics},
     **_of_masks(layers, lengths, config),
   }
   with _ended_by_failure(ends):

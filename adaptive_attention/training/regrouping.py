@@ -85,9 +85,14 @@ def regrouped(
   return moved
 
 
+def device_bytes(memory: State) -> int:
+  """Returns the bytes of a memory's keys and values on a device."""
+  return memory.nbytes // parallel.local_device_count()
+
+
 def bytes_text(memory: State) -> str:
-  """Returns the bytes of a memory per device, for a person."""
-  return console.bytes_text(memory.nbytes // parallel.local_device_count())
+  """Returns the same for a person."""
+  return console.bytes_text(device_bytes(memory))
 
 
 def full_bytes(config: ModelConfig, streams: int) -> int:

@@ -109,6 +109,7 @@ def _regroup(config, params, compiled) -> loop.Regroup | None:
     ),
     memory=functools.partial(regrouping.regrouped, config=config),
     compiled=compiled,
+    nbytes=regrouping.device_bytes,
     masks=mask_params(params, config),
   )
 
