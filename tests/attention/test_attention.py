@@ -612,6 +612,38 @@ def test_older_keys_change_no_draw(implementation):
   )
 
 
+def heads_in_several_calls(implementation, **options):
+  """Checks that heads in calls of their own draw what they draw together."""
+  random = np.random.default_rng(5)
+  q, k, v, *rows = random.standard_normal((5, 2, 40, 4, 8)).astype(np.float32)
+  new = q[:, :24], k[:, :24], v[:, :24]
+  mask = Mask(np.float32([3.5, 20.25, 0.0, 33.0]), 2.0)
+
+  def run(heads, **more):
+    call = functools.partial(
+      attend_ring,
+      dropout_rate=0.4,
+      dropout_seed=11,
+      implementation=implementation,
+      **options,
+      **more,
+    )
+    ring = Ring(*(x[:, :, heads] for x in rows), 7)
+    part = Mask(mask.span[heads], mask.ramp)
+    return jax.jit(call)(ring, *(x[:, :, heads] for x in new), part)[0]
+
+  whole = run([0, 1, 2, 3])
+  for heads in ([2, 0], [3, 1]):
+    found = run(heads, dropout_heads=np.array(heads))
+    np.testing.assert_allclose(found, whole[:, :, heads], atol=1e-6)
+  assert np.abs(run([2, 0]) - whole[:, :, [2, 0]]).max() > 0.1
+
+
+@mostly_blocked
+def test_heads_may_come_in_several_calls(implementation):
+  heads_in_several_calls(implementation)
+
+
 def test_pairs_that_are_computed():
   mask = Mask(np.float32([0.0, 1e4]), 1.0)
   for implementation in (None, "blocked"):
@@ -677,6 +709,14 @@ NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
     ({"ring": Ring(LONG[:, :4], LONG[:, :4]), **NEW}, "(2, 4, 3, 4)"),
     ({"ring": Ring(LONG[..., :2], LONG[..., :2]), **NEW}, "(2, 8, 3, 2)"),
     ({"ring": Ring(LONG[:, :, :1], LONG[:, :, :1]), **NEW}, "(2, 8, 1, 4)"),
+    (
+      {"ring": Ring(LONG, LONG), "dropout_heads": np.arange(2), **NEW},
+      "int32[2] must be one integer for each of the 3 heads",
+    ),
+    (
+      {"ring": Ring(LONG, LONG), "dropout_heads": np.ones(3), **NEW},
+      "dropout_heads float32[3]",
+    ),
     ({"relative_RK": LONG[0]}, "(8, 3, 4)"),
     ({"relative_RK": LONG[0, :, :, 0]}, "(8, 3)"),
     ({"mask": Mask(FOUR)}, "(4,)"),

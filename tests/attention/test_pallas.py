@@ -24,7 +24,11 @@ from adaptive_attention.attention.ring import Ring
 from adaptive_attention.bench.cases import Case
 from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import CASES, inputs
-from tests.attention.test_attention import check, expected
+from tests.attention.test_attention import (
+  check,
+  expected,
+  heads_in_several_calls,
+)
 from tests.pairs import in_turn
 
 BACKEND = jax.default_backend()
@@ -220,6 +224,11 @@ def test_out_of_a_ring(kernel):
   newer = {name: getattr(exact, name)[:, older:] for name in ("dk", "dv")}
   scale = exact.scale | {name: exact.scale[name][:, older:] for name in newer}
   check(found, exact._replace(**newer, scale=scale), case)
+
+
+@everywhere
+def test_heads_in_several_calls(kernel):
+  heads_in_several_calls(kernel, interpret=INTERPRETED)
 
 
 SMALL = Case(
