@@ -111,7 +111,7 @@ class SegmentKV(flax.struct.PyTreeNode):
   @property
   def nbytes(self) -> int:
     """Bytes of all keys and values."""
-    return sum(x.nbytes for x in (*self.k, *self.v))
+    return sum(x.size * x.dtype.itemsize for x in (*self.k, *self.v))
 
   def held(self, tokens_read: int) -> list[int]:
     """Returns for each head of keys how many of the newest tokens it holds."""

@@ -144,14 +144,8 @@ def _say_memory(parts, model, rule, layers, target):
   """Compiles a training step and prints its bytes on a device."""
   memory = _memory(parts, layers)
   if parts.model.memory_tokens:
-    most = regrouping.full_bytes(
-      parts.model, batches.per_device(parts.batch_size)
-    )
-    console.say(
-      f"memory     {regrouping.bytes_text(memory):>10} of keys and values for "
-      f"what heads reach, per device; {console.bytes_text(most)} if each held "
-      "all of it"
-    )
+    streams = batches.per_device(parts.batch_size)
+    regrouping.say(memory, parts.model, streams)
   if target:
     console.say(f"compiling  a step for {target}, which may take minutes")
   start = time.perf_counter()

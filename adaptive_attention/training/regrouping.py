@@ -80,7 +80,8 @@ def regrouped(
   )
   console.say(
     f"memory     follows the spans of {changed} of {len(groups)} layer(s): "
-    f"{bytes_text(memory)} -> {bytes_text(moved)} per device"
+    f"{console.bytes_text(device_bytes(memory))} -> "
+    f"{console.bytes_text(device_bytes(moved))} per device"
   )
   return moved
 
@@ -90,17 +91,23 @@ def device_bytes(memory: State) -> int:
   return memory.nbytes // parallel.local_device_count()
 
 
-def bytes_text(memory: State) -> str:
-  """Returns the same for a person."""
-  return console.bytes_text(device_bytes(memory))
+def say(memory: State, config: ModelConfig, streams: int):
+  """Prints the bytes of a memory on a device, and what they could become.
 
-
-def full_bytes(config: ModelConfig, streams: int) -> int:
-  """Returns the bytes of a device's memory if all heads keep all of it."""
+  Args:
+    streams: how many streams a device has.
+  """
   T = config.context_tokens
   row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
   rows = segment_memory.ring_rows(config.memory_tokens, T)
-  return streams * config.n_layer * config.n_kv_head * rows * row
+  most = streams * config.n_layer * config.n_kv_head * rows * row
+  said = (
+    f"{console.bytes_text(device_bytes(memory))} of keys and values per device "
+    f"for what heads reach, {console.bytes_text(most)} if each held all of it"
+  )
+  if config.wave is not None and config.wave.integer:
+    said += "; waves save none of it, as what a query skips later ones read"
+  console.say(f"memory     {said}")
 
 
 def record(memory) -> list:

@@ -263,11 +263,7 @@ def start_memory(
     layers = mask_params(start.state.params, config)
     groups = regrouping.groups_for(layers, config)
     restored = steps.start_memory(config, streams, groups)
-  console.say(
-    f"memory     {regrouping.bytes_text(restored)} per device for what heads "
-    f"reach; {console.bytes_text(regrouping.full_bytes(config, streams))} if "
-    "each held all of it"
-  )
+  regrouping.say(restored, config, streams)
   return restored
 
 

@@ -25,6 +25,26 @@ def test_it_says_what_computes_attention_and_how_much(main, tiny_flags):
   assert "90.0% of the causal blocks are computed" in out
 
 
+@pytest.mark.parametrize("period", ["real", "integer"])
+def test_it_says_what_a_memory_takes(main, tiny_flags, period):
+  changes = {
+    "n_layer": 2,
+    "memory_tokens": 4800,
+    "max_span": 4800,
+    "span_init": 0.01,
+    "position": "rotary",
+    "period": period,
+  }
+  changes = {f"model.{name}": x for name, x in changes.items()}
+  code, out, err = main("--mode=plan", *flags_with(tiny_flags, **changes))
+  assert code == 0, err
+  # z + R = 52, 1.2 (52 + 23) = 90 rows, of 2 heads of width 8 in 2 layers for
+  # 2 streams, float32; of all of it there are 4824.
+  assert "memory     45 KiB of keys and values per device" in out
+  assert ", 2.355 MiB if each held all of it" in out
+  assert ("waves save none of it" in out) == (period == "integer")
+
+
 @pytest.mark.skipif(
   not targets.missing_package("v5e"), reason="libtpu is installed"
 )

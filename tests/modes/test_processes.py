@@ -261,7 +261,8 @@ def test_what_only_the_first_one_sees_is_told_to_all(tiny_flags, tmp_path):
 def test_four_and_then_two_and_one(memory_flags, tmp_path, main):
   """Streams are those of the devices: on fewer of them they start again."""
   folders = [tmp_path / name for name in "abcd"]
-  flags = flags_with(memory_flags, accumulation_steps=1)
+  slow = {"optimizer.mask_lr_multiplier": 1.0}  # so that they compile once
+  flags = flags_with(memory_flags, accumulation_steps=1, **slow)
   four = flags_with(flags, cpu_devices=4, eval_batch_size=8)
   code, _, err = main(*four, f"--workdir={tmp_path / 'one'}")
   assert code == 0, err
