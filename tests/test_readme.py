@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from adaptive_attention import gpt2, mask_params
 from adaptive_attention.command_line import flags as command_line
 from adaptive_attention.command_line.uses import USES
 from adaptive_attention.config import ModelConfig
+from adaptive_attention.mask_parameters import with_lengths
 from adaptive_attention.training import settings
 from configs import base
 from tests import drawn
@@ -183,6 +185,14 @@ def test_the_state_example_is_as_it_says():
   exec(example, names)
   assert names["logits_BTV"].shape == (4, 512, 256)
   assert names["state"].tokens_read == 512
+  whole = names["state"].nbytes
+  names["params"] = with_lengths(
+    names["params"], config, lambda _, length: np.full_like(length, 100.0)
+  )
+  exec(blocks("python")[4], names)
+  assert names["logits_BTV"].shape == (4, 512, 256)
+  # 1.2 (100 + 32 + 511) of 2,560 rows
+  assert names["state"].nbytes / whole == pytest.approx(0.302, abs=0.001)
 
 
 def test_the_writing_example_is_as_it_says(capsys):
@@ -192,7 +202,7 @@ def test_the_writing_example_is_as_it_says(capsys):
   prompt_BT = np.zeros((2, 5), int)
   names = {"config": config, "prompt_BT": prompt_BT}
   names["params"] = drawn.parameters(config)
-  exec(blocks("python")[4], names)
+  exec(blocks("python")[5], names)
   assert names["tokens_BT"].shape == (2, 100)
   assert int(capsys.readouterr().out) == names["state"].nbytes
   assert names["state"].tokens_read == 6

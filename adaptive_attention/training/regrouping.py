@@ -78,10 +78,13 @@ def regrouped(
   changed = sum(
     old != new for old, new in zip(memory.groups, groups, strict=True)
   )
+  reach_LG = np.array(segment_memory.reaches(layers, config, T))
+  lacking = np.sum(np.array(held_LG) < np.minimum(reach_LG - 1, read))
   console.say(
     f"memory     follows the spans of {changed} of {len(groups)} layer(s): "
     f"{console.bytes_text(device_bytes(memory))} -> "
     f"{console.bytes_text(device_bytes(moved))} per device"
+    + (f"; {lacking} head(s) lack what they newly reach" if lacking else "")
   )
   return moved
 
