@@ -37,6 +37,21 @@ def is_mask_parameter(params):
   return _map_leaves(lambda names, _: names[-1] in MASK_PARAMETERS, params)
 
 
+def is_found(pattern: str, params):
+  """Returns a tree of booleans: whether an expression finds a leaf's path.
+
+  A path is a leaf's names with slashes, as block_0/attention/span_logit.
+  """
+  return _map_leaves(
+    lambda names, _: bool(re.search(pattern, "/".join(names))), params
+  )
+
+
+def paths(params) -> list[str]:
+  """Returns the path of each leaf."""
+  return jax.tree.leaves(_map_leaves(lambda names, _: "/".join(names), params))
+
+
 def is_matrix(params):
   """Returns a tree of booleans: True for kernels and tables of vectors.
 

@@ -8,7 +8,6 @@ A ring is read at all positions in turn, also under a wave: what one query does
 not see later ones do.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +124,12 @@ class SegmentKV(flax.struct.PyTreeNode):
       held_G |= dict.fromkeys(group.heads, of_group)
     return [held_G[h] for h in sorted(held_G)]
 
-  def regrouped(self, groups: Groups, T: int, tokens_read) -> "SegmentKV":
+  def regrouped(
+    self,
+    groups: Groups,
+    T: int,
+    tokens_read: jax.Array | np.uint32 | int,
+  ) -> "SegmentKV":
     """Returns the same keys and values in the rings of other groups.
 
     Rings that are shorter lose the oldest; those that are longer hold no more
@@ -136,45 +140,58 @@ class SegmentKV(flax.struct.PyTreeNode):
       T: tokens of a call.
       tokens_read: how many tokens of each stream were read.
     """
-    tokens_read = jnp.asarray(tokens_read, jnp.uint32)
+    read = jnp.asarray(tokens_read, jnp.uint32)
     place = {
-      h: (group, i)
-      for group, of_group in enumerate(self.groups)
-      for i, h in enumerate(of_group.heads)
+      h: (at, i)
+      for at, group in enumerate(self.groups)
+      for i, h in enumerate(group.heads)
     }
 
-    def moved(rings, group):
-      """Returns the new ring, its heads' rows moved from where they stand."""
-      S = group.rows + T - 1
-      heads = []
-      for h in group.heads:
-        old, i = place[h]
-        ring = rings[old][:, :, i : i + 1]
-        first_row = (tokens_read % ring.shape[1]).astype(jnp.int32)
-        newest = in_order(ring, Ring(ring, ring, first_row), len(ring))[:, -S:]
-        more = S - newest.shape[1]
-        heads.append(jnp.pad(newest, ((0, 0), (more, 0), (0, 0), (0, 0))))
-      first_row = (tokens_read % S).astype(jnp.int32)
-      return jnp.roll(jnp.concatenate(heads, axis=2), first_row, axis=1)
-
-    def first_kept(group):
-      """Returns what came before that which each head of the group holds."""
-      firsts = []
-      for h in group.heads:
-        old, _ = place[h]
-        rows = min(self.k[old].shape[1], group.rows + T - 1)
-        kept = jnp.minimum(self.first_kept[old], tokens_read)
-        kept = jnp.maximum(kept, tokens_read - jnp.minimum(tokens_read, rows))
-        asked = tokens_read - jnp.minimum(tokens_read, group.rows - 1)
-        firsts.append(jnp.where(kept <= asked, jnp.uint32(0), kept))
-      return functools.reduce(jnp.maximum, firsts)
+    def moved(rings: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      """Returns the rings of the new groups."""
+      return tuple(
+        jnp.concatenate(
+          [
+            _resized(rings[at][:, :, i : i + 1], group.rows + T - 1, read)
+            for at, i in map(place.__getitem__, group.heads)
+          ],
+          axis=2,
+        )
+        for group in groups
+      )
 
     return self.replace(
-      k=tuple(moved(self.k, group) for group in groups),
-      v=tuple(moved(self.v, group) for group in groups),
-      first_kept=tuple(map(first_kept, groups)),
+      k=moved(self.k),
+      v=moved(self.v),
+      first_kept=tuple(
+        self._first_kept(group, [place[h][0] for h in group.heads], T, read)
+        for group in groups
+      ),
       groups=groups,
     )
+
+  def _first_kept(
+    self, new: head_groups.Group, before: list[int], T: int, read: jax.Array
+  ) -> jax.Array:
+    """Returns the `first_kept` of a group out of heads of the groups before."""
+    asked = read - jnp.minimum(read, new.rows - 1)
+    found = jnp.uint32(0)
+    for at in sorted(set(before)):
+      rows = min(self.k[at].shape[1], new.rows + T - 1)
+      kept = jnp.minimum(self.first_kept[at], read)
+      kept = jnp.maximum(kept, read - jnp.minimum(read, rows))
+      found = jnp.maximum(found, jnp.where(kept <= asked, jnp.uint32(0), kept))
+    return found
+
+
+def _resized(ring_NSGK: jax.Array, S: int, read: jax.Array) -> jax.Array:
+  """Returns a ring of S rows: the newest of a ring, or zeros before them."""
+  N, before = ring_NSGK.shape[:2]
+  first_row = (read % before).astype(jnp.int32)
+  ring = Ring(ring_NSGK, ring_NSGK, first_row)
+  newest = in_order(ring_NSGK, ring, N)[:, -S:]
+  newest = jnp.pad(newest, ((0, 0), (max(S - before, 0), 0), (0, 0), (0, 0)))
+  return jnp.roll(newest, (read % S).astype(jnp.int32), axis=1)
 
 
 def _dealt(x_BTHK: jax.Array, parts: Sequence[Any]) -> list[jax.Array]:

@@ -52,7 +52,9 @@ def _of_a_run() -> ConfigDict:
   # --mode=export wrote, or an .npz or .pt of the published program. Masks that
   # they lack start fully open, so that nothing changes at first.
   config.init_from = ""
-  # "masks" to learn spans and waves alone, and hold the weights still.
+  # "masks" to learn spans and waves alone, and hold the weights still; or a
+  # regular expression that finds the paths of the parameters that are trained,
+  # as "(span|ratio)_logit", or "^(?!.*period)" for all but periods.
   config.train_only = ""
   # Whether metrics.jsonl is copied to TensorBoard and to Weights & Biases.
   config.tensorboard = False

@@ -67,7 +67,7 @@ def attend(
   seed = jnp.asarray(0 if dropout_seed is None else dropout_seed)
   seed = seed.astype(jnp.uint32)
   stream_B = dropout.stream_hash(seed, jnp.arange(B, dtype=jnp.int32))
-  stream_BH = dropout.head_hash(stream_B[:, None], dropout_heads)
+  stream_BH = dropout.head_hash(stream_B[:, None], dropout_heads[None])
   walked = heads, table_HS, relative_RK
   arrays = q_BTHK, k_BSGK, v_BSGK, ring, stream_BH
   if segments is None:

@@ -164,9 +164,13 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
   """
   state, waiting, stop = start.state, collections.deque(), False
   masks = {start.step: regroup.masks} if regroup else {}
+  is_new = False
   for step in range(start.step + 1, every.last + 1):
     batch = batches.at(step - 1, stop=ends.reason is not None)
-    state, memory, metrics = train_step(state, memory, batch)
+    # Several processes compile at the first call.
+    with clock.stopped() if is_new else contextlib.nullcontext():
+      state, memory, metrics = train_step(state, memory, batch)
+    is_new = False
     waiting.append((step, metrics))
     waits = any(every.due(step)) or step == start.step + 1
     while len(waiting) > 1 or (waiting and (waits or stop)):
@@ -180,7 +184,7 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
       if not regroup.serves(memory, before, every.due(step - 1)):
         with clock.stopped():
           memory = regroup.memory(memory, before)
-          train_step = regroup.compiled(state, memory)
+          train_step, is_new = regroup.compiled(state, memory), True
     if not waiting:
       if regroup:
         metrics["memory_bytes"] = regroup.nbytes(memory)

@@ -1,5 +1,6 @@
 """AdamW as the published run has it, or Adagrad, as one optax chain."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_attention.config import OptimizerConfig
+from adaptive_attention.errors import SettingsError
 from adaptive_attention.parameters import (
+  is_found,
   is_mask_parameter,
   is_matrix,
+  paths,
   stacked_axes,
 )
 
@@ -38,28 +42,43 @@ def make(
 
   Args:
     train_only: "masks" to hold all but spans and waves still, which then take
-      no gradient and no decay; "" to train all.
+      no gradient and no decay; a regular expression to hold all still whose
+      path it does not find; "" to train all.
+
+  Raises:
+    SettingsError: at the first use, the expression finds no parameter.
   """
   rate = learning_rate(config, total_steps)
   rule = transformation(config, rate)
   if not train_only:
     return Optimizer(rule.init, rule.update, rate, lambda params: params)
-  rule = optax.chain(rule, optax.masked(optax.set_to_zero(), _is_held))
-  return Optimizer(rule.init, rule.update, rate, _with_held)
+  is_held = functools.partial(_is_held, train_only)
+  rule = optax.chain(rule, optax.masked(optax.set_to_zero(), is_held))
+
+  def with_held(params):
+    """Returns the parameters, of which those that are held have no gradient."""
+    return jax.tree.map(
+      lambda x, held: jax.lax.stop_gradient(x) if held else x,
+      params,
+      is_held(params),
+    )
+
+  return Optimizer(rule.init, rule.update, rate, with_held)
 
 
-def _is_held(params):
-  """Returns a tree of booleans: False for the parameters of masks."""
-  return jax.tree.map(lambda of_mask: not of_mask, is_mask_parameter(params))
-
-
-def _with_held(params):
-  """Returns the parameters, of which those of masks alone have a gradient."""
-  return jax.tree.map(
-    lambda x, held: jax.lax.stop_gradient(x) if held else x,
-    params,
-    _is_held(params),
-  )
+def _is_held(train_only: str, params):
+  """Returns a tree of booleans: which parameters are held still."""
+  if train_only == "masks":
+    trained = is_mask_parameter(params)
+  else:
+    trained = is_found(train_only, params)
+  if not any(jax.tree.leaves(trained)):
+    some = ", ".join(sorted(paths(params))[:4])
+    raise SettingsError(
+      f"config.train_only={train_only!r} finds no parameter; give an "
+      f"expression that finds some, as {some}"
+    )
+  return jax.tree.map(lambda one: not one, trained)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -88,11 +88,11 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
     return
   source = _batches(config, corpus)
   memory = resume.start_memory(saved, config.model, source.per_device, start)
-  compiled = functools.partial(
-    _compile,
-    steps.make_train_step(model, rule, config.seed),
-    shapes=source.shapes,
-  )
+  train_step = steps.make_train_step(model, rule, config.seed)
+
+  def compiled(state, memory):
+    return _compile(train_step, state, memory, source.shapes)
+
   loop.train(
     *(compiled(start.state, memory), start, memory, source, config.every),
     *(ends, follow, _regroup(config.model, start.state.params, compiled)),

@@ -8,6 +8,7 @@ unknown names; no other file of this floor uses it.
 import contextlib
 import copy
 import pathlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 
 from ml_collections import ConfigDict as Settings
@@ -50,7 +51,6 @@ _CHOICES = {
   "bench.compare": ("", "torch"),
   "data.corpus": ("enwik8", "python_source"),
   "target": ("", *TARGETS),
-  "train_only": ("", "masks"),
 }
 
 # The settings by which several processes find each other.
@@ -86,8 +86,13 @@ def check(config, names: Collection[str] | None = None):
     *_data_needs(config),
     (
       "train_only",
-      not config.train_only or config.model.attention != "dense",
+      config.train_only != "masks" or config.model.attention != "dense",
       "'' for all parameters, as model.attention='dense' has no masks",
+    ),
+    (
+      "train_only",
+      _is_expression(config.train_only),
+      "'' for all parameters, masks, or a regular expression of their paths",
     ),
   ]:
     if names is None or name in names:
@@ -95,6 +100,14 @@ def check(config, names: Collection[str] | None = None):
   if names is None or any(name.startswith("optimizer.") for name in names):
     optimizer_config(config.optimizer)
   model_config(config.model)
+
+
+def _is_expression(text) -> bool:
+  try:
+    re.compile(text)
+  except (re.error, RecursionError, OverflowError):
+    return False
+  return True
 
 
 # For each setting: its name, whether its value is right, what was expected.

@@ -67,7 +67,8 @@ class TrainingConfig:
     keep_checkpoints: how many of the newest are kept.
     init_from: parameters to start from, a file or a run's folder; "" for drawn
       ones.
-    train_only: "masks" to hold all others still; "" to train all.
+    train_only: "masks", or an expression of paths, to hold all others still; ""
+      to train all.
     stop_seconds: how long one of several processes goes on after SIGTERM.
     copies: where the metrics go besides, of "tensorboard" and "wandb".
     record: all settings, for config.json and the checkpoints.

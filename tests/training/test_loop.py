@@ -1,5 +1,6 @@
 """The loop by itself: what follows which step, and when it ends."""
 
+import time
 import types
 
 import numpy as np
@@ -40,7 +41,7 @@ class Run:
 
     return noted
 
-  def train(self):
+  def train(self, regroup=None):
     follow = loop.Follow(
       record=self.record,
       finish=lambda: self.events.append(("finish", None)),
@@ -49,7 +50,7 @@ class Run:
     batches = types.SimpleNamespace(at=lambda step, stop: step)
     loop.train(
       *(self.step, self.start, None, batches),
-      *(self.every, self.ends, follow),
+      *(self.every, self.ends, follow, regroup),
     )
 
   def followed(self):
@@ -131,3 +132,47 @@ def test_the_host_is_one_step_behind():
   with pytest.raises(loop.TrainingError, match="at step 2,"):
     run.train()
   assert run.events[-2] == ("step", 3)
+
+
+def test_masks_of_a_step_decide_on_the_memory_after_the_next(monkeypatch):
+  """Whether the host has caught up or not, and wherever the run began."""
+  passed = [0.0]
+  monkeypatch.setattr(
+    loop,
+    "time",
+    types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + passed[0]),
+  )
+  for start in (0, 3):
+    every = Every(9, record=2, save=4, evaluate=4, sample=0)
+    run = Run(start, saved_step=start or None, every=every)
+    made, asked, memories = run.step, [], []
+
+    def step(state, memory, batch, made=made, memories=memories):
+      if memories and memories[-1] != memory:
+        passed[0] += 1000.0  # as where it compiles when it is called
+      memories.append(memory)
+      state, memory, metrics = made(state, memory, batch)
+      return state, memory, metrics | {"masks": (state, None)}
+
+    def serves(memory, layers, due, asked=asked):
+      asked.append((layers, due.save))
+      return layers != 5
+
+    def compiled(state, memory, step=step):
+      passed[0] += 1000.0
+      return step
+
+    run.step = step
+    run.train(
+      loop.Regroup(
+        serves=serves,
+        memory=lambda memory, layers: f"for {layers}",
+        compiled=compiled,
+        nbytes=lambda _: 1,
+        masks=start,
+      )
+    )
+    assert asked == [(i, i % 4 == 0) for i in range(start, 9)]
+    # The step after step 6 is the first with the memory for step 5.
+    assert memories == [None] * (6 - start) + ["for 5"] * 3
+    assert all(seconds is None or seconds < 100 for seconds in run.rates)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from adaptive_attention.config import OptimizerConfig
+from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import optimizer
 
 
@@ -110,11 +111,12 @@ def test_it_tells_the_rate_that_it_has():
     )
 
 
-def test_masks_alone_are_trained():
+@pytest.mark.parametrize("train_only", ["masks", "span", "^attention/"])
+def test_masks_alone_are_trained(train_only):
   """Nothing else moves, decays, or counts where the gradient is clipped."""
   params = PARAMS | {"attention": {"span_logit": jnp.array([1.0, -2.0])}}
   config = OptimizerConfig(warmup_steps=0, clip_norm=1e-3)
-  rule = optimizer.make(config, 10, "masks")
+  rule = optimizer.make(config, 10, train_only)
 
   def loss(params):
     params = rule.trained(params)
@@ -132,6 +134,12 @@ def test_masks_alone_are_trained():
   assert [x.shape for x in jax.tree.leaves(whole)] == [
     x.shape for x in jax.tree.leaves(state)
   ]
+
+
+def test_an_expression_that_finds_nothing_is_named():
+  rule = optimizer.make(OptimizerConfig(), 10, "perod")
+  with pytest.raises(SettingsError, match="train_only='perod' finds no"):
+    rule.init(PARAMS)
 
 
 @pytest.mark.parametrize(

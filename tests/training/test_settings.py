@@ -14,6 +14,7 @@ from configs import base
     ("eval_tokens", 1, 2),
     ("process_count", 2, 0),
     ("coordinator_address", "here:1", ""),
+    ("train_only", "(span", "(span)"),
   ],
 )
 def test_bounds(name, wrong, right):
