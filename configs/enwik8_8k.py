@@ -4,8 +4,9 @@ python main.py --config configs/enwik8_8k.py
 With triangle waves: --config.model.attention=span_wave
 38 million parameters. With all pairs a step of 64 x 512 tokens is 28 TFLOP, of
 which attention over context and memory is three quarters; while spans are short
-only 2% of that is computed. The memory takes 13 GiB in bfloat16 over all
-devices (26 in float32): for several GPUs. It has not been run to its end.
+only 2% of that is computed. The memory takes 1 GiB in bfloat16 over all devices
+at first (2 in float32), and grows with the spans, to 13 GiB if each head came
+to reach all of it: for several GPUs. It has not been run to its end.
 RESULTS.md has a small model with a memory, and a step of 4 x 512 over 8,192.
 
 The optimizer is AdamW at 1e-3, as in configs/enwik8.py for a model of the same
