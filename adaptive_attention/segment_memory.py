@@ -265,6 +265,26 @@ def memory_groups(
   )
 
 
+def holds(
+  groups: tuple[Groups, ...],
+  layers: Sequence[masks.Mask],
+  config: ModelConfig,
+  share: float = 0.0,
+) -> bool:
+  """Tells whether rings of these groups hold what all heads reach.
+
+  Args:
+    layers: the mask of each layer; concrete.
+    share: the share of the margin that is to be left beyond that.
+  """
+  memory = sizes(config, config.context_tokens)
+  reach_LG = reaches(layers, config, config.context_tokens)
+  return all(
+    memory.holds(of_layer, reach_G, share)
+    for of_layer, reach_G in zip(groups, reach_LG, strict=True)
+  )
+
+
 def full_groups(config: ModelConfig, T: int) -> tuple[Groups, ...]:
   """Returns one group of each layer's heads, which hold all of the memory."""
   longest = sizes(config, T).longest

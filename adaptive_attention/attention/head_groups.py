@@ -130,12 +130,15 @@ class Memory(NamedTuple):
     """Returns the rows of the rings of all heads of keys."""
     return sum(len(group.heads) * self.ring_rows(group) for group in groups)
 
-  def fits(
-    self, groups: Sequence[Group], reach_G: Sequence[int] | np.ndarray
+  def holds(
+    self,
+    groups: Sequence[Group],
+    reach_G: Sequence[int] | np.ndarray,
+    share: float,
   ) -> bool:
-    """Tells whether no head has used up three quarters of its margin."""
+    """Tells whether rings hold what heads reach, and a share of the margin."""
     return all(
-      group.rows >= self.rows(int(reach_G[h]), share=1 / 4)
+      group.rows >= self.rows(int(reach_G[h]), share)
       for group in groups
       for h in group.heads
     )

@@ -11,6 +11,7 @@ from adaptive_attention.training import (
   parallel,
   processes,
   protocols,
+  regrouping,
   resume,
   settings,
   units,
@@ -54,7 +55,8 @@ def run(
   predict = evaluator.Evaluator(
     Transformer(model_config), config.eval_batch_size
   )
-  result = predict(parallel.replicate(params), data, protocol)
+  groups = regrouping.from_meta(meta, model_config)
+  result = predict(parallel.replicate(params), data, protocol, groups)
   layers = mask_params(params, model_config)
   record = {
     **{"step": step, "split": split, "protocol": protocol},

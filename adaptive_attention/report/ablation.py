@@ -8,6 +8,7 @@ has a standard error of its own; see `training.paired`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from adaptive_attention.masks import Mask
 from adaptive_attention.model import Transformer
 from adaptive_attention.report import runs, style
 from adaptive_attention.report.style import Figure
+from adaptive_attention.segment_memory import full_groups
 from adaptive_attention.training import evaluator, paired, parallel
 
 KINDS = {
@@ -144,10 +146,13 @@ def measure(
   """
   base, wide, changed = variants(params, config)
   predict = evaluator.Evaluator(Transformer(wide), batch_size)
-  whole = predict(parallel.replicate(base), data)
+  # They hold what any of these models reaches, so that it compiles once.
+  groups = full_groups(wide, wide.context_tokens)
+  predict = functools.partial(predict, data=data, groups=groups)
+  whole = predict(parallel.replicate(base))
   found, cases = [], list(changed)
   for layer, head, kind, tree in cases:
-    result = predict(parallel.replicate(tree), data)
+    result = predict(parallel.replicate(tree))
     chunks = result.chunk_bits, whole.chunk_bits
     more = paired.difference(*chunks, result.tokens)
     found.append(Change(layer, head, kind, *more))

@@ -14,7 +14,12 @@ from adaptive_attention.attention import head_groups
 from adaptive_attention.errors import Error
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
-from adaptive_attention.segment_memory import memory_groups, tokens_before
+from adaptive_attention.segment_memory import (
+  Groups,
+  holds,
+  memory_groups,
+  tokens_before,
+)
 from adaptive_attention.state import Stateless
 from adaptive_attention.training import (
   batches,
@@ -74,12 +79,18 @@ class Evaluator:
     self._compiled = set()  # the rows of each program
     self._groups = None  # of a memory, which they are compiled for
 
-  def __call__(self, params, data, protocol: str | None = None) -> Result:
+  def __call__(
+    self,
+    params,
+    data,
+    protocol: str | None = None,
+    groups: tuple[Groups, ...] | None = None,
+  ) -> Result:
     """Evaluates `params`, replicated, on all tokens of `data`.
 
     The arguments and errors are those of `losses`.
     """
-    nats, seconds = self.losses(params, data, protocol)
+    nats, seconds = self.losses(params, data, protocol, groups)
     chunk_bits = chunk_sums(nats) / math.log(2)
     return Result(
       bits=nats.mean() / math.log(2),
@@ -90,7 +101,11 @@ class Evaluator:
     )
 
   def losses(
-    self, params, data, protocol: str | None = None
+    self,
+    params,
+    data,
+    protocol: str | None = None,
+    groups: tuple[Groups, ...] | None = None,
   ) -> tuple[np.ndarray, float]:
     """Returns (nats of each token but the first, in float64; seconds).
 
@@ -102,6 +117,9 @@ class Evaluator:
       protocol: one that `protocols.check` accepts; None for the model's own.
         There are fewer streams than `batch_size` if warming them would make
         the split cost more than twice as much as one stream.
+      groups: of the heads of a memory, for which a program may be compiled
+        already. By default, or if some head reaches further, they are those of
+        what the heads reach.
 
     Raises:
       SettingsError: as `protocols.check`.
@@ -117,9 +135,8 @@ class Evaluator:
         "as the first is not predicted; give a longer one"
       )
     reading = self._reading(params, len(data), protocol)
-    self._compile_for(params, protocol)
-    rows = reading.starts.shape[1]
-    if rows not in self._compiled:
+    self._compile_for(params, protocol, groups)
+    if (rows := reading.starts.shape[1]) not in self._compiled:
       self._predict(params, data, reading.part(slice(1)), protocol)
       self._compiled.add(rows)
     start = time.perf_counter()
@@ -134,17 +151,18 @@ class Evaluator:
       )
     return nats, seconds
 
-  def _compile_for(self, params, protocol):
-    """Makes the step anew where the masks ask for a memory of other groups.
-
-    They follow from the parameters alone, and so does the result.
-    """
-    groups = None
-    if protocols.reads_streams(protocol):
-      layers = mask_params(params, self._config)
-      groups = memory_groups(layers, self._config, self._config.context_tokens)
+  def _compile_for(self, params, protocol, groups):
+    """Makes the step anew if a memory of other groups is needed."""
+    config = self._config
+    if not protocols.reads_streams(protocol):
+      groups = None
+    else:
+      layers = mask_params(params, config)
+      if groups is None or not holds(groups, layers, config):
+        groups = memory_groups(layers, config, config.context_tokens)
     if groups != self._groups:
       self._groups, self._compiled = groups, set()
+      parallel.drop_programs()
       self._step = steps.make_eval_step(self._model)
 
   def _reading(self, params, length, protocol) -> batches.Reading:

@@ -78,7 +78,8 @@ class Follow(NamedTuple):
     record: called with (step, its metrics, seconds per step or None).
     save: called with (state, memory, step); it may end later.
     finish: called without arguments, to wait for the last save's end.
-    evaluate, sample: called with (state, step).
+    evaluate: called with (state, the groups of the memory or None, step).
+    sample: called with (state, step).
   """
 
   record: Callable
@@ -146,7 +147,7 @@ def _follow(made, start, every, ends, follow, clock):
     if stop or (due.save and _stops(ends)):
       raise ends.stopped(step)
     if due.evaluate:
-      follow.evaluate(state, step)
+      follow.evaluate(state, getattr(memory, "groups", None), step)
     if due.sample:
       follow.sample(state, step)
     clock.start()

@@ -11,6 +11,7 @@ import numpy as np
 from adaptive_attention import accounting, generation
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.masks import Mask
+from adaptive_attention.segment_memory import Groups
 from adaptive_attention.state import State
 from adaptive_attention.training import (
   checkpoint,
@@ -159,6 +160,7 @@ def finish(
 
 def evaluate(
   state,
+  groups: tuple[Groups, ...] | None,
   step: int,
   *,
   predict: evaluator.Evaluator,
@@ -174,6 +176,7 @@ def evaluate(
   The checkpoint of the step gets the result too. The save may go on meanwhile.
 
   Args:
+    groups: of the heads of the run's memory, if it has one.
     predict: the evaluator.
     data: the tokens to predict.
     units: those of the result.
@@ -183,7 +186,7 @@ def evaluate(
     ends: the signals, which may end the evaluation.
   """
   with _given_up(ends, step):
-    result = predict(state.params, data)
+    result = predict(state.params, data, groups=groups)
   text = (
     f"valid {step:>5} {units.brief(result.bits, result.stderr)} "
     f"over {result.tokens:,} {units.unit}s in "

@@ -161,6 +161,15 @@ def compile_step(step, *args):
   return compiled, {"total": sum(sizes.values()), **sizes}
 
 
+def drop_programs():
+  """Lets go of all compiled programs but those that a caller holds.
+
+  JAX keeps what it has traced and compiled for each shape. Where a step is
+  compiled again and again, as its memory changes, that would pile up.
+  """
+  jax.clear_caches()
+
+
 def eval_step(step):
   """Maps step(params, memory_N, batch_N) -> (memory_N, out_N).
 

@@ -9,7 +9,7 @@ whatever way a run was cut, so that a run that is resumed does the same.
 A step whose rings have other lengths is another program, which is compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from adaptive_attention.segment_memory import Groups, memory_groups
 from adaptive_attention.state import State
 from adaptive_attention.training import console, parallel
 
+_LEFT = 1 / 4  # of the margin of a head, before its ring is made longer
 _WORTH = 0.75  # rings that become shorter take at most so much of the bytes
 
 
@@ -46,12 +47,11 @@ def serves(
     layers: the mask of each layer.
     shrinks: whether to let go of what is not needed.
   """
-  sizes = segment_memory.sizes(config, config.context_tokens)
-  reach_LG = segment_memory.reaches(layers, config, sizes.T)
-  if not all(map(sizes.fits, groups, reach_LG)):
+  if not segment_memory.holds(groups, layers, config, _LEFT):
     return False
   if not shrinks:
     return True
+  sizes = segment_memory.sizes(config, config.context_tokens)
   rows, needed = (
     sum(map(sizes.all_rows, of_layers))
     for of_layers in (groups, groups_for(layers, config))
@@ -75,6 +75,7 @@ def regrouped(
   held_LG = [layer.held(read) for layer in memory.layers]
   groups = memory_groups(layers, config, T, held_LG)
   moved = parallel.each_device(lambda state: state.regrouped(groups, T), memory)
+  parallel.drop_programs()
   changed = sum(
     old != new for old, new in zip(memory.groups, groups, strict=True)
   )
@@ -114,17 +115,23 @@ def say(memory: State, config: ModelConfig, streams: int):
 
 
 def record(memory) -> list:
-  """Returns the groups of a memory as JSON; `from_record` reads it."""
+  """Returns the groups of a memory as JSON; `from_meta` reads it."""
   return [
     [[list(group.heads), group.rows] for group in layer]
     for layer in memory.groups
   ]
 
 
-def from_record(saved: list, config: ModelConfig) -> tuple[Groups, ...]:
-  """Returns the groups of a checkpoint's record."""
+def from_meta(meta: Mapping, config: ModelConfig) -> tuple[Groups, ...] | None:
+  """Returns the groups of a checkpoint's memory; None if it says none.
+
+  Args:
+    meta: of the checkpoint, with the `record` of its memory, if it has one.
+  """
+  if "memory_groups" not in meta:
+    return None
   queries = config.n_head // config.n_kv_head
   return tuple(
     tuple(Group(tuple(heads), queries, 1, rows, (0,)) for heads, rows in layer)
-    for layer in saved
+    for layer in meta["memory_groups"]
   )

@@ -15,6 +15,7 @@ from adaptive_attention.errors import Error
 from adaptive_attention.fitted import adapted, shapes_of
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
+from adaptive_attention.segment_memory import Groups
 from adaptive_attention.state import leaves_today
 from adaptive_attention.training import (
   console,
@@ -123,11 +124,13 @@ class Start(NamedTuple):
     state: the train state.
     saved_step: the step of the checkpoint that it was restored from, or None.
     owed: whether the step has yet to be evaluated, as the run ended too early.
+    groups: of the heads of the checkpoint's memory; None if it says none.
   """
 
   state: steps.TrainState
   saved_step: int | None
   owed: bool
+  groups: tuple[Groups, ...] | None = None
 
   @property
   def step(self) -> int:
@@ -178,7 +181,7 @@ def start(
       console.say(f"set aside: the later checkpoints {moved}")
   state = steps.TrainState(np.asarray(step, np.int32), params, opt_state)
   owed = meta["bits"] is None and config.every.evaluates(step)
-  return Start(state, step, owed)
+  return Start(state, step, owed, regrouping.from_meta(meta, config.model))
 
 
 def _first_state(model, optimizer, config) -> steps.TrainState:
@@ -273,13 +276,9 @@ def _restored_memory(saved, config, streams, start):
   if not step:
     return None
   N = parallel.device_count()
-  record = processes.from_primary(
-    lambda: saved.read_meta(step).get("memory_groups")
-  )
-  groups = record and regrouping.from_record(record, config)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((N, *x.shape[1:]), x.dtype),
-    jax.eval_shape(lambda: steps.start_memory(config, streams, groups)),
+    jax.eval_shape(lambda: steps.start_memory(config, streams, start.groups)),
   )
   restored = None
   if parallel.is_primary():

@@ -83,7 +83,7 @@ def _go_on(config, model, rule, corpus, saved, start, ends, follow):
   """Makes up an evaluation that is owed, and the steps that are left."""
   start = start._replace(state=parallel.replicate(start.state))
   if start.owed:
-    follow.evaluate(start.state, start.step)
+    follow.evaluate(start.state, start.groups, start.step)
   if start.step >= config.steps:
     return
   source = _batches(config, corpus)

@@ -32,23 +32,25 @@ def test_heads_keep_what_they_reach_and_little_more(reach_G, T, margin):
   needed = sum(min(r, 2500) + T - 1 for r in reach_G)
   most = head_groups._WASTE * ((1 + margin) * needed + len(reach_G))
   assert memory.all_rows(groups) <= most
-  assert memory.fits(groups, reach_G)
+  assert memory.holds(groups, reach_G, share=1.0)
 
 
-def test_a_ring_serves_until_three_quarters_of_its_margin_are_used():
+def test_what_is_left_of_a_margin():
   memory = Memory(T=101, longest=5000, margin=0.2)
   groups = memory.groups([100], queries=1)
   assert groups[0].rows == 140  # 1.2 (100 + 100) - 100
   # 1.05 (reach + 100) <= 240
-  assert memory.fits(groups, [128])
-  assert not memory.fits(groups, [129])
+  assert memory.holds(groups, [128], share=1 / 4)
+  assert not memory.holds(groups, [129], share=1 / 4)
+  assert memory.holds(groups, [140], share=0.0)
+  assert not memory.holds(groups, [141], share=0.0)
 
 
 def test_a_ring_that_holds_all_serves_whatever_a_head_reaches():
   memory = Memory(T=100, longest=300, margin=0.2)
   groups = memory.groups([290, 10_000], queries=1)
   assert [group.rows for group in groups] == [300]
-  assert memory.fits(groups, [10_000, 10_000])
+  assert memory.holds(groups, [10_000, 10_000], share=1.0)
 
 
 def test_heads_of_a_group_hold_equally_many_tokens():
