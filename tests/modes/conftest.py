@@ -43,7 +43,7 @@ def memory_flags(text, tmp_path_factory):
     "data.path": path,
     "accumulation_steps": 2,
     "keep_checkpoints": 9,
-    "model.n_layer": 2,
+    "model.n_layer": 1,
     "model.n_head": 4,
     "model.attention": "span",
     "model.memory_tokens": 80,
