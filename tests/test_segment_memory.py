@@ -91,7 +91,10 @@ def check_equal(found, expected):
   [
     {},
     {"n_kv_head": 2, "position": "relative"},
-    {"attention": "span_wave", "period": "integer"},
+    pytest.param(
+      {"attention": "span_wave", "period": "integer"},
+      marks=pytest.mark.every_case,
+    ),
     pytest.param({"implementation": "reference"}, marks=pytest.mark.every_case),
     pytest.param({"attention": "span_wave"}, marks=pytest.mark.every_case),
   ],
