@@ -53,9 +53,10 @@ class ModelConfig:
   # Earlier tokens whose keys and values a layer holds. Training then reads
   # streams, batch_size of them, and not random parts of the text.
   memory_tokens: int = 0
-  # By which share the memory of a head is longer than the head reaches, so that
-  # its span can grow. A head that has used it up gets more, for which the step
-  # is compiled again; a memory is at most 1.3 times what heads see at 0.2.
+  # By which share the memory of a head, with a segment, is longer than the head
+  # reaches, so that its span can grow. A head that has used it up gets more, for
+  # which the step is compiled again. At 0.2 a memory is made at most 1.3 times as
+  # long as what heads see.
   memory_margin: float = 0.2
   # "learned": added before every layer, as published. "learned_once": added
   # before the first, as in GPT-2. "rotary": queries and
@@ -180,8 +181,8 @@ class ModelConfig:
     require(
       self,
       "memory_margin",
-      0 <= self.memory_margin < math.inf,
-      "0 or more, finite",
+      0 <= self.memory_margin <= 1e6,
+      "from 0 to 1e6",
     )
     require(
       self,

@@ -99,7 +99,7 @@ class SegmentKV(flax.struct.PyTreeNode):
       raise ValueError(
         f"rings of {S} rows do not serve calls with {T} tokens over a memory "
         f"of {self.memory_tokens}, which need {expected}; make the state by "
-        f"init_memory(config, streams, {T})"
+        f"init_memory(config, streams, {T}), or with groups for {T} tokens"
       )
     held = jnp.minimum(tokens_read - first_kept, min(self.memory_tokens, S - T))
     first_row = (tokens_read % S).astype(jnp.int32)
@@ -245,8 +245,9 @@ def memory_groups(
 ) -> tuple[Groups, ...]:
   """Returns for each layer the groups of heads of a segment memory.
 
-  The rings of a group hold what its heads reach, and `config.memory_margin`
-  more; at most `config.memory_tokens`.
+  The rings of a group hold what its heads reach and a segment, and are by the
+  share `config.memory_margin` longer; at most they hold `config.memory_tokens`,
+  in whole segments, and a segment.
 
   Args:
     layers: the mask of each layer, of `mask_params`; concrete.

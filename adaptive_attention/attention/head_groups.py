@@ -1,10 +1,10 @@
 """Heads of keys in groups whose rings are of one length: who keeps how much.
 
-A ring is as long as its head reaches, ceil(z + R) tokens. Where a head of keys
-serves several heads of queries that is as far as the farthest of these. Heads
-of similar reach share an array, which costs a few rows and saves calls. Here
-alone it is chosen how many, for the KV cache of generation and for the segment
-memory of training.
+A ring is as long as its head reaches, ceil(z + R) tokens; that of a segment
+memory by a segment and a margin longer. Where a head of keys serves several
+heads of queries that is as far as the farthest of these. Heads of similar reach
+share an array, which costs a few rows and saves calls. Here alone it is chosen
+how many, for the KV cache of generation and for the segment memory of training.
 """
 
 import functools
@@ -117,18 +117,14 @@ class Memory(NamedTuple):
   longest: int
   margin: float
 
-  def ring_rows(self, group: Group) -> int:
-    """Returns the rows of a ring of a group."""
-    return group.rows + self.T - 1
-
-  def rows(self, reach: int, share: float = 1.0) -> int:
+  def served(self, reach: int, share: float = 1.0) -> int:
     """Returns the reach that a ring serves, with this share of the margin."""
     ring = math.ceil((1 + share * self.margin) * (max(reach, 1) + self.T - 1))
     return min(ring - self.T + 1, self.longest)
 
   def all_rows(self, groups: Sequence[Group]) -> int:
     """Returns the rows of the rings of all heads of keys."""
-    return sum(len(group.heads) * self.ring_rows(group) for group in groups)
+    return sum(len(group.heads) * (group.rows + self.T - 1) for group in groups)
 
   def holds(
     self,
@@ -138,7 +134,7 @@ class Memory(NamedTuple):
   ) -> bool:
     """Tells whether rings hold what heads reach, and a share of the margin."""
     return all(
-      group.rows >= self.rows(int(reach_G[h]), share)
+      group.rows >= self.served(int(reach_G[h]), share)
       for group in groups
       for h in group.heads
     )
@@ -160,7 +156,7 @@ class Memory(NamedTuple):
     """
     if held_G is None:
       held_G = [self.longest] * len(reach_G)
-    rings = {h: self.rows(int(r)) + self.T - 1 for h, r in enumerate(reach_G)}
+    rings = {h: self.served(int(r)) + self.T - 1 for h, r in enumerate(reach_G)}
     groups = []
     for part in _parted(rings):
       asked = rings[part[-1]] - self.T

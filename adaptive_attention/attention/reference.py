@@ -68,10 +68,10 @@ def attend(
 def _after_older(ring, k_BTGK, v_BTGK):
   """Returns (B, S, G, K) keys and values: those of a ring, then new ones."""
   B, T = k_BTGK.shape[:2]
-  return (
+  return [
     jnp.concatenate([in_order(old, ring, B)[:, :-T], new], axis=1)
     for old, new in ((ring.k_NSHK, k_BTGK), (ring.v_NSHK, v_BTGK))
-  )
+  ]
 
 
 def _dropped(weights_BHTS, seed, h_H, x_S, rate):

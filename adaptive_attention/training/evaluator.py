@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 
-from adaptive_attention.attention import head_groups
 from adaptive_attention.errors import Error
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.model import Transformer
@@ -18,6 +17,7 @@ from adaptive_attention.segment_memory import (
   Groups,
   holds,
   memory_groups,
+  reaches,
   tokens_before,
 )
 from adaptive_attention.state import Stateless
@@ -62,7 +62,7 @@ class Result:
 
 
 class Evaluator:
-  """Predicts splits with one compiled step.
+  """Predicts splits with a compiled step.
 
   Args:
     model: the model to evaluate.
@@ -185,13 +185,8 @@ class Evaluator:
     """Returns as many streams as cost at most twice as much as one."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
-    warm_tokens = tokens_before(
-      [
-        head_groups.reach(mask, T + M).max()
-        for mask in mask_params(params, config)
-      ],
-      *(M, T),
-    )
+    reach_LG = reaches(mask_params(params, config), config, T)
+    warm_tokens = tokens_before([max(reach_G) for reach_G in reach_LG], M, T)
     N = parallel.local_device_count()
     per_device = self._batch_size // N
     while True:

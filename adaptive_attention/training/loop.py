@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+
 from adaptive_attention.errors import Error
 from adaptive_attention.masks import Mask
 from adaptive_attention.training import parallel
@@ -168,8 +170,9 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
   is_new = False
   for step in range(start.step + 1, every.last + 1):
     batch = batches.at(step - 1, stop=ends.reason is not None)
-    # Several processes compile at the first call.
     with clock.stopped() if is_new else contextlib.nullcontext():
+      if is_new:  # Several processes compile at the call below.
+        train_step = regroup.compiled(state, memory)
       state, memory, metrics = train_step(state, memory, batch)
     is_new = False
     waiting.append((step, metrics))
@@ -183,9 +186,9 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
     if regroup:
       before = masks.pop(step - 1)
       if not regroup.serves(memory, before, every.due(step - 1)):
+        jax.block_until_ready(memory)  # so that the step is timed
         with clock.stopped():
-          memory = regroup.memory(memory, before)
-          train_step, is_new = regroup.compiled(state, memory), True
+          memory, is_new = regroup.memory(memory, before), True
     if not waiting:
       if regroup:
         metrics["memory_bytes"] = regroup.nbytes(memory)

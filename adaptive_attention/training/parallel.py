@@ -111,7 +111,7 @@ def on_each_device(make):
 
 def each_device(change, tree_N):
   """Returns `change` of the tree of each local device, with axis N."""
-  return jax.jit(jax.vmap(change), out_shardings=_dealt())(tree_N)
+  return jax.pmap(change, devices=local_devices())(tree_N)
 
 
 def _dealt():

@@ -1,10 +1,11 @@
 """How much each head keeps of a segment memory, as spans move in training.
 
-A head keeps what it reaches, and a margin. Rings are made anew, with a margin
-for the masks of that step, as soon as a head has used up three quarters of its
-own; and after a step that is saved or evaluated, if a quarter of all bytes can
-go. Both follow from the masks of one step, and act after the next one, in
-whatever way a run was cut, so that a run that is resumed does the same.
+A head keeps what it reaches, and a margin. Rings are made anew for the masks of a
+step by which a head has used up three quarters of its margin; or of one that is
+saved or evaluated, if a quarter of all bytes can go. They are made after the
+step that follows it, in whatever way a run was cut, so that a run that is resumed
+does the same. A span that outgrows the rest of its margin in these two steps
+lacks the farthest keys until then.
 
 A step whose rings have other lengths is another program, which is compiled.
 """
@@ -114,7 +115,7 @@ def say(memory: State, config: ModelConfig, streams: int):
   console.say(f"memory     {said}")
 
 
-def record(memory) -> list:
+def record(memory: State) -> list:
   """Returns the groups of a memory as JSON; `from_meta` reads it."""
   return [
     [[list(group.heads), group.rows] for group in layer]

@@ -110,7 +110,7 @@ def _regroup(config, params, compiled) -> loop.Regroup | None:
     memory=functools.partial(regrouping.regrouped, config=config),
     compiled=compiled,
     nbytes=regrouping.device_bytes,
-    masks=mask_params(params, config),
+    masks=jax.jit(lambda params: mask_params(params, config))(params),
   )
 
 

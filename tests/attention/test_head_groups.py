@@ -25,7 +25,7 @@ def test_heads_keep_what_they_reach_and_little_more(reach_G, T, margin):
   assert sorted(heads) == list(range(len(reach_G)))
   for group in groups:
     assert list(group.heads) == sorted(group.heads)
-    assert group.rows == max(memory.rows(reach_G[h]) for h in group.heads)
+    assert group.rows == max(memory.served(reach_G[h]) for h in group.heads)
     assert group.rows <= 2500
     for h in group.heads:
       assert group.rows >= min(reach_G[h], 2500)
