@@ -234,7 +234,8 @@ def init_memory(
   """Returns an empty segment memory of N streams, for calls with T tokens.
 
   Each layer has for each group of its heads (N, S, G, K) keys and values in
-  `config.compute_dtype`. S is the reach that the group's rings serve, and T - 1.
+  `config.compute_dtype`. S is the reach that the group's rings serve, plus
+  T - 1.
 
   Args:
     config: the model's; `memory_tokens` are visible before each segment.
