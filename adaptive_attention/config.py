@@ -50,7 +50,7 @@ class ModelConfig:
   width: int = 512
   # Tokens of a training segment. Learned positions are as many.
   context_tokens: int = 512
-  # Earlier tokens whose keys and values a layer holds. Training then reads
+  # The most tokens before a segment that a head can reach. Training then reads
   # streams, batch_size of them, and not random parts of the text.
   memory_tokens: int = 0
   # By which share the memory of a head, with a segment, is longer than the
