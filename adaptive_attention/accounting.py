@@ -129,7 +129,6 @@ def cache_bytes(
     `attention.decode`; `reach`, where every head holds exactly its reach,
     ceil(z + R) tokens or `config.cache_tokens` if that is less.
   """
-  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
   heads = config.n_kv_head
   reach_LG = _key_reaches(layers, config)
   rows = {
@@ -140,7 +139,9 @@ def cache_bytes(
     ),
     "reach": sum(reach_G.sum() for reach_G in reach_LG),
   }
-  return {name: int(count) * row for name, count in rows.items()}
+  return {
+    name: int(count) * config.key_value_bytes for name, count in rows.items()
+  }
 
 
 def cache_reads(

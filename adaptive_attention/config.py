@@ -243,6 +243,11 @@ class ModelConfig:
     )
 
   @property
+  def key_value_bytes(self) -> int:
+    """Bytes of a key and a value of one head."""
+    return 2 * self.width // self.n_head * self.compute_dtype.itemsize
+
+  @property
   def learns_positions(self) -> bool:
     """Whether there is a vector for each position, and none beyond them."""
     return self.position in ("learned", "learned_once")

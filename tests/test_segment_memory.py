@@ -8,26 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import mask_params, with_lengths
 from adaptive_attention.model import Transformer
 from adaptive_attention.segment_memory import full_groups, memory_groups
 from adaptive_attention.state import init_memory
 from adaptive_attention.training.steps import cross_entropy
-from tests import drawn
+from tests import drawn, test_state
+from tests.test_state import T
 
-T = 24
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+  test_state.CONFIG,
   n_layer=1,
   n_head=4,
-  width=16,
-  context_tokens=T,
-  memory_tokens=5 * T,
-  max_span=6 * T,
-  ramp=4.0,
-  attention="span",
-  position="rotary",
+  n_kv_head=4,
   dropout=0.3,
+  implementation="auto",
 )
 SHORT_AND_LONG = [[20.5, 0.0, 90.0, 3.0]]
 STREAM = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8 * T + 1)))

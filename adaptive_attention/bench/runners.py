@@ -228,8 +228,7 @@ def _memory_counts(memory, layers, config, streams):
     return None
   T = config.context_tokens
   reach_LG = np.array(segment_memory.reaches(layers, config, T))
-  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
-  seen = int((reach_LG + T - 1).sum()) * row * streams
+  seen = int((reach_LG + T - 1).sum()) * config.key_value_bytes * streams
   return {"memory_bytes": memory.nbytes, "seen_bytes": seen}
 
 

@@ -80,13 +80,18 @@ def regrouped(
   changed = sum(
     old != new for old, new in zip(memory.groups, groups, strict=True)
   )
-  reach_LG = np.array(segment_memory.reaches(layers, config, T))
-  lacking = np.sum(np.array(held_LG) < np.minimum(reach_LG - 1, read))
+  reach_LG = segment_memory.reaches(layers, config, T)
+  beyond = sum(
+    int(reach_G[h]) > group.rows
+    for reach_G, of_layer in zip(reach_LG, memory.groups, strict=True)
+    for group in of_layer
+    for h in group.heads
+  )
   console.say(
     f"memory     follows the spans of {changed} of {len(groups)} layer(s): "
     f"{console.bytes_text(device_bytes(memory))} -> "
     f"{console.bytes_text(device_bytes(moved))} per device"
-    + (f"; {lacking} head(s) lack what they newly reach" if lacking else "")
+    + (f"; {beyond} head(s) reach further than was held" if beyond else "")
   )
   return moved
 
@@ -103,9 +108,9 @@ def say(memory: State, config: ModelConfig, streams: int):
     streams: how many streams a device has.
   """
   T = config.context_tokens
-  row = 2 * config.width // config.n_head * config.compute_dtype.itemsize
   rows = segment_memory.ring_rows(config.memory_tokens, T)
-  most = streams * config.n_layer * config.n_kv_head * rows * row
+  heads = config.n_layer * config.n_kv_head
+  most = streams * heads * rows * config.key_value_bytes
   said = (
     f"{console.bytes_text(device_bytes(memory))} of keys and values per device "
     f"for what heads reach, {console.bytes_text(most)} if each held all of it"
