@@ -22,7 +22,6 @@ CONFIG = dataclasses.replace(
   n_head=4,
   n_kv_head=4,
   dropout=0.3,
-  implementation="auto",
 )
 SHORT_AND_LONG = [[20.5, 0.0, 90.0, 3.0]]
 STREAM = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8 * T + 1)))
@@ -84,14 +83,17 @@ def check_equal(found, expected):
 @pytest.mark.parametrize(
   "changes",
   [
-    {},
-    {"n_kv_head": 2, "position": "relative"},
-    pytest.param(
-      {"attention": "span_wave", "period": "integer"},
-      marks=pytest.mark.every_case,
+    {"implementation": "auto", "n_kv_head": 2, "position": "relative"},
+    *(
+      pytest.param(changes, marks=pytest.mark.every_case)
+      for changes in (
+        {},
+        {"implementation": "auto"},
+        {"implementation": "auto", "attention": "span_wave"},
+        {"implementation": "auto", "attention": "span_wave"}
+        | {"period": "integer"},
+      )
     ),
-    pytest.param({"implementation": "reference"}, marks=pytest.mark.every_case),
-    pytest.param({"attention": "span_wave"}, marks=pytest.mark.every_case),
   ],
 )
 def test_it_is_that_of_full_rings(changes):

@@ -50,7 +50,7 @@ def memory_flags(text, tmp_path_factory):
     "model.max_span": 96,
     "model.span_init": 0.1,
     "model.position": "rotary",
-    "optimizer.mask_lr_multiplier": 500.0,
+    "optimizer.mask_lr_multiplier": 200.0,
   }
   return [
     "--config=configs/base.py",

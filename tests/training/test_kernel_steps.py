@@ -26,7 +26,7 @@ def interpreted(monkeypatch):
   "kernel",
   [pytest.param("pallas_tpu", marks=pytest.mark.every_case), "pallas_gpu"],
 )
-def test_five_steps_are_those_of_blocked(tiny, kernel):
+def test_five_steps_are_those_of_the_reference(tiny, kernel):
   """With dropout, a segment memory, integer waves and two devices."""
   tiny.model.update(
     n_layer=1,
@@ -38,7 +38,7 @@ def test_five_steps_are_those_of_blocked(tiny, kernel):
     width=32,
   )
   results = []
-  for implementation in ("blocked", kernel):
+  for implementation in ("reference", kernel):
     tiny.model.implementation = implementation
     results.append(train(tiny, 5))
   (_, expected), (_, found) = results

@@ -1,5 +1,6 @@
 """One training step: on any number of devices, in any number of parts."""
 
+import functools
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import Transformer
@@ -33,11 +35,23 @@ def parts(config):
 
 def init_state(config):
   """Returns the train state of step 0, on the host."""
-  return jax.device_get(steps.init_state(*parts(config)))
+  return _init_state(FrozenConfigDict(config))
+
+
+@functools.cache
+def _init_state(config):
+  state = steps.init_state(*parts(ConfigDict(config)))
+  return jax.device_get(state)
 
 
 def make_train_step(config):
-  return steps.make_train_step(*parts(config))
+  """Makes the step of these settings, once for all tests."""
+  return _make_train_step(FrozenConfigDict(config))
+
+
+@functools.cache
+def _make_train_step(config):
+  return steps.make_train_step(*parts(ConfigDict(config)))
 
 
 def batch_shapes(config):
