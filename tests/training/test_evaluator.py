@@ -1,6 +1,7 @@
 """Bits per character: every byte once, the same however it is computed."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -17,7 +18,7 @@ from adaptive_attention.training.steps import cross_entropy
 from tests import drawn
 
 CONFIG = ModelConfig(
-  n_layer=2,
+  n_layer=1,
   n_head=2,
   width=16,
   context_tokens=12,
@@ -26,6 +27,11 @@ CONFIG = ModelConfig(
   implementation="reference",  # soon compiled
 )
 DATA = np.random.default_rng(0).integers(97, 123, 401, np.uint8)
+
+
+@functools.cache
+def evaluator_of(config, batch_size):
+  return evaluator.Evaluator(Transformer(config), batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,7 @@ def nats_byte_by_byte(params, stride):
 )
 def test_it_is_the_sum_over_bytes(params, protocol, stride):
   expected = nats_byte_by_byte(params, stride)
-  result = evaluator.Evaluator(Transformer(CONFIG), 8)(
-    parallel.replicate(params), DATA, protocol
-  )
+  result = evaluator_of(CONFIG, 8)(parallel.replicate(params), DATA, protocol)
   assert result.tokens == len(DATA) - 1
   np.testing.assert_allclose(
     result.bits, expected.mean() / math.log(2), rtol=1e-6
@@ -73,9 +77,7 @@ def test_it_is_the_sum_over_bytes(params, protocol, stride):
 def test_no_batch_size_changes_it(params, length):
   placed = parallel.replicate(params)
   results = [
-    evaluator.Evaluator(Transformer(CONFIG), batch_size)(
-      placed, DATA[:length], "window"
-    )
+    evaluator_of(CONFIG, batch_size)(placed, DATA[:length], "window")
     for batch_size in (1, 7, 64)
   ]
   for result in results[1:]:
@@ -93,7 +95,7 @@ def standard_error(nats):
 
 def test_there_are_no_more_rows_than_windows(params):
   """A short text does not cost a whole batch."""
-  predict = evaluator.Evaluator(Transformer(CONFIG), 64)
+  predict = evaluator_of(CONFIG, 64)
   for length, rows in ((2, 2), (13, 2), (14, 2), (37, 4), (401, 34)):
     reading = predict._reading(params, length, "window")
     assert reading.starts.shape == (1, rows)
@@ -128,14 +130,12 @@ def test_protocols_that_are_none(protocol):
 def test_a_model_that_is_not_finite_has_no_figure(params):
   spoiled = {**params, "position_0": params["position_0"] * np.nan}
   with pytest.raises(evaluator.EvaluationError, match="400 of 400 tokens"):
-    evaluator.Evaluator(Transformer(CONFIG), 8)(
-      parallel.replicate(spoiled), DATA, "window"
-    )
+    evaluator_of(CONFIG, 8)(parallel.replicate(spoiled), DATA, "window")
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_split_of_which_nothing_is_predicted(params, length):
-  predict = evaluator.Evaluator(Transformer(CONFIG), 8)
+  predict = evaluator_of(CONFIG, 8)
   with pytest.raises(
     evaluator.EvaluationError, match=f"split of {length} token"
   ):
@@ -143,7 +143,7 @@ def test_a_split_of_which_nothing_is_predicted(params, length):
 
 
 REMEMBERING = dataclasses.replace(
-  CONFIG, position="rotary", memory_tokens=40, max_span=12
+  CONFIG, n_layer=2, position="rotary", memory_tokens=40
 )
 
 
@@ -163,12 +163,12 @@ def test_by_memory_each_byte_attends_to_all_before_it(remembering, batch_size):
   )
   logits = np.asarray(logits, np.float64)[0]
   nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(400), DATA[1:]]
-  result = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
+  result = evaluator_of(REMEMBERING, batch_size)(
     parallel.replicate(remembering), DATA, "memory"
   )
   assert result.tokens == 400
   np.testing.assert_allclose(result.bits, nats.mean() / math.log(2), rtol=1e-5)
-  windows = evaluator.Evaluator(Transformer(REMEMBERING), batch_size)(
+  windows = evaluator_of(REMEMBERING, batch_size)(
     parallel.replicate(remembering), DATA, "window"
   )
   assert abs(windows.bits - result.bits) > 1e-3
@@ -208,9 +208,7 @@ def test_by_memory_it_is_what_one_stream_says(changes):
     nats.append(cross_entropy(logits, tokens[:, 1:]))
   placed = parallel.replicate(params)
   for batch_size in (4, 32):
-    result = evaluator.Evaluator(Transformer(config), batch_size)(
-      placed, DATA[:397], "memory"
-    )
+    result = evaluator_of(config, batch_size)(placed, DATA[:397], "memory")
     assert result.tokens == 396
     np.testing.assert_allclose(result.loss, np.mean(nats), rtol=1e-6)
 
@@ -223,7 +221,7 @@ def test_a_model_without_a_memory_is_read_with_one(remembering):
   assert protocols.model_for("memory:7", REMEMBERING).memory_tokens == 7
   placed = parallel.replicate(remembering)
   found, expected = (
-    evaluator.Evaluator(Transformer(config), 4)(placed, DATA, protocol)
+    evaluator_of(config, 4)(placed, DATA, protocol)
     for config, protocol in ((read, "memory:40"), (REMEMBERING, "memory"))
   )
   assert found.bits == expected.bits
@@ -243,7 +241,7 @@ def test_a_model_without_a_memory_is_read_with_one(remembering):
 
 
 def test_warming_costs_no_more_than_what_counts():
-  predict = evaluator.Evaluator(Transformer(REMEMBERING), 64)
+  predict = evaluator_of(REMEMBERING, 64)
   params = drawn.parameters(REMEMBERING, scale=0.25)
   for length in (2, 13, 100, 401, 3000):
     rows_read = predict._streams(params, length).starts
