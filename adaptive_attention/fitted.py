@@ -72,9 +72,12 @@ def check_tied(output, tree):
   Raises:
     WeightsError: it differs.
   """
-  if output is not None and not np.array_equal(
-    weight_files.float_array("lm_head.weight", output).astype(np.float32),
-    tree["embed"]["embedding"],
+  if output is None:
+    return
+  embedding = tree["embed"]["embedding"]
+  output = weight_files.float_array("lm_head.weight", output)
+  if output.shape != embedding.shape or not np.array_equal(
+    output.astype(np.float32), embedding
   ):
     raise WeightsError(
       "lm_head.weight differs from wte.weight; expected an output layer tied "

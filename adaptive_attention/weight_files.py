@@ -119,10 +119,16 @@ def read_arrays(path: pathlib.Path) -> dict:
   return arrays
 
 
-def read_npz(path) -> dict:
+def read_npz(path, shapes: Mapping[str, tuple]) -> dict:
   """Returns {name: array} of an .npz.
 
-  If there are names under param/, these alone are returned, without it.
+  If there are names under param/, these alone are returned, without it. What
+  has another shape than is expected, or is no array of floats, is not unpacked,
+  however much it would take: it is all zeros, of its shape and type, which take
+  no memory.
+
+  Args:
+    shapes: the expected shape of each name that is to be unpacked.
 
   Raises:
     WeightsError: the file is damaged or has a name twice.
@@ -132,8 +138,10 @@ def read_npz(path) -> dict:
       prefixed = any(name.startswith("param/") for name in file.files)
       names = [n for n in file.files if n.startswith("param/") or not prefixed]
       _check_unique(names)
+      short = {name: name.removeprefix("param/") for name in names}
       return {
-        name.removeprefix("param/"): _npz_member(file, name) for name in names
+        short[name]: _npz_member(file, name, shapes.get(short[name]))
+        for name in names
       }
   except WeightsError:
     raise
@@ -141,14 +149,28 @@ def read_npz(path) -> dict:
     raise _unreadable(error, "that numpy.savez wrote") from error
 
 
-def _npz_member(file, name):
+def _npz_member(file, name, expected):
   try:
-    return file[name]
+    shape, dtype = _npz_header(file, name)
+    if shape == expected and np.issubdtype(dtype, np.floating):
+      return file[name]
+    return np.broadcast_to(np.zeros((), dtype), shape)
   except Exception as error:
     raise WeightsError(
       f"parameter {name!r} cannot be read ({first_line(error)}); give a whole "
       "file of plain arrays"
     ) from error
+
+
+def _npz_header(file, name):
+  """Returns the shape and the type of an array, which is not read."""
+  with file.zip.open(f"{name}.npy") as member:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+      shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    else:  # of a longer header; another version is an error
+      shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+  return shape, dtype
 
 
 def read_torch(path) -> dict:

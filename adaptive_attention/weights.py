@@ -17,7 +17,7 @@ import flax.traverse_util
 
 from adaptive_attention import gpt2, weight_files
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.fitted import adapted, check_tied, fitted
+from adaptive_attention.fitted import adapted, check_tied, fitted, shapes_of
 from adaptive_attention.weight_files import WeightsError
 
 _SETTINGS = {  # theirs -> ours
@@ -99,6 +99,16 @@ def _names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
     for name, (path, transpose) in _names_of_a_layer(config).items():
       names[f"{theirs}.{name}"] = (f"{ours}/{path}", transpose)
   return names
+
+
+def _published_shapes(config: ModelConfig) -> dict[str, tuple]:
+  """Returns {their name: the shape of their array}, with an output layer."""
+  ours = shapes_of(config)
+  shapes = {
+    name: ours[path][::-1] if transpose else ours[path]
+    for name, (path, transpose) in _names(config).items()
+  }
+  return shapes | {"lm_head.weight": shapes["transformer.wte.weight"]}
 
 
 _LOGITS = {  # of each kind of attention
@@ -204,7 +214,8 @@ def load(path: str | os.PathLike, config: ModelConfig) -> dict:
       case ".safetensors":
         return adapted(*weight_files.read_safetensors(path), config)
       case ".npz":
-        return from_nanogpt(weight_files.read_npz(path), config)
+        shapes = _published_shapes(config)
+        return from_nanogpt(weight_files.read_npz(path, shapes), config)
       case ".pt":
         return from_nanogpt(weight_files.read_torch(path), config)
   except WeightsError as error:

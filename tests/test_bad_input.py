@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import socket
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -284,6 +285,20 @@ def test_hostile_npz(tmp_path, member):
     archive.writestr("param/transformer.wte.weight.npy", member)
   with pytest.raises(weights.WeightsError, match=r"init_from=.*a\.npz"):
     weights.load(tmp_path / "a.npz", MODEL)
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+def test_an_npz_of_more_than_the_model_takes_is_not_unpacked(tmp_path, name):
+  """So many zeros take a thousandth of that in the file."""
+  params = {"transformer.wte.weight": np.zeros((256, 8), "f4")}
+  params[name] = np.zeros(1 << 24, "f4")
+  np.savez_compressed(tmp_path / "a.npz", **params)
+  tracemalloc.start()
+  with pytest.raises(weights.WeightsError, match="parameter"):
+    weights.load(tmp_path / "a.npz", MODEL)
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert most < 1 << 24
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.pt", "a.safetensors", "a.npy"])

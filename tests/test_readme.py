@@ -72,7 +72,7 @@ def write_gpt2(folder, **sizes):
 
 # What differs from another command by settings alone: tests/test_main.py checks
 # those of each config.
-ELSEWHERE = "configs/enwik8_rotary.py", "runs/mine"
+ELSEWHERE = "configs/enwik8_rotary.py", "configs/enwik8_8k.py", "runs/mine"
 
 
 def test_commands_run(main, text, tmp_path):
@@ -112,15 +112,13 @@ def test_commands_run(main, text, tmp_path):
       flags = [f for f in flags if not f.startswith(("--workdir", "runs/"))]
       flags = [f.replace("=runs/", f"={tmp_path}/") for f in flags] + short
       flags = [f.replace("=gpt2", f"={tmp_path}/gpt2") for f in flags]
-      if folder.endswith("enwik8_8k.py"):
-        flags.append("--config.model.memory_tokens=192")  # soon compiled
       if mode == "--mode=train":
         own = pathlib.Path(folder).stem
         flags.append(f"--workdir={tmp_path / own}")
     code, _, err = main(*flags)
     assert code == 0, (flags, err)
     ran += 1
-  assert ran == 14
+  assert ran == 13
 
 
 def test_the_module_example_is_as_it_says():

@@ -329,7 +329,7 @@ def test_gradients_of_the_oracle_by_finite_differences(harmonics):
     np.testing.assert_array_equal(newer[:, 2:], all_keys[:, 2:])
 
 
-@everywhere
+@mostly_blocked
 @pytest.mark.parametrize(
   ("name", "changes"),
   [

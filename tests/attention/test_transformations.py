@@ -15,7 +15,6 @@ from adaptive_attention.attention.ring import Ring
 from adaptive_attention.masks import Mask, Wave
 from tests.attention.cases import Case, everywhere, inputs, mostly_blocked
 from tests.attention.test_attention import check, differentiated, expected
-from tests.pairs import in_turn
 
 # There are two query blocks, and all options of `attend` at once.
 B, T, S, H, K, MEMORY = 2, 70, 80, 2, 4, 7
@@ -339,9 +338,9 @@ def test_keys_that_do_not_exist_do_not_matter(implementation, where, absent):
   assert_alike(spoiled, clean, rtol=1e-6)
 
 
+@mostly_blocked
 @pytest.mark.parametrize(
-  ("implementation", "integer"),
-  in_turn(["blocked", "reference"], [True, False]),
+  "integer", [True, pytest.param(False, marks=pytest.mark.every_case)]
 )
 def test_arrays_of_numpy_that_are_read_only(implementation, integer):
   arrays = [np.array(x) for x in arguments()]
