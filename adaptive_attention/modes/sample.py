@@ -7,13 +7,14 @@ import time
 import jax
 import numpy as np
 
-from adaptive_attention import generation
+from adaptive_attention import accounting, generation
 from adaptive_attention.errors import Error, SettingsError
 from adaptive_attention.mask_parameters import mask_params
 from adaptive_attention.training import (
   console,
   exported,
   files,
+  room,
   settings,
   units,
 )
@@ -49,7 +50,7 @@ def run(
 
   Raises:
     SettingsError: a flag is out of bounds, or there is not one prompt.
-    GenerationError: the prompt cannot be used.
+    GenerationError, RoomError: the prompt or so many tokens cannot be used.
   """
   typed, source = read_prompt(prompt, prompt_file)
   drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -57,14 +58,14 @@ def run(
   model_config = settings.model_config(config.model)
   with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
+  layers = mask_params(params, model_config)
+  _check_room(num, tokens, layers, model_config)
   read = units.of_record(meta["data"])
   prompt_BT = _tokens(typed, source, read, model_config)[None].repeat(num, 0)
   began = time.perf_counter()
-  made_BT, rest = _generate(
-    params, model_config, read, prompt_BT, tokens, seed, drawing
-  )
+  asked = params, model_config, read, prompt_BT, tokens
+  made_BT, rest = _generate(*asked, seed, drawing)
   took = f"{time.perf_counter() - began:.1f} s, compilation included"
-  layers = mask_params(params, model_config)
   _print_and_write(
     [read.text_of(row) for row in np.hstack([prompt_BT, made_BT])],
     rest,
@@ -133,6 +134,13 @@ def _check_drawing(drawing):
     generation.check_sampling(**drawing)
   except ValueError as error:
     raise SettingsError(str(error)) from error
+
+
+def _check_room(num, tokens, layers, config):
+  """Checks that the texts and their KV caches fit the memory."""
+  cache = accounting.cache_bytes(layers, config)["head"]
+  what = f"a sample of {num:,} x {tokens:,} tokens"
+  room.check(num * (cache + 4 * tokens), what, "give --num or --tokens less")
 
 
 def _generate(params, config, read, prompt_BT, tokens, seed, drawing):

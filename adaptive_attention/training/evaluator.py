@@ -8,6 +8,7 @@ import lzma
 import math
 import time
 
+import jax
 import numpy as np
 
 from adaptive_attention.errors import Error
@@ -25,6 +26,7 @@ from adaptive_attention.training import (
   batches,
   parallel,
   protocols,
+  room,
   steps,
 )
 
@@ -76,7 +78,7 @@ class Evaluator:
     N = parallel.local_device_count()
     self._batch_size = -(-batch_size // N) * N
     self._step = steps.make_eval_step(model)
-    self._compiled = set()  # the rows of each program
+    self._compiled = {}  # the program for each number of rows
     self._groups = None  # of a memory, which they are compiled for
 
   def __call__(
@@ -115,16 +117,16 @@ class Evaluator:
       params: the parameters, replicated.
       data: the tokens.
       protocol: one that `protocols.check` accepts; None for the model's own.
-        There are fewer streams than `batch_size` if warming them would make
-        the split cost more than twice as much as one stream.
+        There are fewer streams than `batch_size` if warming them would more
+        than double the cost.
       groups: of the heads of a memory, for which a program may be compiled
         already. By default, or if some head reaches further, they are those of
         what the heads reach.
 
     Raises:
       SettingsError: as `protocols.check`.
-      EvaluationError: no token of the split is predicted, or losses are not
-        finite.
+      EvaluationError: no token is predicted, or losses are not finite.
+      RoomError: a batch takes more memory than there is.
     """
     if protocol is None:
       protocol = protocols.default(self._config)
@@ -137,10 +139,10 @@ class Evaluator:
     reading = self._reading(params, len(data), protocol)
     self._compile_for(params, protocol, groups)
     if (rows := reading.starts.shape[1]) not in self._compiled:
-      self._predict(params, data, reading.part(slice(1)), protocol)
-      self._compiled.add(rows)
+      self._compiled[rows] = self._program(params, reading)
+      self._predict(params, data, reading.part(slice(1)))
     start = time.perf_counter()
-    nats = self._predict(params, data, reading, protocol)
+    nats = self._predict(params, data, reading)
     nats = parallel.gather(nats[None]).max(axis=0).astype(np.float64)
     seconds = time.perf_counter() - start
     assert (nats != _NOT_PREDICTED).all()
@@ -161,7 +163,7 @@ class Evaluator:
       if groups is None or not holds(groups, layers, config):
         groups = memory_groups(layers, config, config.context_tokens)
     if groups != self._groups:
-      self._groups, self._compiled = groups, set()
+      self._groups, self._compiled = groups, {}
       parallel.drop_programs()
       self._step = steps.make_eval_step(self._model)
 
@@ -196,18 +198,34 @@ class Evaluator:
         return streams
       per_device //= 2
 
-  def _predict(self, params, data, reading, protocol):
+  def _program(self, params, reading):
+    """Compiles the step for the rows of a reading, if there is room for it."""
+    N, T = parallel.local_device_count(), self._config.context_tokens
+    first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
+    memory = jax.eval_shape(lambda: self._memory(first_NB))
+    tokens = jax.ShapeDtypeStruct((*first_NB.shape, T + 1), np.int32)
+    step, sizes = parallel.compile_step(self._step, params, memory, tokens)
+    if sizes:
+      less = "give --config.eval_batch_size less"
+      room.check(sizes["total"], "a step of evaluation", less)
+    return step
+
+  def _memory(self, first_NB):
+    """Makes the memory of streams that begin there, if there is one."""
+    if not self._groups:
+      return Stateless(self._config.n_layer)
+    memory = steps.start_memory(self._config, first_NB.shape[1], self._groups)
+    return memory.replace(first_position=parallel.deal(first_NB))
+
+  def _predict(self, params, data, reading):
     """Returns (len(data) - 1,) nats in float32, for the tokens of a reading."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
-    memory = Stateless(self._config.n_layer)
-    if self._groups:
-      first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
-      memory = steps.start_memory(self._config, first_NB.shape[1], self._groups)
-      memory = memory.replace(first_position=parallel.deal(first_NB))
+    first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
+    memory, step = self._memory(first_NB), self._compiled[first_NB.size]
     for batch in range(len(reading)):
       tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)
-      memory, nats_NBT = self._step(params, memory, tokens)
+      memory, nats_NBT = step(params, memory, tokens)
       nats_RT = np.asarray(nats_NBT).reshape(-1, T)
       for row, found, of_all in reading.scored(batch):
         nats[of_all] = nats_RT[row, found]

@@ -137,7 +137,7 @@ def train_step(step):
 
 
 def compile_step(step, *args):
-  """Compiles a `train_step` ahead; returns (what to call, bytes per device).
+  """Compiles a step ahead; returns (what to call, bytes per device).
 
   Under several processes pmap turns local arrays into global ones at each call,
   which a compiled function cannot do. There the step is returned as it is: it

@@ -13,6 +13,7 @@ ADVICE = (
   "give --config.accumulation_steps more, --config.model.remat, or several "
   "devices a smaller part of --config.batch_size each"
 )
+SMALLER = f"make the model smaller, or {ADVICE}"
 _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
@@ -36,12 +37,13 @@ def bytes_per_device() -> int | None:
   return min(limits) // (1 + len(others)) if limits else None
 
 
-def check(needed: int, what: str):
+def check(needed: int, what: str, advice: str = SMALLER):
   """Checks that a device has room, before it is asked for.
 
   Args:
     needed: bytes per device.
     what: what takes them; for the message.
+    advice: what to do where it lacks; for the message.
 
   Raises:
     RoomError: naming both sizes.
@@ -50,7 +52,7 @@ def check(needed: int, what: str):
   if there is not None and needed > there:
     raise RoomError(
       f"{what} takes {console.bytes_text(needed)} per device, which has "
-      f"{console.bytes_text(there)}; make the model smaller, or {ADVICE}"
+      f"{console.bytes_text(there)}; {advice}"
     )
 
 
@@ -60,11 +62,11 @@ def failures():
   try:
     yield
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
-      error
+    said = str(error)
+    if not isinstance(error, MemoryError) and not any(
+      x in said for x in ("RESOURCE_EXHAUSTED", "Out of memory")
     ):
       raise
     raise RoomError(
-      f"there is not enough memory ({first_line(error)}); make the model "
-      f"smaller, or {ADVICE}"
+      f"there is not enough memory ({first_line(error)}); {SMALLER}"
     ) from error

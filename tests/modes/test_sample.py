@@ -42,6 +42,7 @@ def test_the_mode(main, tiny_flags, tmp_path):
     ([f"--prompt_file={tmp_path / 'none'}"], "cannot be read (No such file"),
     ([f"--prompt_file={tmp_path}"], "cannot be read (Is a directory)"),
     (["--prompt=a", "--top_p=0"], "top_p=0.0 is not possible"),
+    (["--prompt=a", "--num=99999999"], "tokens takes"),
     (["--prompt=a", "--split=test"], "means nothing to --mode=sample"),
   ):
     code, _, err = sample(*flags)

@@ -13,7 +13,12 @@ from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.model import Transformer
 from adaptive_attention.state import init_memory
-from adaptive_attention.training import evaluator, parallel, protocols
+from adaptive_attention.training import (
+  evaluator,
+  parallel,
+  protocols,
+  room,
+)
 from adaptive_attention.training.steps import cross_entropy
 from tests import drawn
 
@@ -239,6 +244,19 @@ def test_a_model_without_a_memory_is_read_with_one(remembering):
   ):
     with pytest.raises(SettingsError, match=message):
       protocols.model_for(protocol, config)
+
+
+@pytest.mark.parametrize("protocol", ["window", "memory"])
+def test_a_batch_that_does_not_fit_is_refused(
+  remembering, protocol, monkeypatch
+):
+  monkeypatch.setattr(room, "bytes_per_device", lambda: 10_000)
+  predict = evaluator.Evaluator(Transformer(REMEMBERING), 4)
+  with pytest.raises(
+    room.RoomError,
+    match=r"evaluation takes .* has 9.766 KiB; .*eval_batch_size",
+  ):
+    predict(parallel.replicate(remembering), DATA, protocol)
 
 
 def test_warming_costs_no_more_than_what_counts():

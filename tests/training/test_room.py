@@ -52,7 +52,8 @@ def test_what_does_not_fit_is_named_with_both_sizes(group):
   "error",
   [
     MemoryError("Unable to allocate 1 TiB"),
-    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore"),
+    jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 B"),
   ],
 )
 def test_what_fails_for_want_of_memory(error):
