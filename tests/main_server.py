@@ -6,6 +6,7 @@ imported once, before the forks. No child starts with a backend.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -23,6 +24,10 @@ from adaptive_attention.command_line import prepare  # noqa: F401
 ROOT = pathlib.Path(__file__).parent.parent
 for mode in command_line.MODES:
   importlib.import_module(f"adaptive_attention.modes.{mode}")
+# No fork looks through what was imported, or often through what it traces.
+gc.collect()
+gc.freeze()
+gc.set_threshold(100_000, 10, 10)
 
 
 def child(flags, out, err, started):

@@ -1,5 +1,7 @@
 """One step of training and one of evaluation, as functions of their inputs."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -35,13 +37,15 @@ def init_state(
   model: Transformer, optimizer: Optimizer, seed: int
 ) -> TrainState:
   """Draws the state at step 0: parameters from the seed, moments zero."""
+  return _drawn(jax.random.key(seed), model, optimizer)
 
-  def init(key):
-    tokens_BT = jnp.zeros((1, model.config.context_tokens), jnp.int32)
-    params = model.init(key, tokens_BT)["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-  return jax.jit(init)(jax.random.key(seed))
+# Traced once, though the room for the state is counted before it is drawn.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key, model, optimizer):
+  tokens_BT = jnp.zeros((1, model.config.context_tokens), jnp.int32)
+  params = model.init(key, tokens_BT)["params"]
+  return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def start_memory(
