@@ -48,6 +48,20 @@ def shapes(monkeypatch):
   only(monkeypatch, shapes=(spans._replace(B=1), wave))
 
 
+@pytest.fixture
+def soon(monkeypatch):
+  """Attention is soon compiled, where a test is of what surrounds it."""
+
+  def attend(q, k, v, mask, **options):
+    return q + k + v
+
+  for module in (runners, device):
+    monkeypatch.setattr(module, "attend", attend)
+
+
+soon_compiled = pytest.mark.usefixtures("soon")
+
+
 def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
   tiny.bench.repeats = 2
   bench.run(tiny, tmp_path)
@@ -64,6 +78,7 @@ def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
   assert "blocked both" in capsys.readouterr().out
 
 
+@soon_compiled
 def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
@@ -72,6 +87,7 @@ def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
     assert (" x of reference " in line) == ("blocked" in line), line
 
 
+@soon_compiled
 def test_no_ratio_is_printed_where_nothing_else_ran(
   tiny, shapes, tmp_path, capsys, monkeypatch
 ):
@@ -84,6 +100,7 @@ def test_no_ratio_is_printed_where_nothing_else_ran(
   assert " x " not in out
 
 
+@soon_compiled
 def test_a_bench_that_is_stopped_keeps_what_it_timed(
   tiny, shapes, tmp_path, monkeypatch
 ):
@@ -102,6 +119,7 @@ def test_a_bench_that_is_stopped_keeps_what_it_timed(
   assert [row["case"] for row in rows] == ["spans"] * 4
 
 
+@soon_compiled
 def test_rows_are_printed_before_they_are_written(
   tiny, shapes, tmp_path, capsys
 ):
@@ -272,6 +290,7 @@ def test_a_context_is_that_of_a_run(tiny, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@soon_compiled
 def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
   tiny.bench.compare = "torch"
   tiny.bench.shapes = "wave"
@@ -325,6 +344,7 @@ def test_on_a_device_kernels_are_timed_beside_the_bars(
   assert "at most 1.3: not judged, as one of the two did not run" in said
 
 
+@soon_compiled
 def test_on_a_device_shapes_are_its_own(tiny, on_device, tmp_path, capsys):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "512"
@@ -347,6 +367,7 @@ def test_on_a_device_what_is_too_late_is_named(
   )
 
 
+@soon_compiled
 def test_on_a_device_no_case_begins_that_could_end_too_late(
   tiny, on_device, tmp_path, capsys, monkeypatch
 ):
@@ -370,6 +391,7 @@ def test_on_a_device_no_case_begins_that_could_end_too_late(
   ) in capsys.readouterr().out
 
 
+@soon_compiled
 def test_on_a_device_the_time_bounds_the_turns(
   tiny, on_device, tmp_path, monkeypatch
 ):
@@ -387,6 +409,7 @@ def test_on_a_device_the_time_bounds_the_turns(
   assert first < device.SECONDS / 2 < last < device.SECONDS
 
 
+@soon_compiled
 def test_on_a_device_torch_that_sees_none_is_left_out(
   tiny, on_device, tmp_path, capsys, monkeypatch
 ):
@@ -400,6 +423,7 @@ def test_on_a_device_torch_that_sees_none_is_left_out(
   assert "PyTorch is left out, as it sees no GPU" in capsys.readouterr().out
 
 
+@soon_compiled
 def test_on_a_cpu_there_are_no_bars(tiny, shapes, tmp_path):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
@@ -437,6 +461,7 @@ def test_a_profile_calls_a_round_where_a_call_has_many(tmp_path):
   assert calls == ["round", "one"] * 2  # to warm up, and for the trace
 
 
+@soon_compiled
 def test_without_a_profile_no_trace_is_written(tiny, shapes, tmp_path):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
