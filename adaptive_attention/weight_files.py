@@ -1,5 +1,6 @@
 """Reads and writes files of named arrays: .safetensors, .npz, PyTorch's .pt."""
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping
@@ -119,13 +120,16 @@ def read_arrays(path: pathlib.Path) -> dict:
   return arrays
 
 
+_MOST_HEADER_BYTES = 1 << 14  # of an array's shape and type
+_MOST_ITEM_BYTES = 64  # no number has more
+
+
 def read_npz(path, shapes: Mapping[str, tuple]) -> dict:
   """Returns {name: array} of an .npz.
 
   If there are names under param/, these alone are returned, without it. What
   has another shape than is expected, or is no array of floats, is not unpacked,
-  however much it would take: it is all zeros, of its shape and type, which take
-  no memory.
+  however much it would take: one zero stands for all of it.
 
   Args:
     shapes: the expected shape of each name that is to be unpacked.
@@ -165,11 +169,16 @@ def _npz_member(file, name, expected):
 def _npz_header(file, name):
   """Returns the shape and the type of an array, which is not read."""
   with file.zip.open(f"{name}.npy") as member:
-    version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-      shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-    else:  # of a longer header; another version is an error
-      shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    start = io.BytesIO(member.read(_MOST_HEADER_BYTES))
+  match np.lib.format.read_magic(start):
+    case (1, 0):
+      shape, _, dtype = np.lib.format.read_array_header_1_0(start)
+    case (2, 0):
+      shape, _, dtype = np.lib.format.read_array_header_2_0(start)
+    case version:  # others are of records
+      raise ValueError(f"version {version}")
+  if dtype.itemsize > _MOST_ITEM_BYTES:
+    raise ValueError(f"items of {dtype.itemsize:,} bytes")
   return shape, dtype
 
 

@@ -41,8 +41,7 @@ def run(
   """Prints texts as a checkpoint writes them, and saves them in sample.txt.
 
   Args:
-    config: the checkpoint's settings.
-    workdir, step: the run's folder and the checkpoint.
+    config, workdir, step: the settings, the run's folder and the checkpoint.
     prompt, prompt_file: as in `read_prompt`.
     tokens, num: how many tokens to write, and how many texts side by side.
     temperature, top_k, top_p: as in `generation.generate`.
@@ -59,9 +58,10 @@ def run(
   with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   layers = mask_params(params, model_config)
-  _check_room(num, tokens, layers, model_config)
   read = units.of_record(meta["data"])
-  prompt_BT = _tokens(typed, source, read, model_config)[None].repeat(num, 0)
+  prompt_T = _tokens(typed, source, read, model_config)
+  _check_room(num, len(prompt_T) + tokens, layers, model_config)
+  prompt_BT = prompt_T[None].repeat(num, 0)
   began = time.perf_counter()
   asked = params, model_config, read, prompt_BT, tokens
   made_BT, rest = _generate(*asked, seed, drawing)
@@ -137,10 +137,10 @@ def _check_drawing(drawing):
 
 
 def _check_room(num, tokens, layers, config):
-  """Checks that the texts and their KV caches fit the memory."""
-  cache = accounting.cache_bytes(layers, config)["head"]
+  """Checks that the texts and their KV caches fit the one device used."""
+  each = accounting.cache_bytes(layers, config)["head"] + 8 * tokens
   what = f"a sample of {num:,} x {tokens:,} tokens"
-  room.check(num * (cache + 4 * tokens), what, "give --num or --tokens less")
+  room.check(num * each, what, "give --num or --tokens less", count=1)
 
 
 def _generate(params, config, read, prompt_BT, tokens, seed, drawing):

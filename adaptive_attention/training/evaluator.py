@@ -126,7 +126,7 @@ class Evaluator:
     Raises:
       SettingsError: as `protocols.check`.
       EvaluationError: no token is predicted, or losses are not finite.
-      RoomError: a batch takes more memory than there is.
+      RoomError: a batch takes more memory than one process has.
     """
     if protocol is None:
       protocol = protocols.default(self._config)
@@ -206,8 +206,8 @@ class Evaluator:
     tokens = jax.ShapeDtypeStruct((*first_NB.shape, T + 1), np.int32)
     step, sizes = parallel.compile_step(self._step, params, memory, tokens)
     if sizes:
-      less = "give --config.eval_batch_size less"
-      room.check(sizes["total"], "a step of evaluation", less)
+      fewer = "read fewer sequences at a time (--config.eval_batch_size)"
+      room.check(sizes["total"], "a step of evaluation", fewer)
     return step
 
   def _memory(self, first_NB):

@@ -21,12 +21,15 @@ class RoomError(Error):
   """The memory does not hold what is to be computed."""
 
 
-def bytes_per_device() -> int | None:
+def bytes_per_device(count: int | None = None) -> int | None:
   """Returns what a device of this process has for arrays; None if not known.
 
   Devices of a CPU share what the process may use.
+
+  Args:
+    count: how many devices are used; by default all.
   """
-  device, *others = parallel.local_devices()
+  device, *_ = devices = parallel.local_devices()[:count]
   if device.platform != "cpu":
     return (device.memory_stats() or {}).get("bytes_limit")
   limits = []
@@ -34,21 +37,24 @@ def bytes_per_device() -> int | None:
     limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
   with contextlib.suppress(ValueError, OSError):  # no group, or no limit
     limits.append(int(_CGROUP.read_text()))
-  return min(limits) // (1 + len(others)) if limits else None
+  return min(limits) // len(devices) if limits else None
 
 
-def check(needed: int, what: str, advice: str = SMALLER):
+def check(
+  needed: int, what: str, advice: str = SMALLER, count: int | None = None
+):
   """Checks that a device has room, before it is asked for.
 
   Args:
     needed: bytes per device.
     what: what takes them; for the message.
     advice: what to do where it lacks; for the message.
+    count: as in `bytes_per_device`.
 
   Raises:
     RoomError: naming both sizes.
   """
-  there = bytes_per_device()
+  there = bytes_per_device(count)
   if there is not None and needed > there:
     raise RoomError(
       f"{what} takes {console.bytes_text(needed)} per device, which has "
@@ -62,9 +68,9 @@ def failures():
   try:
     yield
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    said = str(error)
+    said = str(error).lower()
     if not isinstance(error, MemoryError) and not any(
-      x in said for x in ("RESOURCE_EXHAUSTED", "Out of memory")
+      x in said for x in ("resource_exhausted", "out of memory")
     ):
       raise
     raise RoomError(

@@ -42,7 +42,7 @@ COMBINED = (
   *("wave_dropout", "grouped_dense", "segments_dense", "padding_bfloat16"),
   "series_memory_512",
 )
-# The reference is short, and these meet each of its lines.
+# The reference is short, and each thing that it does is in one of these.
 BY_REFERENCE = (
   *("dense_first_key", "span_seven", "span_beyond", "one_query"),
   *("first_key_in_memory", "stride_at_the_bounds", "stride_series"),

@@ -250,11 +250,11 @@ def test_a_model_without_a_memory_is_read_with_one(remembering):
 def test_a_batch_that_does_not_fit_is_refused(
   remembering, protocol, monkeypatch
 ):
-  monkeypatch.setattr(room, "bytes_per_device", lambda: 10_000)
+  monkeypatch.setattr(room, "bytes_per_device", lambda count: 10_000)
   predict = evaluator.Evaluator(Transformer(REMEMBERING), 4)
   with pytest.raises(
     room.RoomError,
-    match=r"evaluation takes .* has 9.766 KiB; .*eval_batch_size",
+    match=r"evaluation takes .* has 9.766 KiB; read fewer",
   ):
     predict(parallel.replicate(remembering), DATA, protocol)
 

@@ -21,9 +21,11 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(kernel, "attend", attend)
 
 
-@pytest.mark.every_case  # tests of the kernels alone are asked each time
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize(
+  "kernel",
+  [pytest.param("pallas_tpu", marks=pytest.mark.every_case), "pallas_gpu"],
+)
 def test_five_steps_are_those_of_the_reference(tiny, kernel):
   """With dropout, a segment memory, integer waves and two devices."""
   tiny.model.update(

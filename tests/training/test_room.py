@@ -21,6 +21,7 @@ def test_devices_of_a_cpu_share_what_the_process_may_use(group):
   assert jax.local_device_count() == 2
   whole = 2 * room.bytes_per_device()
   assert 0 < whole < 1 << 50
+  assert room.bytes_per_device(count=1) == whole
   for text, limit in (("max\n", whole), (f"{whole // 4}\n", whole // 4)):
     group(text)
     assert room.bytes_per_device() == limit // 2
@@ -54,6 +55,9 @@ def test_what_does_not_fit_is_named_with_both_sizes(group):
     MemoryError("Unable to allocate 1 TiB"),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore"),
     jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 B"),
+    jax.errors.JaxRuntimeError(
+      "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    ),
   ],
 )
 def test_what_fails_for_want_of_memory(error):
