@@ -52,8 +52,7 @@ def run(
     GenerationError, RoomError: the prompt or so many tokens cannot be used.
   """
   typed, source = read_prompt(prompt, prompt_file)
-  drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-  _check_drawing(drawing)
+  drawing = _checked(temperature=temperature, top_k=top_k, top_p=top_p)
   model_config = settings.model_config(config.model)
   with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
@@ -63,8 +62,9 @@ def run(
   _check_room(num, len(prompt_T) + tokens, layers, model_config)
   prompt_BT = prompt_T[None].repeat(num, 0)
   began = time.perf_counter()
-  asked = params, model_config, read, prompt_BT, tokens
-  made_BT, rest = _generate(*asked, seed, drawing)
+  made_BT, rest = _generate(
+    params, model_config, read, prompt_BT, tokens, seed, drawing
+  )
   took = f"{time.perf_counter() - began:.1f} s, compilation included"
   _print_and_write(
     [read.text_of(row) for row in np.hstack([prompt_BT, made_BT])],
@@ -124,8 +124,8 @@ def _tokens(text: bytes, source: str, read: units.Units, config) -> np.ndarray:
   return tokens
 
 
-def _check_drawing(drawing):
-  """Checks the flags that drawing takes.
+def _checked(**drawing) -> dict:
+  """Returns the flags that drawing takes, by name.
 
   Raises:
     SettingsError: naming the flag that is wrong and its bounds.
@@ -134,6 +134,7 @@ def _check_drawing(drawing):
     generation.check_sampling(**drawing)
   except ValueError as error:
     raise SettingsError(str(error)) from error
+  return drawing
 
 
 def _check_room(num, tokens, layers, config):

@@ -201,19 +201,21 @@ class Evaluator:
   def _program(self, params, reading):
     """Compiles the step for the rows of a reading, if there is room for it."""
     N, T = parallel.local_device_count(), self._config.context_tokens
-    first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
-    memory = jax.eval_shape(lambda: self._memory(first_NB))
-    tokens = jax.ShapeDtypeStruct((*first_NB.shape, T + 1), np.int32)
+    memory = jax.eval_shape(lambda: self._memory(reading))
+    rows = reading.starts.shape[1] // N
+    tokens = jax.ShapeDtypeStruct((N, rows, T + 1), np.int32)
     step, sizes = parallel.compile_step(self._step, params, memory, tokens)
     if sizes:
       fewer = "read fewer sequences at a time (--config.eval_batch_size)"
       room.check(sizes["total"], "a step of evaluation", fewer)
     return step
 
-  def _memory(self, first_NB):
-    """Makes the memory of streams that begin there, if there is one."""
+  def _memory(self, reading):
+    """Makes the memory of the streams that are read, if there is one."""
     if not self._groups:
       return Stateless(self._config.n_layer)
+    N = parallel.local_device_count()
+    first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
     memory = steps.start_memory(self._config, first_NB.shape[1], self._groups)
     return memory.replace(first_position=parallel.deal(first_NB))
 
@@ -221,8 +223,10 @@ class Evaluator:
     """Returns (len(data) - 1,) nats in float32, for the tokens of a reading."""
     N, T = parallel.local_device_count(), self._config.context_tokens
     nats = np.full(len(data) - 1, _NOT_PREDICTED, np.float32)
-    first_NB = reading.starts[0].astype(np.uint32).reshape(N, -1)
-    memory, step = self._memory(first_NB), self._compiled[first_NB.size]
+    step, memory = (
+      self._compiled[reading.starts.shape[1]],
+      self._memory(reading),
+    )
     for batch in range(len(reading)):
       tokens = reading.tokens(data, batch).reshape(N, -1, T + 1)
       memory, nats_NBT = step(params, memory, tokens)

@@ -459,7 +459,7 @@ REAL = st.integers(0, 10**6).map(lambda n: (n + 0.3183) / 10**6)
 
 
 @mostly_blocked
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_any_case(implementation, data):
   def draw(strategy, low=0.0, high=1.0):

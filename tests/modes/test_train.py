@@ -233,7 +233,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
   assert masks(workdir) == masks(whole_run[0])
 
 
-def test_kill_9_twice_at_random_moments(main, tiny_flags, tmp_path):
+def test_kill_9_three_times_at_random_moments(main, tiny_flags, tmp_path):
   flags = flags_with(
     tiny_flags, steps=80, checkpoint_every_steps=4, eval_every_steps=40
   )
@@ -241,7 +241,7 @@ def test_kill_9_twice_at_random_moments(main, tiny_flags, tmp_path):
   assert code == 0, err
   moments = random.Random(0)
   killed = 0
-  while killed < 2:
+  while killed < 3:
     process = start(flags, tmp_path / "w")
     path = tmp_path / "w" / "metrics.jsonl"
     size = path.stat().st_size if path.exists() else 0
