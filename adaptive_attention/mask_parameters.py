@@ -5,6 +5,7 @@ is log(share / (1 - share)) with share = (x - low) / (high - low).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ class HasMasks(Protocol):
   def mask_bounds(self) -> MaskBounds: ...
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # one program on the host
 def to_length(logit: jax.Array, low: float, high: float) -> jax.Array:
   """Returns low + (high - low) * sigmoid(logit), in the units of the bounds."""
   return low + (high - low) * jax.nn.sigmoid(logit)

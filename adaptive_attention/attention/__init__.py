@@ -214,7 +214,16 @@ def _run(implementation, interpret, q, k, v, **options):
   found = choice.chosen(call, implementation, interpret)
   if implementation is None:
     _say_once(found)
-  match found.implementation:
+  return _attended(found.implementation, interpret, call, q, k, v, **options)
+
+
+# The layers of a model are traced and lowered once, as they differ in no shape.
+@functools.partial(
+  jax.jit, static_argnums=(0, 1, 2), static_argnames=("memory", "dropout_rate")
+)
+def _attended(implementation, interpret, call, q, k, v, **options):
+  """Attends by an implementation that serves the call."""
+  match implementation:
     case "reference":
       return reference.attend(q, k, v, **options)
     case "blocked":

@@ -185,11 +185,11 @@ def test_what_is_not_written_is_not_read():
 
 
 @pytest.mark.skipif("pallas_tpu" not in KERNELS, reason="it is of a TPU")
-def test_two_passes_are_one(monkeypatch):
+def test_two_passes_are_one(set_constant):
   """Of a head whose gradients do not fit into VMEM."""
   case = LENGTHS[3]._replace(T=300, S=427, name="integer, two passes")
   case = case._replace(span=(165.0, 295.0, 4000.0))
-  monkeypatch.setattr(pallas_tpu, "_MOST_VMEM_BYTES", 0)
+  set_constant(pallas_tpu, "_MOST_VMEM_BYTES", 0)
   found = jax.jit(run_function("pallas_tpu", case))(*arguments(case))
   check_closely(found, case)
 
