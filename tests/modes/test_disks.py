@@ -3,19 +3,22 @@
 import contextlib
 import hashlib
 import os
+import platform
 import subprocess
+import sys
 
 import pytest
 
 from adaptive_attention.training import logbook
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from data import CorpusError, text_file
+from tests.conftest import ROOT
 from tests.modes.test_ends import before_call
 from tests.modes.test_train import final, metrics, start, wait_for_step
 
 
 def system(*command):
-  return subprocess.run(command, capture_output=True, text=True)
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @contextlib.contextmanager
@@ -147,6 +150,34 @@ def test_a_disk_that_fails_in_a_run(
   run(workdir)
   assert final(workdir) == final(whole)
   assert metrics(workdir) == metrics(whole)
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(
+  (sys.platform, platform.machine()) != ("linux", "x86_64"),
+  reason="system calls have other numbers",
+)
+@pytest.mark.parametrize("before", [IN_SAVE, IN_RECORD])
+def test_a_quota_that_is_used_up(main, tiny_flags, whole, tmp_path, before):
+  owner, *call = before
+  flags = [*tiny_flags, "--config.sample_every_steps=0"]
+  flags.append(f"--workdir={tmp_path / 'w'}")
+  done = system(
+    *(sys.executable, "-m", "tests.over_quota"),
+    *(f"{owner.__module__}.{owner.__name__}", *map(str, call), *flags),
+  )
+  assert done.returncode == 1
+  one_sentence(
+    done.stderr,
+    f"step 9 cannot be written to {tmp_path}/w/checkpoints "
+    "(Disk quota exceeded)",
+    "(3, 6 is kept)",
+    "make room",
+  )
+  code, _, err = main(*flags)
+  assert code == 0, err
+  assert final(tmp_path / "w") == final(whole)
+  assert metrics(tmp_path / "w") == metrics(whole)
 
 
 @pytest.mark.parametrize("before", [IN_RECORD, *also(IN_SAVE)])
