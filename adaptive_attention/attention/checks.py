@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_attention.mask_bounds import MOST_HARMONICS
+
 
 def _require(condition, message):
   if not condition:
@@ -162,8 +164,10 @@ def lengths(mask, H):
     values |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
     harmonics = mask.wave.harmonics
     _require(
-      harmonics is None or (isinstance(harmonics, int) and harmonics >= 1),
-      f"harmonics={harmonics!r} must be None or an integer of at least 1",
+      harmonics is None
+      or (isinstance(harmonics, int) and 1 <= harmonics <= MOST_HARMONICS),
+      f"harmonics={harmonics!r} must be None or an integer from 1 to "
+      f"{MOST_HARMONICS}",
     )
   for name, value in values.items():
     _require(

@@ -742,6 +742,7 @@ NEW = {"k": LONG[:, :5], "v": LONG[:, :5]}
     ({"mask": Mask(THREE, ramp=0.0)}, "0.0"),
     ({"mask": Mask(THREE, ramp=-2.0)}, "-2.0"),
     ({"mask": Mask(THREE, wave=Wave(THREE, THREE, harmonics=0))}, "0"),
+    ({"mask": Mask(THREE, wave=Wave(THREE, THREE, 10**9))}, "1000000000"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",
 )
