@@ -100,10 +100,11 @@ class Spans:
   def _span(self, pairs):
     """Returns (m, whether a pair is open, R + z - d)."""
     x_k = jnp.where(pairs.exists, pairs.x_k.astype(jnp.float32), _NEVER)
-    # The distance is exact, whatever the positions and the span.
-    distance = pairs.x_q.astype(jnp.float32) - x_k
-    left = (self.ramp + self.lengths[self.h, 0]) - distance
-    is_open = (left > masks.HIDDEN * self.ramp) & (distance >= 0)
+    x_q = pairs.x_q.astype(jnp.float32)
+    # The distance is exact, whatever the positions and the span. It is not
+    # compared, for which registers would keep it.
+    left = (self.ramp + self.lengths[self.h, 0]) - (x_q - x_k)
+    is_open = (left > masks.HIDDEN * self.ramp) & (x_q >= x_k)
     share = jnp.minimum(left * (1 / self.ramp), 1.0)
     return share, is_open, left
 
