@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
-_ROOM_BYTES = 7 << 28  # 1.75 GiB above what was left when room was last made
+_ROOM_BYTES = 5 << 28  # 1.25 GiB above what was left when room was last made
 
 
 def _resident_bytes() -> int:
