@@ -257,6 +257,7 @@ def _checked_options(
   if dropout_heads is None:
     dropout_heads = np.arange(q.shape[2], dtype=np.int32)
   dropout_heads = jnp.asarray(dropout_heads)
+  dropout_rate = checks.static_number("dropout_rate", dropout_rate)
   draws = dropout_rate, dropout_seed, dropout_heads
   checks.options(q, first_key, relative, *draws)
   checks.lengths(mask, q.shape[2])

@@ -24,6 +24,17 @@ def _is_integer(x) -> bool:
   return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
 
 
+def static_number(name, value) -> float:
+  """Returns what may be any kind of number, but must be known when traced."""
+  try:
+    return float(value)
+  except (TypeError, ValueError) as error:
+    kind = type(value).__name__
+    raise ValueError(
+      f"{name} is a {kind}; expected one number that is known as it is traced"
+    ) from error
+
+
 def whole_number(name, value) -> int:
   """Returns a static integer."""
   try:
@@ -175,7 +186,8 @@ def lengths(mask, H):
       f"{name} has the shape {value.shape}; expected one number for each of "
       f"the {H} heads of q",
     )
-  _require(mask.ramp > 0, f"ramp={mask.ramp} must be more than 0 tokens")
+  ramp = static_number("ramp", mask.ramp)
+  _require(ramp > 0, f"ramp={ramp} must be more than 0 tokens")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

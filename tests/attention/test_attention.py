@@ -754,6 +754,28 @@ def test_arguments_that_do_not_fit_are_named(changes, named):
   assert "\n" not in message
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.array, jnp.float32])
+def test_a_number_that_is_static_may_be_of_any_kind(kind):
+  ones = np.ones((2, 7, 3, 4), np.float32)
+  given = arguments(v=ones, implementation="reference", dropout_seed=3)
+  plain = call(**given, dropout_rate=0.5)
+  assert np.ptp(plain) > 0.5
+  given["mask"] = Mask(THREE, kind(32.0))
+  found = call(**given, dropout_rate=kind(0.5))
+  np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize("name", ["dropout_rate", "ramp"])
+def test_a_number_that_is_static_is_not_traced(name):
+  def traced(x):
+    if name == "ramp":
+      return call(**arguments(mask=Mask(THREE, x)))
+    return call(**arguments(dropout_rate=x, dropout_seed=3))
+
+  with pytest.raises(ValueError, match=f"{name} is a .*; expected one number"):
+    jax.jit(traced)(0.5)
+
+
 @pytest.mark.parametrize("wave", [False, True])
 def test_blocked_memory_is_linear_in_the_length(wave):
   """Temporary bytes, forward and backward, are compared at T and 4 T."""
