@@ -5,7 +5,6 @@ is log(share / (1 - share)) with share = (x - low) / (high - low).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -28,7 +27,6 @@ class HasMasks(Protocol):
   def mask_bounds(self) -> MaskBounds: ...
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # one program on the host
 def to_length(logit: jax.Array, low: float, high: float) -> jax.Array:
   """Returns low + (high - low) * sigmoid(logit), in the units of the bounds."""
   return low + (high - low) * jax.nn.sigmoid(logit)

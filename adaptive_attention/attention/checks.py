@@ -5,6 +5,8 @@ was expected. Below the dispatch arguments are checked already. What stands at
 the end is about derivatives.
 """
 
+import contextlib
+import dataclasses
 import functools
 import operator
 
@@ -26,13 +28,13 @@ def _is_integer(x) -> bool:
 
 def static_number(name, value) -> float:
   """Returns what may be any kind of number, but must be known when traced."""
-  try:
-    return float(value)
-  except (TypeError, ValueError) as error:
-    kind = type(value).__name__
-    raise ValueError(
-      f"{name} is a {kind}; expected one number that is known as it is traced"
-    ) from error
+  if not isinstance(value, str):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+      return float(value)
+  raise ValueError(
+    f"{name} is a {type(value).__name__}; expected one number that is known as "
+    "it is traced"
+  )
 
 
 def whole_number(name, value) -> int:
@@ -167,9 +169,14 @@ def options(q, first_key, relative, dropout_rate, dropout_seed, dropout_heads):
 
 
 def lengths(mask, H):
-  """Checks a mask of H heads; None is plain causal attention."""
+  """Checks a mask of H heads; None is plain causal attention.
+
+  Returns:
+    The mask, whose static fields are Python's own: an array could change, or
+    not be compared, where these tell a program that was traced from another.
+  """
   if mask is None:
-    return
+    return None
   values = {"span": mask.span}
   if mask.wave is not None:
     values |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
@@ -188,6 +195,10 @@ def lengths(mask, H):
     )
   ramp = static_number("ramp", mask.ramp)
   _require(ramp > 0, f"ramp={ramp} must be more than 0 tokens")
+  wave = mask.wave
+  if wave is not None:
+    wave = dataclasses.replace(wave, integer=bool(wave.integer))
+  return dataclasses.replace(mask, ramp=ramp, wave=wave)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

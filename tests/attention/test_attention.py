@@ -765,6 +765,18 @@ def test_a_number_that_is_static_may_be_of_any_kind(kind):
   np.testing.assert_array_equal(found, plain)
 
 
+def test_a_ramp_that_is_changed_is_not_answered_by_an_earlier_one():
+  keys = np.random.default_rng(0).standard_normal((2, 7, 3, 4))
+  given = arguments(k=keys.astype(np.float32), v=keys.astype(np.float32))
+  ramp = np.array(1.5)
+  first = call(**given | {"mask": Mask(THREE, ramp)})
+  ramp[()] = 32.0
+  second = call(**given | {"mask": Mask(THREE, ramp)})
+  expected = call(**given | {"mask": Mask(THREE, 32.0)})
+  np.testing.assert_array_equal(second, expected)
+  assert np.abs(first - second).max() > 0.01
+
+
 @pytest.mark.parametrize("name", ["dropout_rate", "ramp"])
 def test_a_number_that_is_static_is_not_traced(name):
   def traced(x):
@@ -774,6 +786,9 @@ def test_a_number_that_is_static_is_not_traced(name):
 
   with pytest.raises(ValueError, match=f"{name} is a .*; expected one number"):
     jax.jit(traced)(0.5)
+  for other in ("0.5", 10**400, [0.5]):
+    with pytest.raises(ValueError, match=f"{name} is a .*; expected one"):
+      traced(other)
 
 
 @pytest.mark.parametrize("wave", [False, True])
