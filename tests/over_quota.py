@@ -1,10 +1,10 @@
 """Runs main.py as for a user whose disk quota is used up in a run.
 
 python -m tests.over_quota OWNER NAME NUMBER FLAG...: before the call of that
-number of Checkpoints.save or the like, Linux is asked to answer write and pwrite
-of 64 bytes or more to a file with EDQUOT in all threads, as a filter of system
-calls (seccomp) does. No disk need have quotas. Arrays are written by writev,
-which is let through, so that what fails is written by Python.
+number of Checkpoints.save or the like, Linux is asked to answer write and
+pwrite of 64 bytes or more to a file with EDQUOT in all threads, as a filter of
+system calls (seccomp) does. No disk need have quotas. Arrays are written by
+writev, which is let through, so that what fails is written by Python.
 """
 
 import ctypes

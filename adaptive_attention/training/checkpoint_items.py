@@ -34,13 +34,15 @@ def write(workdir: pathlib.Path, step: int, items: Mapping, meta: Mapping):
     plain(workdir) as path,
     ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer,
   ):
-    checkpointer.save(
-      path / "checkpoints" / str(step),
-      args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta),
-        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-      ),
-    )
+    trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    try:
+      checkpointer.save(
+        path / "checkpoints" / str(step),
+        args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **trees),
+      )
+    except Exception:
+      library_noise.expect_late_failures()
+      raise
 
 
 def read(workdir: pathlib.Path, step: int, name: str, meta: Mapping):
@@ -55,7 +57,7 @@ def read(workdir: pathlib.Path, step: int, name: str, meta: Mapping):
   except jax.errors.JaxRuntimeError:  # of a device: no damage
     raise
   except Exception as error:  # of any of the libraries below orbax
-    library_noise.expect_late_reads()
+    library_noise.expect_late_failures()
     if reason := disks.refusal(error):
       raise UnreadableError(f"{name}: {reason}") from error
     raise DamageError(f"{name}: {first_line(error)}") from error

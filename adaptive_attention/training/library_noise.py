@@ -1,4 +1,4 @@
-"""Silence for what orbax logs and what Python prints of its late reads."""
+"""Silence for what orbax logs, and for what its threads print too late."""
 
 import contextlib
 import logging
@@ -7,47 +7,56 @@ import sys
 
 @contextlib.contextmanager
 def quiet():
-  """Silences what orbax logs and what Python prints of its late reads.
+  """Silences what orbax logs, and what is printed of its late failures.
 
   One save logs some sixty lines. Errors are dropped too: they also arrive as
-  exceptions, which are reported once. Contexts may be nested. The hook outlives
-  its context if a read has failed in it, as late reads may end at any time.
+  exceptions, which are reported once. Contexts may be nested. The silence
+  outlives its context if a read or a write has failed in it, as other threads
+  of it may end at any time.
   """
-  logger, hook = logging.getLogger("absl"), sys.unraisablehook
-  installs = not isinstance(hook, LateReads)
-  if installs:
-    sys.unraisablehook = hook = LateReads(hook)
-  quiet = _WithoutOrbax()
-  logger.addFilter(quiet)
+  before = sys.unraisablehook
+  if isinstance(before, LateFailures):
+    yield
+    return
+  sys.unraisablehook = hook = LateFailures(before)
+  for name in _LOGGERS:
+    logging.getLogger(name).addFilter(_SILENCE)
   try:
     yield
   finally:
-    logger.removeFilter(quiet)
-    if installs and sys.unraisablehook is hook and not hook.expected:
-      sys.unraisablehook = hook.otherwise
+    if not hook.expected:
+      for name in _LOGGERS:
+        logging.getLogger(name).removeFilter(_SILENCE)
+      if sys.unraisablehook is hook:
+        sys.unraisablehook = before
 
 
-def expect_late_reads():
-  """Keeps the hook that is installed, as a read has failed."""
-  if isinstance(sys.unraisablehook, LateReads):
+def expect_late_failures():
+  """Keeps the silence after its context, as a read or a write has failed."""
+  if isinstance(sys.unraisablehook, LateFailures):
     sys.unraisablehook.expected = True
 
 
 class _WithoutOrbax(logging.Filter):
+  """Drops what orbax logs, and asyncio of the tasks that orbax left."""
+
   def filter(self, record):
-    return "orbax" not in record.pathname
+    return record.name != "asyncio" and "orbax" not in record.pathname
 
 
-class LateReads:
-  """A `sys.unraisablehook` that ignores reads of arrays that end too late.
+_LOGGERS = "absl", "asyncio"
+_SILENCE = _WithoutOrbax()
 
-  When the read of one array of a damaged checkpoint fails, orbax closes its
-  event loop. The reads of the other arrays end afterwards, and each of them
-  would print a traceback.
+
+class LateFailures:
+  """A `sys.unraisablehook` that ignores tasks of arrays that end too late.
+
+  When one array of a checkpoint fails, orbax closes its event loop. The tasks
+  of the other arrays end afterwards, and each would print a traceback.
 
   Attributes:
     otherwise: the hook for everything else.
-    expected: whether a read has failed.
+    expected: whether a read or a write has failed.
   """
 
   def __init__(self, otherwise):

@@ -110,6 +110,15 @@ def test_a_disk_that_is_too_small(main, tiny_flags, disk, whole, kilobytes):
   assert not list(disk.rglob("*.part")) + list(disk.rglob("*orbax*tmp*"))
 
 
+def test_a_process_that_ends_prints_a_sentence_alone(tiny_flags, disk):
+  """Threads of a save that failed end as the process does, without a word."""
+  remount(disk, "size=48k")
+  process = start(tiny_flags, disk / "w")
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 1
+  one_sentence(err, f"{disk}/w", "No space left on device", "make room")
+
+
 FULL = fill, empty, "No space left on device"
 READ_ONLY = make_read_only, take_off, "Read-only file system"
 
