@@ -217,7 +217,7 @@ def _run(implementation, interpret, q, k, v, **options):
   return _attended(found.implementation, interpret, call, q, k, v, **options)
 
 
-# The layers of a model are traced and lowered once, as they differ in no shape.
+# The layers of a model have the same shapes: one is traced and lowered for all.
 @functools.partial(
   jax.jit, static_argnums=(0, 1, 2), static_argnames=("memory", "dropout_rate")
 )

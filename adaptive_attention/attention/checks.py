@@ -27,7 +27,7 @@ def _is_integer(x) -> bool:
 
 
 def static_number(name, value) -> float:
-  """Returns what may be any kind of number, but must be known when traced."""
+  """Returns a number of any kind as Python's, for which it is not traced."""
   if not isinstance(value, str):
     with contextlib.suppress(TypeError, ValueError, OverflowError):
       return float(value)
@@ -172,8 +172,8 @@ def lengths(mask, H):
   """Checks a mask of H heads; None is plain causal attention.
 
   Returns:
-    The mask, whose static fields are Python's own: an array could change, or
-    not be compared, where these tell a program that was traced from another.
+    The mask with static fields that are Python's own. They tell one traced
+    program from another, for which an array does not serve, as it may change.
   """
   if mask is None:
     return None

@@ -108,8 +108,12 @@ def plain_log(axis):
   """Writes the numbers of a logarithmic axis as they are: 64, not 6.4e1."""
   from matplotlib.ticker import LogFormatter
 
-  axis.set_major_formatter(LogFormatter())
-  axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+  class Plain(LogFormatter):
+    def __call__(self, x, pos=None):
+      return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+  axis.set_major_formatter(Plain())
+  axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
 
 
 def of_run(i: int) -> dict:

@@ -38,10 +38,11 @@ def expect_late_failures():
 
 
 class _WithoutOrbax(logging.Filter):
-  """Drops what orbax logs, and asyncio of the tasks that orbax left."""
+  """Drops what orbax logs, and what asyncio logs of the tasks that it left."""
 
   def filter(self, record):
-    return record.name != "asyncio" and "orbax" not in record.pathname
+    of = record.getMessage() if record.name == "asyncio" else record.pathname
+    return "orbax" not in of
 
 
 _LOGGERS = "absl", "asyncio"

@@ -758,9 +758,11 @@ def test_arguments_that_do_not_fit_are_named(changes, named):
 def test_a_number_that_is_static_may_be_of_any_kind(kind):
   ones = np.ones((2, 7, 3, 4), np.float32)
   given = arguments(v=ones, implementation="reference", dropout_seed=3)
-  plain = call(**given, dropout_rate=0.5)
+  wave = Wave(2 * THREE, -0.25 * THREE, integer=True)
+  plain = call(**given | {"mask": Mask(THREE, 3.0, wave)}, dropout_rate=0.5)
   assert np.ptp(plain) > 0.5
-  given["mask"] = Mask(THREE, kind(32.0))
+  wave = Wave(2 * THREE, -0.25 * THREE, integer=np.array(True))
+  given["mask"] = Mask(THREE, kind(3.0), wave)
   found = call(**given, dropout_rate=kind(0.5))
   np.testing.assert_array_equal(found, plain)
 

@@ -190,8 +190,9 @@ def test_two_passes_are_one(set_constant):
   case = LENGTHS[3]._replace(T=300, S=427, name="integer, two passes")
   case = case._replace(span=(165.0, 295.0, 4000.0))
   set_constant(pallas_tpu, "_MOST_VMEM_BYTES", 0)
-  found = jax.jit(run_function("pallas_tpu", case))(*arguments(case))
-  check_closely(found, case)
+  traced = jax.jit(run_function("pallas_tpu", case)).trace(*arguments(case))
+  assert str(traced.jaxpr).count("pallas_call[") == 3  # forward, dq, dk and dv
+  check_closely(traced.lower().compile()(*arguments(case)), case)
 
 
 @everywhere

@@ -23,10 +23,16 @@ def seen(monkeypatch):
   return exceptions
 
 
-def logged(path) -> bool:
-  logger = logging.getLogger("absl")
-  record = logger.makeRecord("absl", logging.ERROR, path, 1, "text", (), None)
+def logged(path, name="absl", text="text") -> bool:
+  logger = logging.getLogger(name)
+  record = logger.makeRecord(name, logging.ERROR, path, 1, text, (), None)
   return bool(logger.filter(record))
+
+
+def left_by(path) -> bool:
+  """Returns whether asyncio tells of a task whose code is at the path."""
+  text = f"Task exception was never retrieved: a task, defined at {path}:1"
+  return logged("/lib/asyncio/tasks.py", "asyncio", text)
 
 
 def raise_late(error=LATE):
@@ -36,8 +42,8 @@ def raise_late(error=LATE):
 def test_orbax_alone_is_silent_and_only_in_the_context(seen, tmp_path):
   before = sys.unraisablehook
   with Checkpoints(tmp_path):
-    assert not logged(ORBAX)
-    assert logged(OTHER)
+    assert not logged(ORBAX) and not left_by(ORBAX)
+    assert logged(OTHER) and left_by(OTHER)
     raise_late()
     raise_late(other := ValueError("of something else"))
     assert seen == [other]
@@ -69,8 +75,8 @@ def test_late_failures_are_silent_after_the_context_too(seen, inner):
   raise_late()
   raise_late(other := ValueError("of something else"))
   assert seen == [other]
-  assert not logged(ORBAX)
-  assert logged(OTHER)
+  assert not logged(ORBAX) and not left_by(ORBAX)
+  assert logged(OTHER) and left_by(OTHER)
   hook = sys.unraisablehook
   with library_noise.quiet():
     assert sys.unraisablehook is hook, "one is enough"
