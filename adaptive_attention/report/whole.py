@@ -181,7 +181,7 @@ def _draw(folder, all_runs, split, measured):
       files.write_bytes(into / name, data)
   files.write_text(folder / "report.html", content)
   for sentence in missing:
-    console.say(f"missing    {sentence}")
+    _say_in_columns(f"missing    {sentence}")
   console.say(
     f"written to {folder / 'report.html'} and {into}, {len(figures)} figures"
   )

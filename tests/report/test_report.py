@@ -63,7 +63,10 @@ def reported(main, tmp_path_factory, text):
     *(f"--config.{name}={value}" for name, value in TINY.items()),
   ]
   one, other = folder / "one", folder / "a <b> & b"
-  assert main(*flags, f"--workdir={one}", "--config.report=True")[0] == 0
+  code, told, err = main(*flags, f"--workdir={one}", "--config.report=True")
+  assert code == 0, err
+  missing = [line for line in told.splitlines() if line.startswith("missing")]
+  assert missing and max(map(len, missing)) <= 80
   at_the_end = (one / "report.html").read_text()
   assert len((one / "heads.csv").read_text().splitlines()) == 1 + 2
   assert main("--mode=eval", f"--workdir={one}")[0] == 0
