@@ -13,13 +13,27 @@ tokens. All arithmetic is float32. `distance` may have any shape (...); the
 results have the shape (H, ...).
 """
 
+import contextlib
 import dataclasses
+from operator import index
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
+
+
+def _static(x, kind):
+  """Returns an array of one number as Python's own.
+
+  What is static tells one traced program from another, for which an array does
+  not serve, as it may change. What is no such array is for others to refuse.
+  """
+  if hasattr(x, "dtype"):
+    with contextlib.suppress(TypeError, ValueError):
+      return kind(x)
+  return x
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +59,10 @@ class Wave:
   )
   integer: bool = dataclasses.field(default=False, metadata={"static": True})
 
+  def __post_init__(self):
+    object.__setattr__(self, "harmonics", _static(self.harmonics, index))
+    object.__setattr__(self, "integer", _static(self.integer, bool))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,9 @@ class Mask:
   span: jax.Array
   ramp: float = dataclasses.field(default=32.0, metadata={"static": True})
   wave: Wave | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "ramp", _static(self.ramp, float))
 
 
 def _aligned(distance, *values_H):

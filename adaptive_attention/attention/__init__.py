@@ -260,7 +260,7 @@ def _checked_options(
   dropout_rate = checks.static_number("dropout_rate", dropout_rate)
   draws = dropout_rate, dropout_seed, dropout_heads
   checks.options(q, first_key, relative, *draws)
-  mask = checks.lengths(mask, q.shape[2])
+  checks.lengths(mask, q.shape[2])
   return {
     "mask": mask,
     "first_key": first_key,

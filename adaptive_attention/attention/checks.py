@@ -6,7 +6,6 @@ the end is about derivatives.
 """
 
 import contextlib
-import dataclasses
 import functools
 import operator
 
@@ -169,14 +168,9 @@ def options(q, first_key, relative, dropout_rate, dropout_seed, dropout_heads):
 
 
 def lengths(mask, H):
-  """Checks a mask of H heads; None is plain causal attention.
-
-  Returns:
-    The mask with static fields that are Python's own. They tell one traced
-    program from another, for which an array does not serve, as it may change.
-  """
+  """Checks a mask of H heads; None is plain causal attention."""
   if mask is None:
-    return None
+    return
   values = {"span": mask.span}
   if mask.wave is not None:
     values |= {"period": mask.wave.period, "ratio": mask.wave.ratio}
@@ -195,10 +189,6 @@ def lengths(mask, H):
     )
   ramp = static_number("ramp", mask.ramp)
   _require(ramp > 0, f"ramp={ramp} must be more than 0 tokens")
-  wave = mask.wave
-  if wave is not None:
-    wave = dataclasses.replace(wave, integer=bool(wave.integer))
-  return dataclasses.replace(mask, ramp=ramp, wave=wave)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

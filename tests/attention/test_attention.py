@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adaptive_attention import masks
 from adaptive_attention.attention import (
   attend,
   attend_ring,
@@ -767,16 +768,20 @@ def test_a_number_that_is_static_may_be_of_any_kind(kind):
   np.testing.assert_array_equal(found, plain)
 
 
-def test_a_ramp_that_is_changed_is_not_answered_by_an_earlier_one():
+def test_a_mask_keeps_the_numbers_that_it_was_made_of():
+  """An array that changes is not what tells traced programs apart."""
   keys = np.random.default_rng(0).standard_normal((2, 7, 3, 4))
   given = arguments(k=keys.astype(np.float32), v=keys.astype(np.float32))
   ramp = np.array(1.5)
-  first = call(**given | {"mask": Mask(THREE, ramp)})
+  mask = Mask(THREE, ramp)
+  first = call(**given | {"mask": mask})
+  is_open = masks.is_open(mask, np.arange(60))
   ramp[()] = 32.0
-  second = call(**given | {"mask": Mask(THREE, ramp)})
-  expected = call(**given | {"mask": Mask(THREE, 32.0)})
-  np.testing.assert_array_equal(second, expected)
-  assert np.abs(first - second).max() > 0.01
+  np.testing.assert_array_equal(call(**given | {"mask": mask}), first)
+  np.testing.assert_array_equal(masks.is_open(mask, np.arange(60)), is_open)
+  wide = Mask(THREE, 32.0)
+  assert np.abs(first - call(**given | {"mask": wide})).max() > 0.01
+  assert not np.array_equal(masks.is_open(wide, np.arange(60)), is_open)
 
 
 @pytest.mark.parametrize("name", ["dropout_rate", "ramp"])
