@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -15,6 +17,8 @@ from adaptive_attention.training.checkpoint_meta import (
   UnreadableError,
 )
 from adaptive_attention.training.plain_path import plain_path
+
+_PATIENCE_SECONDS = 2  # for the other threads of what has failed
 
 
 class PathError(Exception):
@@ -31,18 +35,35 @@ def write(workdir: pathlib.Path, step: int, items: Mapping, meta: Mapping):
   options = ocp.CompositeOptions(multiprocessing_options=_alone())
   handler = ocp.CompositeCheckpointHandler(composite_options=options)
   with (
+    _ending_as_a_whole(),
     plain(workdir) as path,
     ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer,
   ):
     trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    try:
-      checkpointer.save(
-        path / "checkpoints" / str(step),
-        args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **trees),
-      )
-    except Exception:
-      library_noise.expect_late_failures()
-      raise
+    checkpointer.save(
+      path / "checkpoints" / str(step),
+      args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **trees),
+    )
+
+
+@contextlib.contextmanager
+def _ending_as_a_whole():
+  """Waits for the other threads of a read or a write in which one has failed.
+
+  They would make folders anew that the next write of this step has removed.
+  """
+  before = set(threading.enumerate())
+  try:
+    yield
+  except Exception:
+    library_noise.expect_late_failures()
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while late := set(threading.enumerate()) - before:  # each may start others
+      left = end - time.monotonic()
+      if left <= 0:
+        break
+      threading.Thread.join(late.pop(), left)  # orbax's own raises its error
+    raise
 
 
 def read(workdir: pathlib.Path, step: int, name: str, meta: Mapping):
@@ -53,11 +74,11 @@ def read(workdir: pathlib.Path, step: int, name: str, meta: Mapping):
     UnreadableError: the disk does not give its bytes.
   """
   try:
-    tree = _restored(workdir, step, name)
+    with _ending_as_a_whole():
+      tree = _restored(workdir, step, name)
   except jax.errors.JaxRuntimeError:  # of a device: no damage
     raise
   except Exception as error:  # of any of the libraries below orbax
-    library_noise.expect_late_failures()
     if reason := disks.refusal(error):
       raise UnreadableError(f"{name}: {reason}") from error
     raise DamageError(f"{name}: {first_line(error)}") from error

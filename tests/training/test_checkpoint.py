@@ -17,7 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-from adaptive_attention.training import checkpoint, checkpoint_items
+from adaptive_attention.training import (
+  checkpoint,
+  checkpoint_items,
+  library_noise,
+)
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import files_of_at_most
 
@@ -349,6 +353,26 @@ def test_a_disk_that_is_full_costs_no_older_one(tmp_path):
   assert read(tmp_path, 2)[2]["step"] == 2
   names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
   assert names == ["1", "2"]
+
+
+def test_no_thread_of_a_failed_save_goes_on(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint_items, "_PATIENCE_SECONDS", 60)
+  trees = {
+    name: {f"{name}{i}": np.random.rand(1000) for i in range(8)}
+    for name in ("params", "opt_state")
+  }
+  (tmp_path / "checkpoints").mkdir()
+  before = set(threading.enumerate())
+  for _ in range(5):
+    with (
+      library_noise.quiet(),
+      files_of_at_most(400),
+      pytest.raises((OSError, ValueError)),
+    ):
+      checkpoint_items.write(tmp_path, 1, trees, {})
+    assert not set(threading.enumerate()) - before
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
 
 
 @pytest.mark.parametrize(
