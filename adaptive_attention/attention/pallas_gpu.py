@@ -76,15 +76,15 @@ _LAUNCHES = {
 
 
 def launch(call) -> Launch:
-  """Returns the blocks of a `choice.Call`; a short text has shorter ones."""
+  """Returns the blocks of a `choice.Call`, shorter ones where rows are few."""
   widths = [K for itemsize, K in _LAUNCHES if itemsize == call.itemsize]
   width = min(K for K in widths if call.K <= K)
   chosen = _LAUNCHES[call.itemsize, width][call.strided]
-  most = max(16, pl.next_power_of_2(call.T))
+  most_q, most_k = (max(16, pl.next_power_of_2(n)) for n in (call.T, call.S))
   return Launch(
     *(
       blocks._replace(
-        block_q=min(blocks.block_q, most), block_k=min(blocks.block_k, most)
+        block_q=min(blocks.block_q, most_q), block_k=min(blocks.block_k, most_k)
       )
       for blocks in chosen
     )

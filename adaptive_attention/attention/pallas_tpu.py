@@ -6,6 +6,7 @@ around both.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ from adaptive_attention.attention.pallas_tpu_layout import (
   Geometry,
   Layout,
   distances,
+  table_shape,
 )
 
 _MIB = 1 << 20
@@ -72,23 +74,53 @@ def refusal(call) -> str:
   reason = refusal_of_rows(call)
   if reason:
     return reason
-  taken = _list_bytes(call)
-  if taken <= _SMEM_BYTES:
-    return ""
-  T = call.T
-  while _list_bytes(call._replace(T=T, S=T + call.S - call.T)) > _SMEM_BYTES:
-    T //= 2
-  return (
-    f"its list of blocks for T={call.T}, S={call.S} and {call.H} heads takes "
-    f"{taken} bytes of {_SMEM_BYTES}; T={T} would fit"
-  )
+  reason = _excess(call)
+  return f"{reason}; {_what_fits(call)}" if reason else ""
 
 
-def _list_bytes(call):
-  """Returns what the longest list of items takes in SMEM."""
+def _excess(call) -> str:
+  """Returns what of a call is more than a TPU holds; "" if nothing is."""
   sizes = walk.Sizes(call.T, call.S, *launch(call)[:2], call.strided)
+  of_call = f"for T={call.T}, S={call.S} and {call.H} heads"
+  reason = walk_items.refusal(call.H, sizes)
+  if reason:
+    return f"its list of blocks {of_call} cannot be written, as {reason}"
   most = max(walk_items.most_items(call.H, sizes, rows) for rows in "qk")
-  return 8 * most
+  taken = walk_items.ITEM_BYTES * most
+  if taken > _SMEM_BYTES:
+    return f"its list of blocks {of_call} takes {taken} bytes of {_SMEM_BYTES}"
+  taken = _table_bytes(sizes)
+  if taken > _MOST_VMEM_BYTES:
+    return (
+      f"its log weights by distance {of_call} take {taken} bytes of "
+      f"{_MOST_VMEM_BYTES}"
+    )
+  return ""
+
+
+def _what_fits(call) -> str:
+  """Returns what to change of a call that exceeds something."""
+  older = _largest(call, lambda n: {"S": call.T + n}, 0, call.S - call.T)
+  if older is not None:
+    return f"S={call.T + older} would fit"
+  T = _largest(call, lambda n: {"T": n, "S": n}, 1, call.T)
+  if T is not None:
+    return f"T={T} would fit"
+  H = _largest(call, lambda n: {"H": n}, 1, call.H)
+  return "fewer of each would fit" if H is None else f"H={H} would fit"
+
+
+def _largest(call, changes, fits, exceeds):
+  """Returns an n that fits while n + 1 does not; None if `fits` does not."""
+  if _excess(call._replace(**changes(fits))):
+    return None
+  while exceeds - fits > 1:
+    middle = (fits + exceeds) // 2
+    if _excess(call._replace(**changes(middle))):
+      exceeds = middle
+    else:
+      fits = middle
+  return fits
 
 
 def launch(call) -> Launch:
@@ -96,15 +128,19 @@ def launch(call) -> Launch:
 
   512 x 512 takes the fewest bundles in each case that was counted (items times
   bundles of an item), as a step of the grid costs 300 bundles beside its
-  products. A shorter text or residue class would fill only a part of it, and
-  the products of float32 and of wide heads spill at 512.
+  products. Fewer queries or keys, or those of a residue class, would fill only
+  a part of it, and the products of float32 and of wide heads spill at 512.
   """
   most = 512 if call.itemsize == 2 and call.K <= 128 else 256
   of_class = 8 if call.strided else 1  # the longest usual period
-  block = LANES
-  while block < most and 2 * block * of_class <= call.T:
-    block *= 2
-  return Launch(block, block)
+
+  def block_of(rows):
+    block = LANES
+    while block < most and 2 * block * of_class <= rows:
+      block *= 2
+    return block
+
+  return Launch(block_of(call.T), block_of(call.S))
 
 
 def _geometry(static: Static) -> Geometry:
@@ -250,12 +286,11 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
     (layout.numbers(outputs.mean_BHT), "number"),
     (plan.table(), "table"),
   ]
-  needed = _one_pass_bytes(plan)
   one_pass = static.launch.one_pass
   if one_pass is None:
-    one_pass = needed <= _MOST_VMEM_BYTES
+    one_pass = _vmem_bytes(plan, plan.struct("qT")) <= _MOST_VMEM_BYTES
   make = _in_one_pass if one_pass else _in_two_passes
-  dqT, dk, dv, *d_table = make(plan, given, needed)
+  dqT, dk, dv, *d_table = make(plan, given)
   return Gradients(
     layout.from_queries(dqT, K),
     layout.from_keys(dk, K),
@@ -264,14 +299,25 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
   )
 
 
-def _one_pass_bytes(plan):
-  """Estimates the VMEM of `backward`: a head's dqT and table, twice, and more.
+def _table_bytes(sizes):
+  """Returns the VMEM that a head's gradient by distance takes, twice."""
+  return 2 * 4 * math.prod(table_shape(sizes))
 
-  The rest is blocks and what the compiler spills, as its reports say.
+
+def _vmem_bytes(plan, *of_head):
+  """Estimates the VMEM of a kernel that writes a head's arrays as a whole.
+
+  These stand there twice. The rest is blocks and what the compiler spills, as
+  its reports say.
   """
-  arrays = [plan.struct("qT"), *(x for x, _ in _table_struct(plan))]
-  of_head = sum(4 * x.size for x in arrays) // (plan.B * plan.H)
-  return 2 * of_head + 3 * _MIB
+  written = sum(2 * 4 * x.size // (plan.B * plan.H) for x in of_head)
+  table = _table_bytes(plan.geometry.sizes) if plan.static.masked else 0
+  return written + table + 3 * _MIB
+
+
+def _asked(needed):
+  """Returns the VMEM to ask for; None for what a kernel has unasked."""
+  return None if needed <= _SCOPED_BYTES else needed + _SCOPED_BYTES
 
 
 def _table_struct(plan):
@@ -281,7 +327,7 @@ def _table_struct(plan):
   return [(plan.struct("table", jnp.float32), "head")]
 
 
-def _in_one_pass(plan, given, needed):
+def _in_one_pass(plan, given):
   """Returns (dqT, dk, dv, and the gradient of the table if it is wanted)."""
   static, k = plan.static, given[1][0]
   dtype = gradient_dtype(plan.inputs, static)
@@ -296,15 +342,14 @@ def _in_one_pass(plan, given, needed):
       *_table_struct(plan),
     ],
     [sums, sums],
-    None if needed <= _SCOPED_BYTES else needed + _SCOPED_BYTES,
+    _asked(_vmem_bytes(plan, plan.struct("qT"))),
   )
   dqT = (dqT / plan.K**0.5).astype(plan.inputs.q_BTHK.dtype)
   return dqT, dk, dv, *d_table
 
 
-def _in_two_passes(plan, given, needed):
+def _in_two_passes(plan, given):
   """Returns the same from a pass by queries and one by keys."""
-  del needed
   static, k = plan.static, given[1][0]
   dqT, *d_table = plan.call(
     pallas_tpu_kernels.dq,
@@ -312,6 +357,7 @@ def _in_two_passes(plan, given, needed):
     given,
     [(plan.struct("qT"), "qT"), *_table_struct(plan)],
     [(k.shape[3], static.launch.block_q)],
+    _asked(_vmem_bytes(plan)),
   )
   # To this pass memory does not exist.
   dtype = gradient_dtype(plan.inputs, static)

@@ -40,8 +40,7 @@ class Geometry(NamedTuple):
 
   @property
   def lines(self) -> int:
-    """Lines of a head's table: one for each (rho, b)."""
-    return 2 * walk.MAX_STRIDE if self.static.strided else 1
+    return table_shape(self.sizes)[0]
 
   @property
   def lead(self) -> int:
@@ -50,10 +49,15 @@ class Geometry(NamedTuple):
 
   @property
   def length(self) -> int:
-    """Entries of a line."""
-    queries = walk.ceil_div(self.static.T, self.block_q) * self.block_q
-    older = walk.ceil_div(self.static.older, self.block_k) * self.block_k
-    return self.lead + queries + older + self.block_k
+    return table_shape(self.sizes)[1]
+
+
+def table_shape(sizes: walk.Sizes) -> tuple[int, int]:
+  """Returns the lines of a head's table, one for each (rho, b), and entries."""
+  lines = 2 * walk.MAX_STRIDE if sizes.strided else 1
+  queries = walk.ceil_div(sizes.T, sizes.block_q) * sizes.block_q
+  older = walk.ceil_div(sizes.older, sizes.block_k) * sizes.block_k
+  return lines, sizes.block_q + queries + older + 2 * sizes.block_k
 
 
 def distances(stride_H, geometry: Geometry):

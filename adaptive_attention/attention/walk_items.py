@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive_attention.attention.walk import (
   Heads,
   Sizes,
   ends_of,
-  floor_div,
   row_count,
   to_int,
 )
 
 FIRST, LAST, FULL, EMPTY = 1, 2, 4, 8  # flags of an `Item`
+ITEM_BYTES = 8  # two words
+_MOST_NAMED = 2**15 - 1  # the largest number that half a word holds
 
 
 class Items(NamedTuple):
@@ -74,13 +76,21 @@ def most_items(H, sizes: Sizes, rows) -> int:
   block of rows. A stride needs no more: it is taken only where it has fewer
   blocks than the band.
   """
-  causal = sum(
-    floor_div(min(y + sizes.block_q, sizes.T) - 1, sizes.block_k)
-    - floor_div(-sizes.older, sizes.block_k)
-    + 1
-    for y in range(0, sizes.T, sizes.block_q)
+  y = np.arange(0, sizes.T, sizes.block_q)
+  last = (np.minimum(y + sizes.block_q, sizes.T) - 1) // sizes.block_k
+  first = -sizes.older // sizes.block_k
+  return H * (int(np.sum(last - first + 1)) + row_count(sizes, rows))
+
+
+def refusal(H, sizes: Sizes) -> str:
+  """Returns why two words cannot name each item; "" if they can."""
+  blocks = max(row_count(sizes, rows) for rows in "qk")
+  if max(H, blocks) <= _MOST_NAMED:
+    return ""
+  return (
+    f"{H} heads or {blocks} blocks are more than the {_MOST_NAMED} that an "
+    "item can name"
   )
-  return H * (causal + row_count(sizes, rows))
 
 
 def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
@@ -96,12 +106,9 @@ def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
   """
   (start, full_start, full_stop, stop), blocks = ends_of(heads, sizes, rows)
   H, N, R = start.shape
-  most = max(H, *(row_count(sizes, side) for side in "qk"))
-  if most >= 2**15:
-    raise ValueError(
-      f"{H} heads or {most} blocks are more than the {2**15 - 1} that an item "
-      "can name; take larger blocks"
-    )
+  reason = refusal(H, sizes)
+  if reason:
+    raise ValueError(f"{reason}; take larger blocks")
   exists_HN = blocks.group < heads.stride[:, None]
   empty_HN = exists_HN & (jnp.sum(stop - start, axis=-1) == 0)
   count_HNR = stop - start

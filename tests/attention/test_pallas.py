@@ -5,6 +5,7 @@ closely on cases of several blocks. What compilers say is in `test_compiled`.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from adaptive_attention.attention import (
   attend,
   attend_ring,
   choice,
+  pallas_gpu,
   pallas_tpu,
 )
 from adaptive_attention.attention.ring import Ring
@@ -189,7 +191,7 @@ def test_two_passes_are_one(set_constant):
   """Of a head whose gradients do not fit into VMEM."""
   case = LENGTHS[3]._replace(T=300, S=427, name="integer, two passes")
   case = case._replace(span=(165.0, 295.0, 4000.0))
-  set_constant(pallas_tpu, "_MOST_VMEM_BYTES", 0)
+  set_constant(pallas_tpu, "_MOST_VMEM_BYTES", 1 << 20)
   traced = jax.jit(run_function("pallas_tpu", case)).trace(*arguments(case))
   assert str(traced.jaxpr).count("pallas_call[") == 3  # forward, dq, dk and dv
   check_closely(traced.lower().compile()(*arguments(case)), case)
@@ -477,7 +479,7 @@ def call_with(**changes):
     ({"relative_RK": np.zeros((3, 16), np.float32)}, "relative_RK"),
     ({"K": 257}, "width of 256, not 257"),
     ({"K": 257, "implementation": "pallas_tpu"}, "width of 256, not 257"),
-    ({"T": 1 << 17, "implementation": "pallas_tpu"}, "T=65536 would fit"),
+    ({"T": 1 << 17, "implementation": "pallas_tpu"}, "; T="),
   ],
 )
 def test_what_a_kernel_cannot_is_refused_by_name(changes, named):
@@ -485,6 +487,48 @@ def test_what_a_kernel_cannot_is_refused_by_name(changes, named):
     call_with(**changes)
   assert named in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def call_of(T, S, H, strided=False):
+  return choice.Call(1, T, S, H, K=64, itemsize=2, strided=strided)
+
+
+@pytest.mark.parametrize(
+  ("call", "reason", "changed"),
+  [
+    (call_of(100_000, 100_000, 8), "list of blocks", "T"),
+    (call_of(2**17, 2**17, 8, strided=True), "list of blocks", "T"),
+    (call_of(2**30, 2**31 - 1, 8), "can name", "T"),
+    (call_of(512, 512 + 2**23, 8), "list of blocks", "S"),
+    (call_of(1, 2**25, 1), "can name", "S"),
+    (call_of(512, 512 + 2**18, 1, strided=True), "log weights", "S"),
+    (call_of(1, 1, 70_000), "can name", "H"),
+    (call_of(100_000, 100_000, 100_000), "can name", "H"),
+  ],
+)
+def test_what_exceeds_a_tpu_is_told_with_what_would_fit(call, reason, changed):
+  told = pallas_tpu.refusal(call)
+  most = int(re.fullmatch(rf".*{reason}.*; {changed}=(\d+) would fit", told)[1])
+
+  def refusal(n):
+    changes = {changed: n} | ({"S": n} if changed == "T" else {})
+    return pallas_tpu.refusal(call._replace(**changes))
+
+  assert 1 <= most < getattr(call, changed)
+  assert not refusal(most)
+  assert refusal(most + 1)
+
+
+@pytest.mark.parametrize("module", [pallas_gpu, pallas_tpu])
+def test_blocks_are_as_long_as_their_rows_allow(module):
+  def blocks(T, S):
+    return module.launch(call_of(T, S, 8)).forward_blocks
+
+  long_q, long_k = blocks(8192, 8192)
+  short_q, short_k = blocks(1, 1)
+  assert short_q < long_q
+  assert short_k < long_k
+  assert blocks(1, 8192) == (short_q, long_k)
 
 
 @everywhere
