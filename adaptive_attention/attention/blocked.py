@@ -54,6 +54,7 @@ def attend(
   dropout_heads,
 ):
   """The same as `reference.attend`, in time that the masks leave."""
+  _check_axes(q_BTHK)
   B, T, H, _ = q_BTHK.shape
   S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   if mask is None:
@@ -80,6 +81,16 @@ def attend(
     return _attend(static, *walked, *jax.tree.map(lambda x: x[None], arrays))[0]
 
   return lax.map(one_sequence, arrays)
+
+
+def _check_axes(q):
+  explicit = jax.typeof(q).sharding.mesh.explicit_axes
+  if explicit:
+    raise NotImplementedError(
+      f"implementation='blocked' does not compute over the explicit mesh axes "
+      f"{', '.join(explicit)}; call it inside jax.shard_map, or choose "
+      "implementation='reference'"
+    )
 
 
 def sizes_of(mask, T, S) -> walk.Sizes:

@@ -1,4 +1,4 @@
-"""Arrays on several devices: under `jit`, and under `jax.shard_map`."""
+"""Arrays on several devices: who computes which part of a Pallas call."""
 
 import functools
 import math
@@ -10,17 +10,20 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def on_devices(function, args, axes, results, group=1):
+def on_devices(function, args, axes, results, group=1, opaque=False):
   """Returns function(*args), computed by each device for its own part.
 
   A Pallas call is opaque to XLA, which would bring all arrays to each device.
-  Where arrays are dealt to devices by streams ("b") or heads ("h"), as by a
-  NamedSharding under `jit`, nothing is moved. Heads of keys that serve a group
-  of heads each ("j") are dealt as these are, if all devices get as many; or
-  else each device computes all heads. One head of keys for all heads ("o")
-  stands on each device. Along other axes arrays are put together first. Under
-  `vmap` Pallas has its own rule, by one more axis of the grid or in turn, on
-  one device.
+  Where arrays are dealt to devices by streams ("b") or heads ("h"), nothing is
+  moved. Heads of keys that serve a group of heads each ("j") are dealt as these
+  are, if all devices get as many; or else each device computes all heads. One
+  head of keys for all heads ("o") stands on each device. Along other axes
+  arrays are put together first.
+
+  What is known of how arrays are dealt depends on their mesh. Its explicit axes
+  stand in their types. How XLA deals arrays along other axes it knows alone, when
+  it compiles; it does not ask for a TPU, where Pallas then refuses to compile.
+  Inside `jax.shard_map` each device has its part already.
 
   Args:
     function: returns a tuple of arrays.
@@ -29,6 +32,7 @@ def on_devices(function, args, axes, results, group=1):
       being the first that decides how all are dealt.
     results: the letters of each array that is returned.
     group: how many heads there are for each head of keys.
+    opaque: whether XLA cannot ask while it compiles.
   """
   arrays, tree = jax.tree.flatten(args)
   letters = jax.tree.leaves(axes)
@@ -36,6 +40,34 @@ def on_devices(function, args, axes, results, group=1):
   def whole(*arrays):
     return tuple(function(*tree.unflatten(arrays)))
 
+  of_queries = jax.typeof(arrays[letters.index("bthk")]).sharding
+  if of_queries.mesh.explicit_axes:
+    return _on_explicit_axes(whole, arrays, letters, results, of_queries)
+  if opaque or of_queries.mesh.manual_axes:
+    return whole(*arrays)
+  return _where_xla_deals(whole, arrays, letters, results, group)
+
+
+def _on_explicit_axes(whole, arrays, letters, results, of_queries):
+  """Deals arrays as the types of the queries and of the keys say."""
+  given, found = _specs(
+    letters, results, of_queries.mesh, of_queries.spec, arrays
+  )
+  run = jax.shard_map(
+    whole,
+    in_specs=given,
+    out_specs=found,
+    check_vma=False,  # nothing is differentiated here
+  )
+  return run(*map(jax.sharding.reshard, arrays, given))
+
+
+def _where_xla_deals(whole, arrays, letters, results, group):
+  """Lets XLA ask how to deal arrays, once it knows how they come.
+
+  Under `vmap` Pallas has its own rule, by one more axis of the grid or in turn,
+  on one device.
+  """
   split = custom_partitioning(whole)
   every = dict.fromkeys("".join((*letters, *results)))  # in order
   grouped = "j" in every
@@ -65,21 +97,30 @@ def _rule(letters, grouped) -> str:
 
 def _partition(whole, letters, results, mesh, args, _):
   """Tells that a device's part of the results follows from its own parts."""
-  q = args[letters.index("bthk")].sharding.spec
-  q = (*q, *(None,) * (4 - len(q)))
-  of_heads = q[2]
+  of_queries = args[letters.index("bthk")].sharding.spec
+  specs = _specs(letters, results, mesh, of_queries, args)
+  given, found = (
+    tuple(NamedSharding(mesh, spec) for spec in some) for some in specs
+  )
+  return mesh, whole, found, given
+
+
+def _specs(letters, results, mesh, of_queries, arrays):
+  """Returns the specs of what is given and found where queries have theirs.
+
+  Args:
+    arrays: or what tells their shapes.
+  """
+  of_streams, _, of_heads, _ = (*of_queries, *(None,) * (4 - len(of_queries)))
   if "bsjk" in letters:
-    keys = args[letters.index("bsjk")].shape[2]
+    keys = arrays[letters.index("bsjk")].shape[2]
     if keys % _devices(mesh, of_heads):
       of_heads = None
-  axes = {"b": q[0], "h": of_heads, "j": of_heads}
-
-  def sharding(letters):
-    spec = PartitionSpec(*(axes.get(letter) for letter in letters))
-    return NamedSharding(mesh, spec)
-
-  given = tuple(sharding(x) for x in letters)
-  return mesh, whole, tuple(sharding(x) for x in results), given
+  axes = {"b": of_streams, "h": of_heads, "j": of_heads}
+  return tuple(
+    tuple(PartitionSpec(*(axes.get(x) for x in word)) for word in words)
+    for words in (letters, results)
+  )
 
 
 def _devices(mesh, axis) -> int:

@@ -264,7 +264,7 @@ def _attend_forward(kernels, static, mask, q, k, v, ring, first_key, draws):
   q = _differentiated_once(kernels, q)
   inputs = _inputs(mask, q, k, v, ring, first_key, draws)
   axes = (_axes_of(inputs, static),), ("bthk", "bht")
-  out, lse = _on_devices(kernels.forward, static, (inputs,), *axes)
+  out, lse = _on_devices(kernels, kernels.forward, static, (inputs,), *axes)
   return out, (residuals, out, lse)
 
 
@@ -281,7 +281,7 @@ def _attend_backward(kernels, static, residuals, d_out):
   )
   outputs = Outputs(lse, jnp.swapaxes(mean_BTH, 1, 2), d_out)
   gradients = _on_devices(
-    *(kernels.backward, static, (inputs, outputs)),
+    *(kernels, kernels.backward, static, (inputs, outputs)),
     (_axes_of(inputs, static), Outputs("bht", "bht", "bthk")),
     ("bthk", "bnhk", "bnhk", "bhg"),
   )
@@ -318,14 +318,15 @@ def _differentiated_once(kernels, x):
   )
 
 
-def _on_devices(function, static, args, axes, results):
+def _on_devices(kernels, function, static, args, axes, results):
   """Returns function(static, *args); see `on_devices`."""
   function = functools.partial(function, static)
   if not isinstance(static.interpret, bool):
     # InterpretParams keeps the order of its steps by effects, which no custom
     # partitioning carries.
     return function(*args)
-  return on_devices(function, args, axes, results, static.group)
+  opaque = kernels.name == "pallas_tpu" and not static.interpret
+  return on_devices(function, args, axes, results, static.group, opaque)
 
 
 def _axes_of(inputs: Inputs, static: Static) -> Inputs:

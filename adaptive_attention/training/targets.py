@@ -56,7 +56,12 @@ TARGETS = {
 
 
 def device_of(name: str):
-  """Returns a device of TARGETS that can be compiled for, not run on.
+  """Returns the first of `devices_of`."""
+  return devices_of(name)[0]
+
+
+def devices_of(name: str) -> list:
+  """Returns devices of TARGETS that can be compiled for, not run on.
 
   Raises:
     SettingsError: a package is missing.
@@ -86,7 +91,7 @@ def device_of(name: str):
       f"config.target={name!r} cannot be compiled for here "
       f"({first_line(error)}); reinstall its compiler, or leave it out"
     ) from error
-  return topology.devices[0]
+  return topology.devices
 
 
 def missing_package(name: str) -> str:

@@ -5,7 +5,9 @@ They need packages that the other tests do not: CONTRIBUTING.md has the lines.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention.attention import attend, attend_ring
 from adaptive_attention.attention.ring import Ring
@@ -109,6 +111,53 @@ def test_long_texts_on_a_tpu_compile(T, mask):
 def test_a_tpu_without_a_strided_roll_is_refused_by_name():
   with pytest.raises(NotImplementedError, match="the device is TPU v4"):
     compiled("v4", 512, 64, implementation="pallas_tpu")
+
+
+def on_two_tpus(kind, axis, inside_shard_map=False):
+  """Compiles gradients over two devices that have parts of an axis each."""
+  devices = targets.devices_of("v5e")[:2]
+  mesh = Mesh(np.array(devices), ("devices",), axis_types=(kind,))
+  rows = PartitionSpec(*("devices" if i == axis else None for i in range(4)))
+  lengths = PartitionSpec("devices" if axis == 2 else None)
+
+  def attended(span, *arrays):
+    return attend(*arrays, Mask(span))
+
+  if inside_shard_map:
+    attended = jax.shard_map(
+      attended, mesh=mesh, in_specs=(lengths, *(rows,) * 3), out_specs=rows
+    )
+
+  def loss(*arrays):
+    return jnp.sum(attended(*arrays).astype(jnp.float32) ** 2)
+
+  def shape(spec, *of):
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(*of, sharding=sharding)
+
+  x = shape(rows, (2, 512, H, 64), jnp.bfloat16)
+  shapes = shape(lengths, (H,), jnp.float32), x, x, x
+  with jax.default_device(devices[0]), jax.set_mesh(mesh):
+    return jax.jit(jax.grad(loss, range(4))).lower(*shapes).compile().as_text()
+
+
+@on_tpu
+@pytest.mark.parametrize(
+  ("inside_shard_map", "axis"),
+  [(False, 0), (False, 2), (True, 0), pytest.param(True, 2, marks=by_hand)],
+)
+def test_each_tpu_computes_its_part(inside_shard_map, axis):
+  """Of streams or heads, where a program says how these are dealt."""
+  kind = AxisType.Auto if inside_shard_map else AxisType.Explicit
+  text = on_two_tpus(kind, axis, inside_shard_map)
+  assert text.count("tpu_custom_call") >= 2
+  assert "all-gather" not in text
+
+
+@on_tpu
+def test_arrays_that_xla_deals_to_tpus_are_refused():
+  with pytest.raises(NotImplementedError, match="shard_map"):
+    on_two_tpus(AxisType.Auto, 0)
 
 
 @on_gpu

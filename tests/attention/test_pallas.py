@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention import attention
 from adaptive_attention.attention import (
@@ -43,6 +43,7 @@ two_devices = pytest.mark.skipif(
   jax.device_count() < 2, reason="there is one device"
 )
 everywhere = pytest.mark.parametrize("kernel", KERNELS)
+by_hand = pytest.mark.every_case
 
 # What `LENGTHS` below does not bring. (Every case: see CONTRIBUTING.md.)
 NAMES = (
@@ -141,7 +142,7 @@ def check_closely(found, case):
     *((k, LENGTHS[3]) for k in KERNELS if k == "pallas_tpu"),
     *((k, WAVE_BFLOAT16) for k in KERNELS if k == "pallas_gpu"),
     *(
-      pytest.param(kernel, case, marks=pytest.mark.every_case)
+      pytest.param(kernel, case, marks=by_hand)
       for kernel in KERNELS
       for case in LENGTHS
       if (kernel, case) != ("pallas_tpu", LENGTHS[3])
@@ -232,7 +233,7 @@ def test_out_of_a_ring(kernel):
 @pytest.mark.parametrize(
   "kernel",
   [
-    pytest.param(name, marks=pytest.mark.every_case)
+    pytest.param(name, marks=by_hand)
     if INTERPRETED and name == "pallas_tpu"
     else name
     for name in KERNELS
@@ -336,7 +337,7 @@ def assert_alike(found, exact, rtol=2e-5):
   [
     ("vmap", KERNELS[-1]),
     *(
-      pytest.param(name, KERNELS[-1], marks=pytest.mark.every_case)
+      pytest.param(name, KERNELS[-1], marks=by_hand)
       for name in ("checkpoint", "scan")
     ),
     pytest.param("pmap", KERNELS[-1], marks=two_devices),
@@ -348,21 +349,35 @@ def test_transformed(name, kernel):
   assert_alike(transformed(kernel), transformed("blocked"))
 
 
+def mesh_of(kind):
+  return Mesh(np.array(jax.devices()[:2]), ("devices",), axis_types=(kind,))
+
+
+DEALT = [
+  (KERNELS[-1], 0, SMALL),
+  (KERNELS[0], 2, SMALL),
+  (KERNELS[-1], 2, GROUPED._replace(G=2)),
+  (KERNELS[-1], 2, GROUPED._replace(G=1)),
+]
+
+
 @two_devices
 @pytest.mark.parametrize(
-  ("kernel", "axis", "case"),
+  ("kind", "kernel", "axis", "case"),
   [
-    (KERNELS[-1], 0, SMALL),
-    pytest.param(KERNELS[0], 2, SMALL, marks=pytest.mark.every_case),
-    (KERNELS[-1], 2, GROUPED._replace(G=2)),
-    pytest.param(
-      *(KERNELS[-1], 2, GROUPED._replace(G=1)), marks=pytest.mark.every_case
+    *(
+      pytest.param(AxisType.Auto, *dealt, marks=marks)
+      for dealt, marks in zip(DEALT, [(), by_hand, (), by_hand], strict=True)
+    ),
+    *(
+      pytest.param(AxisType.Explicit, *dealt, marks=marks)
+      for dealt, marks in zip(DEALT, [by_hand, (), (), by_hand], strict=True)
     ),
   ],
 )
-def test_dealt_to_devices_it_is_what_one_computes(kernel, axis, case):
+def test_dealt_to_devices_it_is_what_one_computes(kind, kernel, axis, case):
   """Nothing is gathered, and dropout draws as on one device."""
-  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+  mesh = mesh_of(kind)
   spec = [None] * 4
   spec[axis] = "devices"
   rows = NamedSharding(mesh, PartitionSpec(*spec))
@@ -376,7 +391,8 @@ def test_dealt_to_devices_it_is_what_one_computes(kernel, axis, case):
     for x in inputs
   ]
   run = jax.jit(jax.value_and_grad(loss(kernel), range(6)))
-  compiled = run.lower(*dealt).compile()
+  with jax.set_mesh(mesh):
+    compiled = run.lower(*dealt).compile()
   assert "all-gather" not in compiled.as_text()
   value, found = compiled(*dealt)
   assert found[0].sharding.is_equivalent_to(rows, 4)
@@ -391,8 +407,9 @@ def test_heads_of_keys_that_cannot_be_dealt_evenly_are_brought_together():
   case = GROUPED._replace(
     **{x: getattr(GROUPED, x) + getattr(SMALL, x) for x in LENGTHS_OF}, H=6, G=3
   )
-  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
-  heads = NamedSharding(mesh, PartitionSpec(None, None, "devices"))
+  heads = NamedSharding(
+    mesh_of(AxisType.Auto), PartitionSpec(None, None, "devices")
+  )
   q, *others = six(case)
   run = jax.jit(jax.value_and_grad(loss(KERNELS[-1]), range(6)))
   value, found = run(jax.device_put(q, heads), *others)
@@ -404,7 +421,7 @@ def test_heads_of_keys_that_cannot_be_dealt_evenly_are_brought_together():
 @two_devices
 def test_inside_shard_map(kernel=KERNELS[-1]):
   """Each device has a stream, and all have the same masks."""
-  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+  mesh = mesh_of(AxisType.Auto)
   specs = (PartitionSpec("devices"),) * 3 + (PartitionSpec(),) * 3
   arrays = [jnp.concatenate([x[:1]] * 2) for x in six()[:3]] + [*six()[3:]]
 
@@ -428,7 +445,7 @@ def test_inside_shard_map(kernel=KERNELS[-1]):
   "kernel",
   [
     KERNELS[-1],
-    *(pytest.param(k, marks=pytest.mark.every_case) for k in KERNELS[:-1]),
+    *(pytest.param(k, marks=by_hand) for k in KERNELS[:-1]),
   ],
 )
 def test_new_lengths_do_not_trace_again(kernel):

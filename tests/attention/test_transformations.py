@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention import masks
 from adaptive_attention.attention import attend, attend_ring
@@ -313,6 +313,19 @@ def test_inside_shard_map(implementation, sharded):
     jax.jit(lambda: value_and_gradients(call))(),
     rtol=1e-5,
   )
+
+
+def test_explicit_axes_are_refused_by_name():
+  mesh = Mesh(
+    np.array(jax.devices()[:2]), ("d",), axis_types=(AxisType.Explicit,)
+  )
+  by_batch = NamedSharding(mesh, PartitionSpec("d"))
+  q, k, v = (jax.device_put(x[:2], by_batch) for x in arguments()[:3])
+  with (
+    jax.set_mesh(mesh),
+    pytest.raises(NotImplementedError, match=r"explicit mesh axes d; call it"),
+  ):
+    attend(q, k, v, None, memory=k.shape[1] - q.shape[1])
 
 
 @mostly_blocked
