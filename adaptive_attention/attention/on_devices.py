@@ -21,7 +21,7 @@ def on_devices(function, args, axes, results, group=1, opaque=False):
   arrays are put together first.
 
   What is known of how arrays are dealt depends on their mesh. Its explicit axes
-  stand in their types. How XLA deals arrays along other axes it knows alone, when
+  stand in their types. How XLA deals arrays along others it knows alone, when
   it compiles; it does not ask for a TPU, where Pallas then refuses to compile.
   Inside `jax.shard_map` each device has its part already.
 
