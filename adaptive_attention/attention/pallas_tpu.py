@@ -1,13 +1,11 @@
 """Attention under learned masks on a TPU: Pallas kernels over a list of blocks.
 
 `pallas_tpu_kernels` has the kernels, `pallas_tpu_item` what a step of their
-grid knows, `pallas_tpu_layout` where rows stand, and `pallas_attend` what is
-around both.
+grid knows, `pallas_tpu_layout` where rows stand, `pallas_tpu_launch` sizes of
+blocks and what a TPU holds, and `pallas_attend` what is around all of them.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -16,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from adaptive_attention.attention import (
   pallas_attend,
   pallas_tpu_kernels,
-  walk,
+  pallas_tpu_launch,
   walk_items,
 )
 from adaptive_attention.attention.pallas_attend import (
@@ -28,7 +26,6 @@ from adaptive_attention.attention.pallas_attend import (
   cost,
   gradient_dtype,
   heads_of,
-  refusal_of_rows,
   result,
   slopes_of,
   table_of,
@@ -39,108 +36,20 @@ from adaptive_attention.attention.pallas_tpu_item import (
   place_of,
   scalars_of,
 )
+from adaptive_attention.attention.pallas_tpu_launch import (
+  MOST_VMEM_BYTES,
+  launch,
+  table_bytes,
+)
 from adaptive_attention.attention.pallas_tpu_layout import (
   SUBLANES,
   Geometry,
   Layout,
   distances,
-  table_shape,
 )
 
 _MIB = 1 << 20
-_SMEM_BYTES = 1 * _MIB - (32 << 10)  # of 1 MiB, what items may take
 _SCOPED_BYTES = 12 * _MIB  # of the 16 MiB of VMEM that a kernel has unasked
-_MOST_VMEM_BYTES = 48 * _MIB  # that a kernel asks for
-
-
-class Launch(NamedTuple):
-  """Block sizes; and whether all gradients are made in one pass.
-
-  Attributes:
-    one_pass: None for as VMEM allows.
-  """
-
-  block_q: int
-  block_k: int
-  one_pass: bool | None = None
-
-  @property
-  def forward_blocks(self) -> tuple[int, int]:
-    return self.block_q, self.block_k
-
-
-def refusal(call) -> str:
-  """Returns why a `choice.Call` is not served; "" if it is."""
-  reason = refusal_of_rows(call)
-  if reason:
-    return reason
-  reason = _excess(call)
-  return f"{reason}; {_what_fits(call)}" if reason else ""
-
-
-def _excess(call) -> str:
-  """Returns what of a call is more than a TPU holds; "" if nothing is."""
-  sizes = walk.Sizes(call.T, call.S, *launch(call)[:2], call.strided)
-  of_call = f"for T={call.T}, S={call.S} and {call.H} heads"
-  reason = walk_items.refusal(call.H, sizes)
-  if reason:
-    return f"its list of blocks {of_call} cannot be written, as {reason}"
-  most = max(walk_items.most_items(call.H, sizes, rows) for rows in "qk")
-  taken = walk_items.ITEM_BYTES * most
-  if taken > _SMEM_BYTES:
-    return f"its list of blocks {of_call} takes {taken} bytes of {_SMEM_BYTES}"
-  taken = _table_bytes(sizes)
-  if taken > _MOST_VMEM_BYTES:
-    return (
-      f"its log weights by distance {of_call} take {taken} bytes of "
-      f"{_MOST_VMEM_BYTES}"
-    )
-  return ""
-
-
-def _what_fits(call) -> str:
-  """Returns what to change of a call that exceeds something."""
-  older = _largest(call, lambda n: {"S": call.T + n}, 0, call.S - call.T)
-  if older is not None:
-    return f"S={call.T + older} would fit"
-  T = _largest(call, lambda n: {"T": n, "S": n}, 1, call.T)
-  if T is not None:
-    return f"T={T} would fit"
-  H = _largest(call, lambda n: {"H": n}, 1, call.H)
-  return "fewer of each would fit" if H is None else f"H={H} would fit"
-
-
-def _largest(call, changes, fits, exceeds):
-  """Returns an n that fits while n + 1 does not; None if `fits` does not."""
-  if _excess(call._replace(**changes(fits))):
-    return None
-  while exceeds - fits > 1:
-    middle = (fits + exceeds) // 2
-    if _excess(call._replace(**changes(middle))):
-      exceeds = middle
-    else:
-      fits = middle
-  return fits
-
-
-def launch(call) -> Launch:
-  """Returns the blocks of a `choice.Call`.
-
-  512 x 512 takes the fewest bundles in each case that was counted (items times
-  bundles of an item), as a step of the grid costs 300 bundles beside its
-  products. Fewer queries or keys, or those of a residue class, would fill only
-  a part of it, and the products of float32 and of wide heads spill at 512.
-  """
-  most = 512 if call.itemsize == 2 and call.K <= 128 else 256
-  of_class = 8 if call.strided else 1  # the longest usual period
-
-  def block_of(rows):
-    block = LANES
-    while block < most and 2 * block * of_class <= rows:
-      block *= 2
-    return block
-
-  return Launch(block_of(call.T), block_of(call.S))
 
 
 def _geometry(static: Static) -> Geometry:
@@ -166,10 +75,11 @@ class _Plan:
   def distances(self):
     return distances(self.heads.stride, self.geometry)
 
-  def listed(self, heads, rows):
+  def listed(self, rows):
     """Returns (number of items, Scalars) of a walk sorted by `rows`."""
-    items = walk_items.items(heads, self.geometry.sizes, rows)
-    return items.count, scalars_of(items, heads, self.inputs, self.geometry)
+    items = walk_items.items(self.heads, self.geometry.sizes, rows)
+    scalars = scalars_of(items, self.heads, self.inputs, self.geometry)
+    return items.count, scalars
 
   def struct(self, kind, dtype=None):
     """Returns shape and dtype of an array of rows, and its kind."""
@@ -260,7 +170,7 @@ def forward(static: Static, inputs: Inputs):
   qT = layout.queries(inputs.q_BTHK)
   outT, lse = plan.call(
     pallas_tpu_kernels.forward,
-    plan.listed(plan.heads, "q"),
+    plan.listed("q"),
     [
       (qT, "qT"),
       (layout.keys(inputs.k_BSGK), "k"),
@@ -274,10 +184,54 @@ def forward(static: Static, inputs: Inputs):
 
 
 def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
-  """Returns all gradients."""
+  """Returns all gradients.
+
+  Those of memory are not wanted, and its rows would be most of what is written.
+  So with a memory another pass is about the newer keys alone.
+  """
   plan = _Plan(static, inputs)
-  layout, K = plan.layout, plan.K
-  given = [
+  needed = _vmem_bytes(plan, plan.struct("qT"))
+  if needed <= MOST_VMEM_BYTES and not static.memory:
+    dqT, dk, dv, *d_table = _in_one_pass(plan, outputs)
+    of_keys = plan.layout
+  else:
+    dqT, *d_table = _of_queries(plan, outputs)
+    newer = _Plan(*_newer_keys(static, inputs))
+    dk, dv = _of_keys(newer, outputs)
+    of_keys = newer.layout
+  return Gradients(
+    plan.layout.from_queries(dqT, plan.K),
+    of_keys.from_keys(dk, plan.K),
+    of_keys.from_keys(dv, plan.K),
+    _of_lengths(plan, d_table),
+  )
+
+
+def _newer_keys(static, inputs):
+  """Returns (static, inputs) of the keys that are not memory."""
+  memory, kept = static.memory, static.S - static.memory
+  if not memory:
+    return static, inputs
+  if static.ring:
+    row_N = (inputs.first_row + memory + jnp.arange(kept)) % static.S
+    k, v = (x[:, row_N] for x in (inputs.k_BSGK, inputs.v_BSGK))
+  else:
+    k, v = (x[:, memory:] for x in (inputs.k_BSGK, inputs.v_BSGK))
+  # They are about as many as queries.
+  blocks = static.launch._replace(block_k=static.launch.block_q)
+  static = static._replace(S=kept, memory=0, ring=False, launch=blocks)
+  return static, inputs._replace(
+    first_key=inputs.first_key - memory,
+    first_row=jnp.zeros_like(inputs.first_row),
+    k_BSGK=k,
+    v_BSGK=v,
+  )
+
+
+def _given(plan, outputs):
+  """Returns what kernels of gradients read."""
+  inputs, layout = plan.inputs, plan.layout
+  return [
     (layout.queries(inputs.q_BTHK), "qT"),
     (layout.keys(inputs.k_BSGK), "k"),
     (layout.keys(inputs.v_BSGK), "k"),
@@ -286,22 +240,6 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
     (layout.numbers(outputs.mean_BHT), "number"),
     (plan.table(), "table"),
   ]
-  one_pass = static.launch.one_pass
-  if one_pass is None:
-    one_pass = _vmem_bytes(plan, plan.struct("qT")) <= _MOST_VMEM_BYTES
-  make = _in_one_pass if one_pass else _in_two_passes
-  dqT, dk, dv, *d_table = make(plan, given)
-  return Gradients(
-    layout.from_queries(dqT, K),
-    layout.from_keys(dk, K),
-    layout.from_keys(dv, K),
-    _of_lengths(plan, d_table),
-  )
-
-
-def _table_bytes(sizes):
-  """Returns the VMEM that a head's gradient by distance takes, twice."""
-  return 2 * 4 * math.prod(table_shape(sizes))
 
 
 def _vmem_bytes(plan, *of_head):
@@ -311,7 +249,7 @@ def _vmem_bytes(plan, *of_head):
   its reports say.
   """
   written = sum(2 * 4 * x.size // (plan.B * plan.H) for x in of_head)
-  table = _table_bytes(plan.geometry.sizes) if plan.static.masked else 0
+  table = table_bytes(plan.geometry.sizes) if plan.static.masked else 0
   return written + table + 3 * _MIB
 
 
@@ -327,14 +265,14 @@ def _table_struct(plan):
   return [(plan.struct("table", jnp.float32), "head")]
 
 
-def _in_one_pass(plan, given):
+def _in_one_pass(plan, outputs):
   """Returns (dqT, dk, dv, and the gradient of the table if it is wanted)."""
-  static, k = plan.static, given[1][0]
-  dtype = gradient_dtype(plan.inputs, static)
-  sums = static.launch.block_k, k.shape[3]
+  dtype = gradient_dtype(plan.inputs, plan.static)
+  given = _given(plan, outputs)
+  sums = plan.static.launch.block_k, given[1][0].shape[3]
   dk, dv, dqT, *d_table = plan.call(
     pallas_tpu_kernels.backward,
-    plan.listed(plan.heads, "k"),
+    plan.listed("k"),
     given,
     [
       *[(plan.struct("k", dtype), "k")] * 2,
@@ -348,29 +286,31 @@ def _in_one_pass(plan, given):
   return dqT, dk, dv, *d_table
 
 
-def _in_two_passes(plan, given):
-  """Returns the same from a pass by queries and one by keys."""
-  static, k = plan.static, given[1][0]
-  dqT, *d_table = plan.call(
+def _of_queries(plan, outputs):
+  """Returns (dqT, and the gradient of the table if it is wanted)."""
+  given = _given(plan, outputs)
+  return plan.call(
     pallas_tpu_kernels.dq,
-    plan.listed(plan.heads, "q"),
+    plan.listed("q"),
     given,
     [(plan.struct("qT"), "qT"), *_table_struct(plan)],
-    [(k.shape[3], static.launch.block_q)],
+    [(given[1][0].shape[3], plan.static.launch.block_q)],
     _asked(_vmem_bytes(plan)),
   )
-  # To this pass memory does not exist.
-  dtype = gradient_dtype(plan.inputs, static)
-  first_H = jnp.maximum(plan.heads.first, static.memory - static.older)
-  sums = static.launch.block_k, k.shape[3]
-  dk, dv = plan.call(
+
+
+def _of_keys(plan, outputs):
+  """Returns (dk, dv)."""
+  dtype = gradient_dtype(plan.inputs, plan.static)
+  given = _given(plan, outputs)
+  sums = plan.static.launch.block_k, given[1][0].shape[3]
+  return plan.call(
     pallas_tpu_kernels.dkv,
-    plan.listed(plan.heads._replace(first=first_H), "k"),
+    plan.listed("k"),
     given,
     [(plan.struct("k", dtype), "k")] * 2,
     [sums, sums],
   )
-  return dqT, dk, dv, *d_table
 
 
 def _of_lengths(plan, d_table):
@@ -394,3 +334,4 @@ _PRODUCTS = {
 attend = functools.partial(
   pallas_attend.attend, Kernels("pallas_tpu", launch, forward, backward)
 )
+refusal = pallas_tpu_launch.refusal  # which `choice` asks of each kernel

@@ -138,11 +138,6 @@ class Item:
     before = self.who[jnp.maximum(self.g - 1, 0)] >> 16
     return (self.g == 0) | (before != self.place.head)
 
-  def has_new_keys(self):
-    """Tells whether a key of the block is not memory."""
-    last = self.place.x_k + self.place.stride * (self.geometry.block_k - 1)
-    return last >= self.static.memory - self.static.older
-
   def either(self, body):
     """Calls body(is_full) in the branch that the item wants."""
     full = self.has(walk_items.FULL)

@@ -146,14 +146,7 @@ def backward(geometry, K, *refs):
     weights, d_logits = _gradients(item, is_full, given)
     for ref in d_table:
       item.add_to_table(ref, d_logits, is_full)
-
-    def add_key_gradients():
-      _add_key_gradients(given, sums, weights, d_logits)
-
-    if geometry.static.memory:
-      pl.when(item.has_new_keys())(add_key_gradients)
-    else:
-      add_key_gradients()
+    _add_key_gradients(given, sums, weights, d_logits)
     at = pl.ds(pl.multiple_of(item.place.q * block, LANES), block)
     dqT[:, at] += dot(k[...].T, d_logits.astype(k.dtype))
 

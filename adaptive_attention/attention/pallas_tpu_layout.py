@@ -147,14 +147,13 @@ class Layout:
     return self.from_queries(x_BH1R, 1)[..., 0].swapaxes(1, 2)
 
   def from_keys(self, x_BHRK, K):
-    """Returns (B, S - memory, H, K) of what `keys` laid out."""
-    memory = self.static.memory
+    """Returns (B, S, H, K) of what `keys` laid out."""
     if self.static.strided:
-      x_BHNK = _rows(x_BHRK, self._row_of_key()[:, memory:])
+      x_BHSK = _rows(x_BHRK, self._row_of_key())
     else:
       before = self._before_keys()
-      x_BHNK = x_BHRK[:, :, before + memory : before + self.static.S]
-    return jnp.swapaxes(x_BHNK[..., :K], 1, 2)
+      x_BHSK = x_BHRK[:, :, before : before + self.static.S]
+    return jnp.swapaxes(x_BHSK[..., :K], 1, 2)
 
   def _before_keys(self) -> int:
     """Rows before the first key, so that x = 0 begins a block."""

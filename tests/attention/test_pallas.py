@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention import attention
@@ -81,6 +82,12 @@ LENGTHS = (
 )
 # The GPU's kernel computes its weights, and reads those of float32.
 WAVE_BFLOAT16 = LENGTHS[1]._replace(name="wave, bfloat16", dtype="bfloat16")
+CLOSELY = [
+  ("pallas_tpu", LENGTHS[3]),
+  ("pallas_tpu", WAVE_BFLOAT16._replace(T=300, S=427)),
+  ("pallas_gpu", LENGTHS[3]),
+  ("pallas_gpu", WAVE_BFLOAT16),
+]
 
 
 def gradients(call, q, k, v, mask, dout):
@@ -139,13 +146,12 @@ def check_closely(found, case):
 @pytest.mark.parametrize(
   ("kernel", "case"),
   [
-    *((k, LENGTHS[3]) for k in KERNELS if k == "pallas_tpu"),
-    *((k, WAVE_BFLOAT16) for k in KERNELS if k == "pallas_gpu"),
+    *((kernel, case) for kernel, case in CLOSELY if kernel in KERNELS),
     *(
       pytest.param(kernel, case, marks=by_hand)
       for kernel in KERNELS
       for case in LENGTHS
-      if (kernel, case) != ("pallas_tpu", LENGTHS[3])
+      if (kernel, case) not in CLOSELY
     ),
   ],
   ids=lambda x: getattr(x, "name", x),
@@ -192,10 +198,40 @@ def test_two_passes_are_one(set_constant):
   """Of a head whose gradients do not fit into VMEM."""
   case = LENGTHS[3]._replace(T=300, S=427, name="integer, two passes")
   case = case._replace(span=(165.0, 295.0, 4000.0))
-  set_constant(pallas_tpu, "_MOST_VMEM_BYTES", 1 << 20)
+  set_constant(pallas_tpu, "MOST_VMEM_BYTES", 0)
   traced = jax.jit(run_function("pallas_tpu", case)).trace(*arguments(case))
   assert str(traced.jaxpr).count("pallas_call[") == 3  # forward, dq, dk and dv
   check_closely(traced.lower().compile()(*arguments(case)), case)
+
+
+def kernel_results(jaxpr):
+  """Yields the shape of each array that a kernel writes."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      yield from (x.aval.shape for x in equation.outvars)
+    else:
+      for inner in core.jaxprs_in_params(equation.params):
+        yield from kernel_results(inner)
+
+
+@everywhere
+@pytest.mark.parametrize("wave", [False, True])
+def test_memory_costs_no_gradient(kernel, wave):
+  """Of its keys nothing is written."""
+  T, S, K = 128, 4096, 48
+  q, k = (jax.ShapeDtypeStruct((1, n, 2, K), jnp.float32) for n in (T, S))
+  length = jax.ShapeDtypeStruct((2,), jnp.float32)
+
+  def loss(q, k, v, span, period, ratio):
+    mask = Mask(span, 8.0, Wave(period, ratio, integer=True) if wave else None)
+    options = {"memory": S - T, "implementation": kernel}
+    return jnp.sum(attend(q, k, v, mask, interpret=INTERPRETED, **options))
+
+  gradients = jax.grad(loss, range(6))
+  jaxpr = jax.make_jaxpr(gradients)(q, k, k, *[length] * 3).jaxpr
+  shapes = list(kernel_results(jaxpr))
+  assert len(shapes) >= 5  # out, logsumexp, dq, dk, dv
+  assert not [x for x in shapes if K in x and max(x) >= S]
 
 
 @everywhere
@@ -331,17 +367,23 @@ def assert_alike(found, exact, rtol=2e-5):
 
 
 # What surrounds a kernel is the same for both but under `vmap`, where a list of
-# items is walked in turn.
+# items is walked in turn, so by default each of the others meets one of them.
 @pytest.mark.parametrize(
   ("name", "kernel"),
   [
-    ("vmap", KERNELS[-1]),
+    *(("vmap", kernel) for kernel in KERNELS),
+    ("checkpoint", KERNELS[0]),
+    ("scan", KERNELS[-1]),
+    pytest.param("pmap", KERNELS[0], marks=two_devices),
     *(
-      pytest.param(name, KERNELS[-1], marks=by_hand)
-      for name in ("checkpoint", "scan")
+      pytest.param(name, kernel, marks=[by_hand, two_devices])
+      for name, kernel in [
+        ("checkpoint", KERNELS[-1]),
+        ("scan", KERNELS[0]),
+        ("pmap", KERNELS[-1]),
+      ]
+      if len(KERNELS) > 1
     ),
-    pytest.param("pmap", KERNELS[-1], marks=two_devices),
-    *(("vmap", kernel) for kernel in KERNELS[:-1]),
   ],
 )
 def test_transformed(name, kernel):
