@@ -5,8 +5,9 @@ CUDA with nvcc's assembler that of NVIDIA GPUs. What they need of a device is
 its name, or a table of its properties.
 """
 
-import importlib.util
+import importlib.metadata
 import os
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -98,15 +99,22 @@ def missing_package(name: str) -> str:
   """Returns what to install to compile for a target; "" if it is there."""
   version = jax.__version__
   if TARGETS[name].topology:
-    if importlib.util.find_spec("libtpu"):
-      return ""
-    return f'pip install "jax[tpu]=={version}"'
-  if importlib.util.find_spec("jax_cuda12_plugin"):
-    return ""
-  return (
-    f"pip install --no-deps jax-cuda12-plugin=={version} "
-    f"jax-cuda12-pjrt=={version} nvidia-cuda-nvcc-cu12"
-  )
+    return _command(["libtpu"], f'"jax[tpu]=={version}"')
+  needed = ["jax-cuda12-plugin", "jax-cuda12-pjrt"]
+  wanted = " ".join(f"{package}=={version}" for package in needed)
+  if not shutil.which("ptxas"):
+    needed.append("nvidia-cuda-nvcc-cu12")
+  return _command(needed, f"--no-deps {wanted} nvidia-cuda-nvcc-cu12")
+
+
+def _command(packages, wanted) -> str:
+  """Returns the command that installs packages; "" if all are there."""
+  for package in packages:
+    try:
+      importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      return f"pip install {wanted}"
+  return ""
 
 
 def stay_on_cpu():

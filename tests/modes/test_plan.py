@@ -1,5 +1,6 @@
 """Plans for this machine, and for devices that are not here."""
 
+import importlib.metadata
 import re
 
 import pytest
@@ -48,11 +49,34 @@ def test_it_says_what_a_memory_takes(main, tiny_flags, period):
 @pytest.mark.skipif(
   not targets.missing_package("v5e"), reason="libtpu is installed"
 )
-def test_a_missing_compiler_is_named(main, tiny_flags):
-  code, _, err = main("--mode=plan", *flags_with(tiny_flags, target="v5e"))
+@pytest.mark.parametrize(
+  ("target", "command"),
+  [
+    ("v5e", 'pip install "jax[tpu]=='),
+    ("h100", "pip install --no-deps jax-cuda12-plugin=="),
+  ],
+)
+def test_a_missing_compiler_is_named(main, tiny_flags, target, command):
+  code, _, err = main("--mode=plan", *flags_with(tiny_flags, target=target))
   assert code == 2
-  assert 'pip install "jax[tpu]==' in err
+  assert command in err
   assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "lacking", ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"]
+)
+def test_each_package_of_a_gpu_compiler_is_looked_for(monkeypatch, lacking):
+  def version(package):
+    if package == lacking:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return "1.0"
+
+  monkeypatch.setattr(targets.importlib.metadata, "version", version)
+  monkeypatch.setattr(targets.shutil, "which", lambda name: None)
+  assert lacking in targets.missing_package("h100")
+  monkeypatch.setattr(targets.importlib.metadata, "version", lambda _: "1.0")
+  assert not targets.missing_package("h100")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +96,14 @@ def test_a_target_that_is_not_possible(main, tiny_flags, mode, target, named):
 @for_tpu
 @pytest.mark.parametrize(
   ("target", "runs"),
-  [("v5e", "pallas_tpu in blocks of 128 x 128\n"), ("v4", "reference, as pal")],
+  [
+    ("v5e", "pallas_tpu in blocks of 128 x 128\n"),
+    ("v4", "reference, as pal"),
+    *(
+      pytest.param(name, "pallas_tpu in blocks", marks=pytest.mark.every_case)
+      for name in ("v5p", "v6e")
+    ),
+  ],
 )
 def test_a_step_is_compiled_for_what_is_not_here(
   main, tiny_flags, target, runs
@@ -85,6 +116,21 @@ def test_a_step_is_compiled_for_what_is_not_here(
   assert f"attention  {runs}" in out
   assert re.search(r"^memory +[\d.]+ .iB total, per device", out, re.MULTILINE)
   assert re.search(r"^fits +yes, [\d.]+ .iB of \d+ GiB", out, re.MULTILINE)
+
+
+@for_tpu
+@pytest.mark.every_case  # minutes each
+@pytest.mark.parametrize(
+  ("config", "more"), [("enwik8", ()), ("enwik8_8k", ("batch_size=8",))]
+)
+def test_the_steps_of_the_published_sizes_fit(main, config, more):
+  flags = f"--config=configs/{config}.py", "--config.target=v5e"
+  data = "--config.data.corpus=python_source"
+  more = (f"--config.{setting}" for setting in more)
+  code, out, err = main("--mode=plan", *flags, data, *more)
+  assert code == 0, err
+  assert "attention  pallas_tpu in blocks of 512 x 512\n" in out
+  assert re.search(r"^fits +yes, [\d.]+ GiB of 16 GiB", out, re.MULTILINE)
 
 
 @for_tpu
