@@ -56,7 +56,7 @@ class ModelConfig:
   # By which share the memory of a head, with a segment, is longer than the
   # head reaches, so that its span can grow. A head that has used it up gets
   # more, for which the step is compiled again. At 0.2 a memory is made at most
-  # 1.3 times as long as what heads see.
+  # 1.3 times as long as what heads reach.
   memory_margin: float = 0.2
   # "learned": added before every layer, as published. "learned_once": added
   # before the first, as in GPT-2. "rotary": queries and

@@ -1,7 +1,8 @@
 """Fits arrays by name to a model: their names, shapes and settings, and masks.
 
-What a file holds need not have masks. A model that has them starts with all of
-them open then, and computes what the other did.
+A file need not hold spans and waves. Where it holds none and the model has
+them, they start fully open, so that the model computes what the file's model
+did.
 """
 
 import dataclasses

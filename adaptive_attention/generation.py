@@ -21,7 +21,7 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.state import State, init_cache
 
 BYTES = 256  # tokens below this number are bytes
-_CHUNK = 64  # the most tokens that one call makes, between prints
+_TOKENS_PER_CALL = 64  # the most that one call writes, between prints
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> jax.Array:
@@ -144,11 +144,12 @@ def go_on(
   sampling: tuple[Any, Any, Any],
   draw_below: int | None = None,
 ) -> tuple[jax.Array, jax.Array, State]:
-  """Returns (tokens (B, _CHUNK), logits_BV, state) after `count` more tokens.
+  """Returns (tokens, logits_BV, state) after `count` more tokens.
 
   They are written in one loop on the device, into the first `count` columns of
-  the tokens. The first of them is token number `first` of its text, and each is
-  drawn by the key of its number. See `generate` for `draw_below`.
+  tokens (B, _TOKENS_PER_CALL). The first of them is token number `first` of its
+  text, and each is drawn by the key of its number. See `generate` for
+  `draw_below`.
   """
   B = len(logits_BV)
 
@@ -170,7 +171,7 @@ def go_on(
       lambda: (logits_BV, state),
     )
 
-  start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, state)
+  start = (jnp.zeros((B, _TOKENS_PER_CALL), jnp.int32), logits_BV, state)
   return lax.fori_loop(0, count, one, start)
 
 
@@ -242,7 +243,7 @@ def generate(
     if not room:
       context_BT, room = _context(config, text_BT, end - length)
       logits_BV, state = prefill(params, config, context_BT, cache)
-    count = min(room, _CHUNK)
+    count = min(room, _TOKENS_PER_CALL)
     args = params, config, state, logits_BV, key_B, length, count
     tokens, logits_BV, state = go_on(*args, sampling, draw_below)
     new_BT, room = np.asarray(tokens)[:, :count], room - count

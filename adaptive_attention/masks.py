@@ -25,10 +25,11 @@ HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
 
 
 def _static(x, kind):
-  """Returns an array of one number as Python's own.
+  """Returns a static field as Python's own number, where it is an array of one.
 
-  What is static tells one traced program from another, for which an array does
-  not serve, as it may change. What is no such array is for others to refuse.
+  Static fields are part of the key of a compiled program, and an array cannot
+  be one, as it may change. Other values are returned as they are, and checked
+  where the mask is used.
   """
   if hasattr(x, "dtype"):
     with contextlib.suppress(TypeError, ValueError):

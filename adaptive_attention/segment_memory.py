@@ -4,8 +4,8 @@ It is that of Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019. No
 gradient flows to keys and values that are older than the segment. Heads hold as
 many as they reach, with a margin; see `attention.head_groups`.
 
-A ring is read at all positions in turn, also under a wave: what one query does
-not see later ones do.
+A ring is read at all its positions in turn, also under a wave: a key that the
+wave hides from one query is open to a later one.
 """
 
 from collections.abc import Sequence

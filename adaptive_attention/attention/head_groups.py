@@ -26,7 +26,8 @@ class Group(NamedTuple):
     heads: their indices among the layer's heads of keys.
     queries: Q, the heads of queries that each of them serves.
     period: P, the residue classes of a ring; 1 where all its keys are read.
-    rows: Y, the rows of a class. P Y is the longest reach that is served.
+    rows: Y, the rows of a residue class. P Y is the longest reach that is
+      served.
     residues: the open residues of distances mod P, the same for all its heads.
   """
 
