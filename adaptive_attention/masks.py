@@ -40,17 +40,27 @@ def _static(x, kind):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wave:
-  """The triangle wave of each head: its period P and its ratio r.
+  """The triangle wave of each head: its period P and its ratio r; a pytree.
+
+  The wave weight of a distance d is w(d) = clip(tri(d) + 1/2 + P r, 0, 1). The
+  exact wave is tri(d) = P / 4 - |d - n P|, n P the nearest multiple of P. Its
+  series is tri(d) = (P / 4) (8 / pi^2) sum over odd k <= K of
+  cos(2 pi k d / P) / k^2. The wave is that of the published program; see
+  `triangle_wave` and `wave_weight`.
 
   Attributes:
     period: (H,) P in tokens.
-    ratio: (H,) r, a share of the period; P r raises the wave.
-    harmonics: None for the exact wave, or K for its Fourier series up to the
+    ratio: (H,) r, a share of the period; P r, in tokens, raises the wave.
+    harmonics: static; None for the exact wave, or K for its series up to the
       odd harmonic K (the published program has K = 5).
-    integer: whether P is rounded in the forward pass. The gradient then passes
-      straight through the rounding where P scales the amplitude or raises the
-      wave. It is cut off where P is a phase, as it grows with the distance
-      there.
+    integer: static; whether P is rounded in the forward pass. The gradient then
+      passes straight through the rounding where P scales the amplitude or
+      raises the wave. It is cut off where P is a phase, as it grows with the
+      distance there.
+
+  Nothing is checked here, as periods may be traced: `attend` raises ValueError
+  for shapes other than (H,) and for harmonics out of bounds, and `WaveBounds`
+  for bounds of periods and ratios that are not possible.
   """
 
   period: jax.Array
@@ -68,12 +78,20 @@ class Wave:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """The spans and waves of the heads of one layer.
+  """The spans and waves of the heads of one layer; a pytree.
+
+  The span weight of a distance d is m(d) = clip((R + z - d) / R, 0, 1)
+  (Sukhbaatar et al. 2019, equation 3). With the wave weight w(d), or w = 1
+  without waves, the pair is hidden where min(m, w) <= 1e-6, and otherwise
+  log m + log w is added to its logit.
 
   Attributes:
     span: (H,) z in tokens: the span weight is one up to here.
-    ramp: R in tokens: the span weight falls linearly from z to z + R.
-    wave: the waves, or None.
+    ramp: static; R in tokens: the span weight falls linearly from z to z + R.
+    wave: the waves of the same heads, or None.
+
+  Nothing is checked here, as spans may be traced: `attend` raises ValueError
+  for shapes other than (H,) and for a ramp of 0 or less.
   """
 
   span: jax.Array

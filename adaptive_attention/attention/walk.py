@@ -109,13 +109,13 @@ def stride_of(head: Heads, sizes: Sizes):
 
 
 def key_class(head: Heads, a, rho, sizes: Sizes):
-  """Returns (c, b) of the keys that residue class a of queries meets at `rho`."""
+  """Returns (c, b) of the keys that residue class a meets at residue rho."""
   b = to_int(a < rho)
   return a - rho + stride_of(head, sizes) * b, b
 
 
 def query_class(head: Heads, c, rho, sizes: Sizes):
-  """Returns (a, b) of the queries that residue class c of keys meets at `rho`."""
+  """Returns (a, b) of the queries that residue class c meets at residue rho."""
   P = stride_of(head, sizes)
   b = to_int(c + rho >= P)
   return c + rho - P * b, b
