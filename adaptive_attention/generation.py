@@ -281,7 +281,7 @@ def _check_counts(steps: int, draw_below: int | None) -> None:
 def _context(config, text_BT, steps):
   """Returns (the tokens to read as a prompt, how many can follow them).
 
-  Where they begin is a function of the length of the text alone.
+  Where these tokens begin depends on the length of the text alone.
   """
   if not slides(config):
     return text_BT, steps

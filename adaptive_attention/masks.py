@@ -145,7 +145,7 @@ def triangle_wave(
 ) -> jax.Array:
   """Returns (H, ...) tri(d) of period P, amplitude A = P / 4, crest at d = 0.
 
-  Exact: tri(d) = A - dist(d, P Z), slope one per token.
+  Exact: tri(d) = A - |d - n P|, n P the nearest multiple; slope one per token.
   Series: tri(d) = A (8 / pi^2) sum over odd k <= K of cos(2 pi k d / P) / k^2.
   """
   return _triangle(distance, period_H, period_H, harmonics)
@@ -154,9 +154,10 @@ def triangle_wave(
 def _from_nearest_multiple(d, period):
   """Returns d - n P for the nearest n: at most half a period either way.
 
-  n P itself would lose the digits of large distances. P is taken as a sum of
-  two: n times the first, of 11 bits, is exact up to n = 8192. d / P may round
-  to the wrong side of a trough, so the rest is rounded once more.
+  n P in float32 would lose the last digits where distances are large. So P is
+  taken as a sum of two parts. The first has 11 bits, and n times it is exact up
+  to n = 8192. d / P may round to the wrong side of a trough, so the rest is
+  reduced once more.
   """
   n = jax.lax.stop_gradient(jnp.round(d / period))
   coarse = jax.lax.stop_gradient(jax.lax.reduce_precision(period, 8, 10))
@@ -172,8 +173,8 @@ def rounded_period(wave: Wave) -> jax.Array:
 def phase(x: ArrayLike, wave: Wave) -> jax.Array:
   """Returns (H, ...) x less the nearest multiple of P, in tokens.
 
-  The phase of a distance is the difference of those of its ends, less P or more
-  where that is beyond half a period.
+  The phase of a distance is the difference between the phases of its two ends.
+  Where that is beyond half a period, P is added or taken off.
   """
   positions, period = _aligned(x, rounded_period(wave))
   return _from_nearest_multiple(positions, period)

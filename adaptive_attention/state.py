@@ -210,7 +210,7 @@ class Stateless(flax.struct.PyTreeNode):
 
 
 def leaves_today(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns by today's paths the arrays of a segment memory of any version.
+  """Returns the arrays of a segment memory of any version, by today's paths.
 
   In version 0.1 k.I and v.I were the keys and values of layer I, of all heads;
   in 0.4 layers.I.k and layers.I.v.

@@ -64,7 +64,7 @@ def _put_one(group, ring_BGPYK, new_BG1K, position):
 def in_order(group: Group, ring_BGPYK, tokens_read):
   """Returns (B, P Y, G, K), the rows of the ring from the oldest to the newest.
 
-  Rows that stand for positions before the text hold anything.
+  What rows of positions before the text hold means nothing.
   """
   P, Y = group.period, group.rows
   first = jnp.asarray(tokens_read).astype(jnp.int32)
@@ -77,7 +77,7 @@ def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
   """Returns out_B1HK of one query a sequence, whose key is in the rings.
 
   out = softmax(q (k + p) / sqrt(K) + log m + log w) v over the open keys in the
-  rings. It is zero where no key is open.
+  rings. The output is zero where no key is open.
 
   Args:
     groups: the groups of the layer's heads.

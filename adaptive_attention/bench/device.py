@@ -1,4 +1,4 @@
-"""What an accelerator is timed on: our kernels beside what others have."""
+"""Times attention on an accelerator: our kernels beside those of others."""
 
 import concurrent.futures
 import functools

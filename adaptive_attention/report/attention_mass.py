@@ -41,7 +41,7 @@ class Mass(NamedTuple):
 
 
 class Watched(flax.struct.PyTreeNode):
-  """A layer's state that keeps its attention weights, and no keys.
+  """A layer's state that records attention weights, and holds no keys.
 
   It serves one call, of a whole sequence.
 

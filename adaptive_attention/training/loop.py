@@ -103,8 +103,8 @@ def train(
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The first step is not timed, as it sets up what the others find ready. What
-  may take long begins when its step is saved.
+  The first step is not timed, as it sets up what later steps find ready. An
+  evaluation or a sample, which may take long, begins once its step is saved.
 
   Args:
     train_step: of `steps.make_train_step`; train state and memory are donated
@@ -221,7 +221,7 @@ def _read(step, metrics, start, every) -> dict:
 
 
 def _kept(step, start, every) -> str:
-  """Tells which checkpoint there is before `step`."""
+  """Says, for an error, which checkpoint there is before `step`."""
   saved = (s for s in range(step - 1, start.step, -1) if every.due(s).save)
   newest = next(saved, start.saved_step)
   if newest is None:
