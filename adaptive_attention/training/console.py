@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def failures(handle):
-  """Has `write` call `handle(error)` in place of raising, within the context."""
+  """Has `write` call `handle(error)` and not raise while the context lasts."""
   _handlers.append(handle)
   try:
     yield

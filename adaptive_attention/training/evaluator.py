@@ -184,7 +184,7 @@ class Evaluator:
     return windows.part(slice(mine.start, mine.stop))
 
   def _streams(self, params, length) -> batches.Reading:
-    """Cuts a split into streams, which read at most twice its length together."""
+    """Cuts a split into streams that read at most twice its length together."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
     reach_LG = reaches(mask_params(params, config), config, T)
