@@ -1,4 +1,4 @@
-"""Transformers whose attention heads learn what to look at.
+"""Transformers whose heads learn which tokens to attend to.
 
 The names below are the library. `weights` reads parameters of the published
 program and files of parameters, and `accounting` counts what the masks save.

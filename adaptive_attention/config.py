@@ -36,71 +36,83 @@ _MOST = 2**31 - 1  # positions and tokens are 32-bit integers
 class ModelConfig:
   """The settings of a `Transformer`.
 
+  Attributes:
+    vocab_size: V, how many tokens the model knows.
+    n_layer, n_head, width: how many layers, H, and D. Heads have width D / H.
+    n_kv_head: G, the heads of keys and values, each of which serves H / G heads
+      (Ainslie et al. 2023, "GQA"); 0 for n_head.
+    context_tokens: tokens of a training segment.
+    memory_tokens: the most tokens before a segment that a head can reach.
+    memory_margin: the share by which a head's memory is longer than its reach
+      and a segment.
+    position: "learned", "learned_once", "rotary" or "relative".
+    attention: "dense", "span" (a learned span) or "span_wave" (and a wave).
+    max_span: the longest span that a head can learn, in tokens; 0 for
+      context_tokens.
+    span_init: the share of max_span that spans begin with.
+    ramp: R, the soft end of a span, in tokens.
+    span_coef: nats per token of each layer's penalty; see `regularizer`.
+    period: "real", or "integer" for periods that are rounded.
+    period_min, period_max: bounds of the learned periods, in tokens.
+    ratio_min, ratio_max: bounds of the learned ratios, shares of a period.
+    harmonics: the highest harmonic of the wave's series; 0 for the exact wave.
+    dropout: the share dropped of embeddings, attention weights and branches.
+    bias: whether linear layers and norms have biases.
+    gelu: GELU of the MLPs by "erf" or by its approximation with "tanh".
+    dtype: of activations: "float32", "bfloat16", or "auto" for the device's.
+    remat: what the backward pass computes again: "none", "mlp" or "block".
+    implementation: one of `attend`, or "auto" for the best that serves.
+
   Raises:
     ValueError: a setting that is not possible, or two that do not fit.
   """
 
-  # Bytes are the vocabulary.
-  vocab_size: int = 256
+  vocab_size: int = 256  # bytes
   n_layer: int = 12
   n_head: int = 8
-  # Heads of keys and values, each for n_head / n_kv_head heads; 0 for n_head.
-  # Memory and cache take as much less.
+  # With fewer heads of keys, memory and cache take as much less.
   n_kv_head: int = 0
   width: int = 512
-  # Tokens of a training segment. Learned positions are as many.
+  # Learned positions are as many.
   context_tokens: int = 512
-  # The most tokens before a segment that a head can reach. Training then reads
-  # streams, batch_size of them, and not random parts of the text.
+  # With a memory training reads streams, batch_size of them, and not random
+  # parts of the text.
   memory_tokens: int = 0
-  # By which share the memory of a head, with a segment, is longer than the
-  # head reaches, so that its span can grow. A head that has used it up gets
-  # more, for which the step is compiled again. At 0.2 a memory is made at most
-  # 1.3 times as long as what heads see.
+  # A margin lets a span grow. A head that has used it up gets more, for which
+  # the step is compiled again. At 0.2 a memory is made at most 1.3 times as
+  # long as what heads reach.
   memory_margin: float = 0.2
   # "learned": added before every layer, as published. "learned_once": added
-  # before the first, as in GPT-2. "rotary": queries and
-  # keys are turned, and there is no longest context. "relative": a learned
-  # vector for each distance, as in Sukhbaatar et al. 2019. With a memory
-  # "learned" is not possible.
+  # before the first, as in GPT-2. "rotary": queries and keys are turned (Su et
+  # al. 2021), and there is no longest context. "relative": a learned vector for
+  # each distance, as in Sukhbaatar et al. 2019. A memory refuses
+  # learned ones, which do not tell a token from one of an earlier segment.
   position: str = "learned"
-  # "dense", "span" (a learned span) or "span_wave" (and a learned wave).
   attention: str = "span_wave"
-  # The longest span that a head can learn, in tokens; 0 for context_tokens.
   max_span: int = 0
-  # The share of max_span that spans begin with. A span that begins far from
-  # where it should end takes long: its logit moves by about a learning rate a
-  # step.
+  # A span that begins far from where it should end takes long: its logit moves
+  # by about a learning rate a step.
   span_init: float = 0.5
-  # R, the soft end of a span in tokens, where it has its gradient.
+  # A span has its gradient in its ramp.
   ramp: float = 32.0
-  # Nats per token of each layer's penalty, which grows with its spans.
   span_coef: float = 4e-6
-  # "integer" rounds periods, so that a wave is a stride that can be skipped.
+  # A wave of an integer period is a stride, which can be skipped.
   period: str = "real"
-  # Bounds of the learned periods, in tokens.
   period_min: float = WaveBounds.period_min
   period_max: float = WaveBounds.period_max
-  # Bounds of the learned ratios; at ratio_max = 0.5 a wave can open fully.
   ratio_min: float = WaveBounds.ratio_min
+  # At 0.5 a wave can open fully.
   ratio_max: float = WaveBounds.ratio_max
-  # The highest harmonic of the wave's series (published: 5), 0 for the exact
-  # wave.
-  harmonics: int = 5
-  # The share dropped of embeddings, attention weights and residual branches.
+  harmonics: int = 5  # as published
   dropout: float = 0.0
-  # Whether linear layers and norms have biases.
   bias: bool = False
-  # GELU of the MLPs by "erf", as published, or by "tanh", as in GPT-2.
-  gelu: str = "erf"
-  # Of activations: "float32", "bfloat16"; "auto" is bfloat16 on GPU and TPU.
+  gelu: str = "erf"  # as published; GPT-2 has "tanh"
+  # "auto" is bfloat16 on GPU and TPU, and float32 on a CPU.
   dtype: str = "auto"
-  # Which activations the backward pass computes again, so that they need not be
-  # stored: "none", "mlp" (most of them) or "block" (all but the input of each
-  # layer; this is not possible with a memory).
+  # What is computed again need not be stored: "mlp" frees most activations,
+  # "block" all but the input of each layer; it is not possible with a memory.
   remat: str = "none"
-  # The implementation of attention: a name, which is then used or refused, or
-  # "auto" for the best that serves.
+  # A name is used or refused; no other takes its place.
   implementation: str = "auto"
 
   def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Fits arrays by name to a model: their names, shapes and settings, and masks.
 
-What a file holds need not have masks. A model that has them starts with all of
-them open then, and computes what the other did.
+A file need not hold spans and waves. Where it holds none and the model has
+them, they start fully open, so that the model computes what the file's model
+did.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ from adaptive_attention.weight_files import WeightsError
 def adapted(params: Mapping, saved: Mapping, config: ModelConfig) -> dict:
   """Returns the parameters of a model with masks from those of one without.
 
-  What it computes over `config.max_context_tokens` stays the same: masks that
-  the given parameters lack are fully open. Others stay as they are.
+  The model computes over `config.max_context_tokens` what it did: spans and
+  waves that the given parameters lack are fully open, and those that they have
+  stay as they are.
 
   Args:
     params: a tree of parameters.
@@ -43,7 +45,7 @@ def adapted(params: Mapping, saved: Mapping, config: ModelConfig) -> dict:
 
 
 def _paths(theirs: ModelConfig, config: ModelConfig):
-  """Returns the parameters that both models have, as `fitted` takes names."""
+  """Returns path -> (path, not transposed) of what both models have."""
   own = parameter_names(theirs.mask_bounds)
   return {
     path: (path, False)
@@ -159,7 +161,7 @@ _KINDS = ("dense", "span", "span_wave")  # each has the masks of those before
 
 
 def _checked_settings(saved, config) -> ModelConfig:
-  """Returns the file's settings, whose model but for masks is that of `config`.
+  """Returns the file's settings, once they fit `config` in all but masks.
 
   A setting that the file's metadata lack has its default.
 

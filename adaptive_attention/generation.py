@@ -7,7 +7,7 @@ forward pass.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from adaptive_attention.model import Transformer
 from adaptive_attention.state import State, init_cache
 
 BYTES = 256  # tokens below this number are bytes
-_CHUNK = 64  # the most tokens that one call makes, between prints
+_TOKENS_PER_CALL = 64  # the most that one call writes, between prints
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> jax.Array:
@@ -144,11 +144,12 @@ def go_on(
   sampling: tuple[Any, Any, Any],
   draw_below: int | None = None,
 ) -> tuple[jax.Array, jax.Array, State]:
-  """Returns (tokens (B, _CHUNK), logits_BV, state) after `count` more tokens.
+  """Returns (tokens, logits_BV, state) after `count` more tokens.
 
   They are written in one loop on the device, into the first `count` columns of
-  the tokens. The first of them is token number `first` of its text, and each is
-  drawn by the key of its number. See `generate` for `draw_below`.
+  tokens (B, _TOKENS_PER_CALL). The first of them is token number `first` of its
+  text, and each is drawn by the key of its number. See `generate` for
+  `draw_below`.
   """
   B = len(logits_BV)
 
@@ -170,7 +171,7 @@ def go_on(
       lambda: (logits_BV, state),
     )
 
-  start = (jnp.zeros((B, _CHUNK), jnp.int32), logits_BV, state)
+  start = (jnp.zeros((B, _TOKENS_PER_CALL), jnp.int32), logits_BV, state)
   return lax.fori_loop(0, count, one, start)
 
 
@@ -216,40 +217,56 @@ def generate(
 ) -> np.ndarray:
   """Returns (B, steps) tokens that follow B prompts of one length.
 
-  Row b is drawn by its own key, fold_in(key, b), and a token by its place in
-  the text: a text that is cut anywhere goes on the same. Learned positions
-  have a longest context, which slides along the text: where it is full, its
-  later half is read again, at places that are the same for all texts.
+  Each is drawn from softmax(logits / temperature) over the tokens that `top_k`
+  (Fan et al. 2018) and `top_p` (Holtzman et al. 2020) allow; the logits (B, V)
+  are those of a full forward pass over what comes before. Token n of row b is
+  drawn by fold_in(fold_in(key, b), n), counted from the start of its text: a
+  text that is cut anywhere goes on the same. A full context of learned
+  positions slides: its later half is read again, at places alike for all texts.
 
   Args:
-    params, config, prompt_BT: concrete; T is at least 1.
-    steps, key: how many tokens to draw, and the key that all draws follow from.
-    temperature, top_k, top_p, cache: as in `sample` and `cache_groups`.
-    draw_below: only tokens below it are drawn, as `BYTES` for a text.
+    params, config: a model's parameters, concrete, and its ModelConfig.
+    prompt_BT: integers in [0, V), concrete; T is at least 1.
+    steps, key: how many tokens to draw, 0 or more; the key of all draws.
+    temperature: 0 or more, finite; at 0 the likeliest token is taken.
+    top_k: how many of the likeliest tokens are allowed, 0 for all.
+    top_p: in (0, 1]; allows the fewest likeliest tokens that sum up to it.
+    cache: "spans" for a ring as long as each head's reach, or "dense".
+    draw_below: 1 or more; only tokens below it are drawn, as `BYTES` for text.
     on_tokens: called with each (B, n) new tokens as they come.
 
   Raises:
-    ValueError: arguments out of bounds.
+    ValueError: prompts that are empty, not (B, T) or not tokens of the model,
+      or another argument out of the bounds above.
   """
   check_sampling(temperature, top_k, top_p)
   _check_counts(steps, draw_below)
   sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
   text_BT = np.asarray(_prompt(prompt_BT, config))
-  B, prompt_length = text_BT.shape
+  B, T = text_BT.shape
   key_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
-  end, room = prompt_length + steps, 0  # `room` tokens can follow the context
+  settings = params, config, cache, sampling, draw_below
+  for new_BT in _new_tokens(settings, text_BT, steps, key_B):
+    text_BT = np.concatenate([text_BT, new_BT], axis=1)
+    if on_tokens:
+      on_tokens(new_BT)
+  return text_BT[:, T:]
+
+
+def _new_tokens(settings, text_BT, steps, key_B) -> Iterator[np.ndarray]:
+  """Yields (B, n) the next tokens of texts, until `steps` are written."""
+  params, config, cache, sampling, draw_below = settings
+  end, room = text_BT.shape[1] + steps, 0  # `room` can follow the context
   while (length := text_BT.shape[1]) < end:
     if not room:
       context_BT, room = _context(config, text_BT, end - length)
       logits_BV, state = prefill(params, config, context_BT, cache)
-    count = min(room, _CHUNK)
+    count = min(room, _TOKENS_PER_CALL)
     args = params, config, state, logits_BV, key_B, length, count
     tokens, logits_BV, state = go_on(*args, sampling, draw_below)
     new_BT, room = np.asarray(tokens)[:, :count], room - count
     text_BT = np.concatenate([text_BT, new_BT], axis=1)
-    if on_tokens:
-      on_tokens(new_BT)
-  return text_BT[:, prompt_length:]
+    yield new_BT
 
 
 def _check_counts(steps: int, draw_below: int | None) -> None:
@@ -264,7 +281,7 @@ def _check_counts(steps: int, draw_below: int | None) -> None:
 def _context(config, text_BT, steps):
   """Returns (the tokens to read as a prompt, how many can follow them).
 
-  Where they begin is a function of the length of the text alone.
+  Where these tokens begin depends on the length of the text alone.
   """
   if not slides(config):
     return text_BT, steps

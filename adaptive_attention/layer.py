@@ -143,6 +143,11 @@ class AdaptiveSelfAttention(nn.Module):
       segment_ids: (B, T) integers; no token attends to one of another segment,
         as where sequences are packed.
       key_mask: (B, T), false for padding, to which no token attends.
+
+    Raises:
+      ValueError: fields that are not possible, arguments that do not fit them,
+        or no word on `deterministic` where a dropout rate is not zero.
+      NotImplementedError: a named implementation that cannot serve the call.
     """
     hidden = {"segment_ids": segment_ids, "key_mask": key_mask}
     hidden = {name: x for name, x in hidden.items() if x is not None}

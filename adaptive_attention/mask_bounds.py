@@ -21,19 +21,21 @@ class WaveBounds:
   """Bounds of the waves that the heads of a layer can learn.
 
   A head's period is P = P_min + (P_max - P_min) sigmoid(period_logit), its
-  ratio r = r_min + (r_max - r_min) sigmoid(ratio_logit).
+  ratio r = r_min + (r_max - r_min) sigmoid(ratio_logit); the logits (H,) are
+  parameters of the layer. This is the form of the published program, whose
+  r_min and r_max are the defaults. See `Wave` for the wave of P and r.
 
   Attributes:
-    period_min, period_max: in tokens.
-    ratio_min, ratio_max: shares of the period. At ratio_max = 1/2 a wave can
-      open fully.
-    harmonics: the highest harmonic of the wave's series, or None for the exact
-      wave.
+    period_min, period_max: P_min and P_max in tokens, from 1 to 2^31.
+    ratio_min, ratio_max: r_min in [-1/4, 0) and r_max in (0, 1/2], shares of
+      the period. At r_max = 1/2 a wave can open fully.
+    harmonics: the highest harmonic of the wave's series, up to 255, or None for
+      the exact wave.
     integer: whether periods are rounded. Then a wave is a stride, and the pairs
       that it hides can be skipped in whole blocks.
 
   Raises:
-    ValueError: a bound that is not possible.
+    ValueError: a bound out of these, or a P_max that is not above P_min.
   """
 
   period_min: float = 2.0

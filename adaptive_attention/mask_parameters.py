@@ -149,11 +149,15 @@ def mask_params(
 ) -> tuple[masks.Mask, ...]:
   """Returns one Mask per attention layer, first to last, from parameters alone.
 
-  It takes the tree of any model that holds `AdaptiveSelfAttention` layers,
-  apart or stacked by `nn.scan`. Their order is that of
-  `parameters.attention_layers`. Spans and periods are in tokens. Where no span
-  is learned, all spans are the context and memory of a ModelConfig, or infinite
-  for a layer by itself.
+  z = max_span sigmoid(span_logit)  (Sukhbaatar et al. 2019, section 2.2)
+  P = P_min + (P_max - P_min) sigmoid(period_logit)
+  r = r_min + (r_max - r_min) sigmoid(ratio_logit)
+
+  Logits and lengths are (H,), z and P in tokens, r a share of P. The tree may
+  be that of any model that holds `AdaptiveSelfAttention` layers, apart or
+  stacked by `nn.scan`. Their order is that of `parameters.attention_layers`.
+  Where no span is learned, all spans are the context and memory of a
+  ModelConfig, or infinite for a layer by itself.
 
   Args:
     params: the tree of parameters.
@@ -195,16 +199,21 @@ def _check_layer(
 
 
 def regularizer(params: Mapping, layer_or_config: HasMasks) -> jax.Array:
-  """Returns the penalty of all layers in nats: sum of span_coef masks.penalty.
+  """Returns the penalty of all layers in nats, a float32 scalar.
 
-  It depends on the parameters alone, and is added to the loss in training only.
-  It is zero where no spans are learned. See `masks.penalty` for the formula.
+  It is span_coef sum over layers of mean_h[(z + R) f] with the wave, f the open
+  share of `masks.open_fraction`, and span_coef sum over layers of mean_h[z]
+  without (Sukhbaatar et al. 2019, section 2.2). It is zero where no spans are
+  learned. It depends on the parameters alone, and is added to the loss in
+  training only.
 
   Args:
-    params, layer_or_config: as in `mask_params`.
+    params: the tree of parameters.
+    layer_or_config: as in `mask_params`; `span_coef` is in nats per token.
 
   Raises:
-    ValueError: as `mask_params` does.
+    ValueError: no such layer exists, or one lacks a parameter or has it in
+      another shape than (H,).
   """
   bounds = layer_or_config.mask_bounds
   layers = mask_params(params, layer_or_config)
@@ -226,7 +235,9 @@ def with_lengths(
   Args:
     params: the tree of parameters.
     layer_or_config: the layer or ModelConfig that the parameters belong to.
-    change: (name of a mask parameter, its lengths in float64) -> new lengths.
+    change: (name of a mask parameter, its lengths in float64) -> new lengths,
+      in tokens for spans and periods. A parameter whose lengths are returned as
+      they were given stays the same to the bit.
   """
   bounds = layer_or_config.mask_bounds
 
@@ -247,6 +258,10 @@ def hardened(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 
   A wave is then a stride, and generation does not read the keys that it hides.
   Ratios stay as they are.
+
+  Args:
+    params: the tree of parameters, concrete.
+    config: the ModelConfig that they belong to.
   """
 
   def rounded(name: str, length: np.ndarray) -> np.ndarray:

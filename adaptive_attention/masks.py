@@ -25,10 +25,11 @@ HIDDEN = 1e-6  # a pair whose weight is not above this is hidden
 
 
 def _static(x, kind):
-  """Returns an array of one number as Python's own.
+  """Returns a static field as Python's own number, where it is an array of one.
 
-  What is static tells one traced program from another, for which an array does
-  not serve, as it may change. What is no such array is for others to refuse.
+  Static fields are part of the key of a compiled program, and an array cannot
+  be one, as it may change. Other values are returned as they are, and checked
+  where the mask is used.
   """
   if hasattr(x, "dtype"):
     with contextlib.suppress(TypeError, ValueError):
@@ -39,17 +40,27 @@ def _static(x, kind):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wave:
-  """The triangle wave of each head: its period P and its ratio r.
+  """The triangle wave of each head: its period P and its ratio r; a pytree.
+
+  The wave weight of a distance d is w(d) = clip(tri(d) + 1/2 + P r, 0, 1). The
+  exact wave is tri(d) = P / 4 - |d - n P|, n P the nearest multiple of P. Its
+  series is tri(d) = (P / 4) (8 / pi^2) sum over odd k <= K of
+  cos(2 pi k d / P) / k^2. The wave is that of the published program; see
+  `triangle_wave` and `wave_weight`.
 
   Attributes:
     period: (H,) P in tokens.
-    ratio: (H,) r, a share of the period; P r raises the wave.
-    harmonics: None for the exact wave, or K for its Fourier series up to the
+    ratio: (H,) r, a share of the period; P r, in tokens, raises the wave.
+    harmonics: static; None for the exact wave, or K for its series up to the
       odd harmonic K (the published program has K = 5).
-    integer: whether P is rounded in the forward pass. The gradient then passes
-      straight through the rounding where P scales the amplitude or raises the
-      wave. It is cut off where P is a phase, as it grows with the distance
-      there.
+    integer: static; whether P is rounded in the forward pass. The gradient then
+      passes straight through the rounding where P scales the amplitude or
+      raises the wave. It is cut off where P is a phase, as it grows with the
+      distance there.
+
+  Nothing is checked here, as periods may be traced: `attend` raises ValueError
+  for shapes other than (H,) and for harmonics out of bounds, and `WaveBounds`
+  for bounds of periods and ratios that are not possible.
   """
 
   period: jax.Array
@@ -67,12 +78,20 @@ class Wave:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """The spans and waves of the heads of one layer.
+  """The spans and waves of the heads of one layer; a pytree.
+
+  The span weight of a distance d is m(d) = clip((R + z - d) / R, 0, 1)
+  (Sukhbaatar et al. 2019, equation 3). With the wave weight w(d), or w = 1
+  without waves, the pair is hidden where min(m, w) <= 1e-6, and otherwise
+  log m + log w is added to its logit.
 
   Attributes:
     span: (H,) z in tokens: the span weight is one up to here.
-    ramp: R in tokens: the span weight falls linearly from z to z + R.
-    wave: the waves, or None.
+    ramp: static; R in tokens: the span weight falls linearly from z to z + R.
+    wave: the waves of the same heads, or None.
+
+  Nothing is checked here, as spans may be traced: `attend` raises ValueError
+  for shapes other than (H,) and for a ramp of 0 or less.
   """
 
   span: jax.Array
@@ -126,7 +145,7 @@ def triangle_wave(
 ) -> jax.Array:
   """Returns (H, ...) tri(d) of period P, amplitude A = P / 4, crest at d = 0.
 
-  Exact: tri(d) = A - dist(d, P Z), slope one per token.
+  Exact: tri(d) = A - |d - n P|, n P the nearest multiple; slope one per token.
   Series: tri(d) = A (8 / pi^2) sum over odd k <= K of cos(2 pi k d / P) / k^2.
   """
   return _triangle(distance, period_H, period_H, harmonics)
@@ -135,9 +154,10 @@ def triangle_wave(
 def _from_nearest_multiple(d, period):
   """Returns d - n P for the nearest n: at most half a period either way.
 
-  n P itself would lose the digits of large distances. P is taken as a sum of
-  two: n times the first, of 11 bits, is exact up to n = 8192. d / P may round
-  to the wrong side of a trough, so the rest is rounded once more.
+  n P in float32 would lose the last digits where distances are large. So P is
+  taken as a sum of two parts. The first has 11 bits, and n times it is exact up
+  to n = 8192. d / P may round to the wrong side of a trough, so the rest is
+  reduced once more.
   """
   n = jax.lax.stop_gradient(jnp.round(d / period))
   coarse = jax.lax.stop_gradient(jax.lax.reduce_precision(period, 8, 10))
@@ -153,8 +173,8 @@ def rounded_period(wave: Wave) -> jax.Array:
 def phase(x: ArrayLike, wave: Wave) -> jax.Array:
   """Returns (H, ...) x less the nearest multiple of P, in tokens.
 
-  The phase of a distance is the difference of those of its ends, less P or more
-  where that is beyond half a period.
+  The phase of a distance is the difference between the phases of its two ends.
+  Where that is beyond half a period, P is added or taken off.
   """
   positions, period = _aligned(x, rounded_period(wave))
   return _from_nearest_multiple(positions, period)

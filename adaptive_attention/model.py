@@ -172,10 +172,21 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A language model over bytes: tokens_BT -> logits_BTV in float32.
+  """A language model over tokens: tokens_BT -> logits_BTV in float32.
+
+  x = embed(tokens), and in each layer x += attention(norm_1(x)) and then
+  x += mlp(norm_2(x)); logits = norm(x) embed^T. That is the layout of GPT-2
+  (Radford et al. 2019) and of nanoGPT, with the masks of
+  `AdaptiveSelfAttention`. Position vectors are added to x, unless queries and
+  keys have positions of their own. Logits are in nats, up to a constant.
 
   How far a token attends back does not depend on the length of the text: it is
-  the reach of each head. Without spans that is `config.max_context_tokens`.
+  the reach of each head in tokens. Without spans that is
+  `config.max_context_tokens`.
+
+  Attributes:
+    config: the settings. A `ModelConfig` raises ValueError where they are not
+      possible, and the calls raise it for tokens that do not fit.
   """
 
   config: ModelConfig
@@ -190,7 +201,7 @@ class Transformer(nn.Module):
     """Returns logits_BTV, or (logits_BTV, state) where a state is given.
 
     Args:
-      tokens_BT: B sequences of T tokens.
+      tokens_BT: B sequences of T tokens, integers in [0, V).
       train: whether dropout acts. Then `rngs={"dropout": key}` is needed where
         config.dropout is not zero.
       state: what `init_memory` or `init_cache` made, or an earlier call
@@ -201,6 +212,7 @@ class Transformer(nn.Module):
       ValueError: more tokens than learned positions, or a B or T that the state
         was not made for. Where the state's `tokens_read` is traced, the logits
         of positions beyond the learned ones are nan instead.
+      NotImplementedError: a named implementation that cannot serve the call.
     """
     if state is None:
       alone = Stateless(self.config.n_layer)

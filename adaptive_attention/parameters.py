@@ -166,7 +166,7 @@ def _leaves(tree, path):
 
 
 def _rank_apart(path) -> int | None:
-  """Returns how many axes a leaf has in one layer; None if its name is mute."""
+  """Returns how many axes a leaf has in one layer; None if that is unknown."""
   if path[-1] in (*MASK_PARAMETERS, _SCALE):
     return 1
   return 2 if path[-2:] == ("qkv", "kernel") else None

@@ -4,8 +4,8 @@ It is that of Transformer-XL (Dai et al. 2019) and Sukhbaatar et al. 2019. No
 gradient flows to keys and values that are older than the segment. Heads hold as
 many as they reach, with a margin; see `attention.head_groups`.
 
-A ring is read at all positions in turn, also under a wave: what one query does
-not see later ones do.
+A ring is read at all its positions in turn, also under a wave: a key that the
+wave hides from one query is open to a later one.
 """
 
 from collections.abc import Sequence
@@ -132,8 +132,8 @@ class SegmentKV(flax.struct.PyTreeNode):
   ) -> "SegmentKV":
     """Returns the same keys and values in the rings of other groups.
 
-    Rings that are shorter lose the oldest; those that are longer hold no more
-    than before, until as much was read.
+    Shorter rings lose the oldest tokens. Longer rings hold no more than before,
+    until more tokens are read.
 
     Args:
       groups: all heads of each hold equally many tokens of those it asks for.
@@ -185,7 +185,7 @@ class SegmentKV(flax.struct.PyTreeNode):
 
 
 def _resized(ring_NSGK: jax.Array, S: int, read: jax.Array) -> jax.Array:
-  """Returns a ring of S rows: the newest of a ring, or zeros before them."""
+  """Returns a ring of S rows: a ring's newest tokens, and zeros before them."""
   N, before = ring_NSGK.shape[:2]
   first_row = (read % before).astype(jnp.int32)
   ring = Ring(ring_NSGK, ring_NSGK, first_row)
@@ -197,8 +197,8 @@ def _resized(ring_NSGK: jax.Array, S: int, read: jax.Array) -> jax.Array:
 def _dealt(x_BTHK: jax.Array, parts: Sequence[Any]) -> list[jax.Array]:
   """Returns the heads of each part, in its order.
 
-  Parts of an array, put together, have a gradient of the same kind; that of an
-  index would fill an array of all heads for each part.
+  Heads are split and put together, and so is their gradient. The gradient of
+  an index would fill an array of all heads for each part.
   """
   H = x_BTHK.shape[2]
   if [list(part) for part in parts] == [list(range(H))]:
@@ -245,9 +245,9 @@ def memory_groups(
 ) -> tuple[Groups, ...]:
   """Returns for each layer the groups of heads of a segment memory.
 
-  The rings of a group hold what its heads reach and a segment, and are by the
-  share `config.memory_margin` longer; at most they hold `config.memory_tokens`,
-  in whole segments, and a segment.
+  The rings of a group hold what its heads reach and a segment. They are longer
+  than that by the share `config.memory_margin`, but hold at most
+  `config.memory_tokens`, in whole segments, and a segment.
 
   Args:
     layers: the mask of each layer, of `mask_params`; concrete.

@@ -210,7 +210,7 @@ class Stateless(flax.struct.PyTreeNode):
 
 
 def leaves_today(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns by today's paths the arrays of a segment memory of any version.
+  """Returns the arrays of a segment memory of any version, by today's paths.
 
   In version 0.1 k.I and v.I were the keys and values of layer I, of all heads;
   in 0.4 layers.I.k and layers.I.v.
@@ -233,9 +233,10 @@ def init_memory(
 ) -> State:
   """Returns an empty segment memory of N streams, for calls with T tokens.
 
-  Each layer has for each group of its heads (N, S, G, K) keys and values in
-  `config.compute_dtype`. S is the reach that the group's rings serve, plus
-  T - 1.
+  Earlier keys and values take no gradient, as in Transformer-XL (Dai et al.
+  2019) and Sukhbaatar et al. 2019. Each layer has for each group of G heads of
+  keys (N, S, G, K) keys and as many values in `config.compute_dtype`. S is the
+  reach in tokens that the group's rings serve, plus T - 1.
 
   Args:
     config: the model's; `memory_tokens` are visible before each segment.
@@ -279,8 +280,10 @@ def init_cache(
 ) -> State:
   """Returns an empty KV cache for B sequences of one length.
 
-  Each head has a ring of at least its reach, ceil(z + R) tokens, in
-  `config.compute_dtype`. See `attention.decode` for the axes.
+  Each layer has for each group of G heads of keys (B, G, P, Y, K) keys and as
+  many values in `config.compute_dtype`: rings of P Y rows, at least the reach
+  ceil(z + R) in tokens of each head (z of Sukhbaatar et al. 2019), dealt into
+  the P residue classes of an integer wave. See `attention.decode`.
 
   Args:
     params: the parameters; concrete, unless `groups` are given.
@@ -290,7 +293,8 @@ def init_cache(
     groups: what `cache_groups` returned; `cache` is then ignored.
 
   Raises:
-    ValueError: an unknown kind of cache, or a negative `batch`.
+    ValueError: an unknown kind of cache, a negative `batch`, or parameters that
+      lack those of the masks, as in `mask_params`.
   """
   if batch < 0:
     raise ValueError(f"batch={batch} is not possible; expected 0 or more")

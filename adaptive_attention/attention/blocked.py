@@ -53,7 +53,10 @@ def attend(
   dropout_seed,
   dropout_heads,
 ):
-  """The same as `reference.attend`, in time that the masks leave."""
+  """Computes what `reference.attend` does, from blocks with an open pair alone.
+
+  The arguments are those of `reference.attend`.
+  """
   _check_axes(q_BTHK)
   B, T, H, _ = q_BTHK.shape
   S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]
@@ -137,10 +140,11 @@ class _Softmax(NamedTuple):
 
   def finished(self, dropout_rate):
     """Returns the output, and each row's log of sums."""
-    seen_BQ1 = self.total_BQ1 > 0
-    total_BQ1 = jnp.where(seen_BQ1, self.total_BQ1, 1.0)
+    has_open_BQ1 = self.total_BQ1 > 0
+    total_BQ1 = jnp.where(has_open_BQ1, self.total_BQ1, 1.0)
     # Where no key is open the backward pass must find exp(...) = 0.
-    lse_BQ1 = jnp.where(seen_BQ1, self.highest_BQ1 + jnp.log(total_BQ1), -LOW)
+    lse_BQ1 = self.highest_BQ1 + jnp.log(total_BQ1)
+    lse_BQ1 = jnp.where(has_open_BQ1, lse_BQ1, -LOW)
     return self.sum_BQK / (total_BQ1 * (1 - dropout_rate)), lse_BQ1
 
 
@@ -179,9 +183,9 @@ def _forward_head(head: Head, local, relative, stream_BH, zero):
 def _zero_after(x):
   """Returns 0.0 in such a way that the compiler must wait for x.
 
-  It fills arrays with a zero that it knows early, and for all layers at once:
-  the scratch of each layer would take memory from the beginning of a step to
-  its end. Under `jax.shard_map` the result varies over the devices as x does.
+  If XLA knew the zero early, it would fill the scratch arrays of all layers at
+  the beginning of a step. They would then take memory until the step ends.
+  Under `jax.shard_map` the result varies over the devices as x does.
   """
   bits = lax.bitcast_convert_type(x.ravel()[:1].astype(jnp.float32), jnp.uint32)
   return jnp.sum(bits >> 31 >> 1, dtype=jnp.uint32).astype(jnp.float32)

@@ -126,7 +126,7 @@ def _brought(head, local, queries) -> Queries:
   # It is summed block by block: one sum over all queries would take XLA's CPU
   # backend as long as two products.
   mean_BQ1 = jnp.sum(d_out_BQK * out_BQK, axis=-1, keepdims=True)
-  # Rows beyond the end of the class belong to other classes.
+  # Rows beyond the end of the residue class belong to others.
   exists_1Q1 = (queries.x < head.sizes.T)[None, :, None]
   lse_BQ1 = jnp.where(exists_1Q1, lse_BQ1, -LOW)
   q_BQK = q_BQK / math.sqrt(q_BQK.shape[-1])
@@ -174,7 +174,8 @@ def _add_block(
 
 def _added_to_keys(static, sums, keys, dk_BCK, dv_BCK) -> Sums:
   """Returns the sums with the gradients of a key block added."""
-  if static.memory:  # rows before the first new key belong to other classes
+  if static.memory:
+    # Rows before the first new key belong to other residue classes.
     new_C = keys.x >= static.memory - static.sizes.older
     dk_BCK, dv_BCK = (
       jnp.where(new_C[None, :, None], x_BCK, 0.0) for x_BCK in (dk_BCK, dv_BCK)

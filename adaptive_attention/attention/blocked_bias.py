@@ -75,8 +75,8 @@ def at_distances(relative_RK, distance):
 def added_at(x, distance, rows):
   """Returns x with rows added at their distances, if x has these.
 
-  A negative distance counts from the end of x. It is harmless, as no pair has
-  one and its row is zero.
+  A negative distance is an index from the end of x. No pair has such a
+  distance, and its row is zero, so that nothing is added there.
   """
   return x.at[distance].add(rows, mode="drop")
 
@@ -84,7 +84,7 @@ def added_at(x, distance, rows):
 def logits(q_BQK, k_BCK, bias, alike_QC, relative_DK):
   """Returns q (k + p) + log m + log w, for queries divided by sqrt(K).
 
-  It is -inf for pairs that are not alike, in two segments.
+  It is -inf where the query and the key lie in two segments.
   """
   logits_BQC = jnp.einsum("bqk,bck->bqc", q_BQK, k_BCK)
   if relative_DK is not None:

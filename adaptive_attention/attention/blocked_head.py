@@ -39,10 +39,10 @@ class SegmentWalk(NamedTuple):
 
 
 class QueryBlock(NamedTuple):
-  """BLOCK queries of one class.
+  """BLOCK queries of one residue class.
 
   Attributes:
-    a, y: their class, and the y of the first query.
+    a, y: their residue class, and the y of the first query.
     row: the row of the first query in a local array.
     x: (BLOCK,) their positions.
     first: the x of the first key that any of them may attend to.
@@ -56,7 +56,7 @@ class QueryBlock(NamedTuple):
 
 
 class KeyBlock(NamedTuple):
-  """BLOCK keys of one class, and what the masks add to their logits.
+  """BLOCK keys of one residue class, and what the masks add to their logits.
 
   Attributes:
     row: the row of the first key in a local array of all keys.
@@ -133,8 +133,8 @@ class Head:
   def over_query_blocks(self, body, carry):
     """Returns the carry after body(QueryBlock, carry) for all query blocks.
 
-    Those of a class come in ascending y. The last block of a class goes beyond
-    the end of the class, into rows of the next, which are computed later.
+    Those of a residue class come in ascending y. The last block of a residue
+    class goes beyond its end, into rows of the next, which are computed later.
     """
 
     def of_class(a, carry):
@@ -195,12 +195,12 @@ class Head:
     return walk.over_residues(self.walked, residue, carry, sizes)
 
   def first_new(self, c):
-    """Returns the y of the first key of a class that is not memory."""
+    """Returns the y of a residue class's first key that is not memory."""
     first_x = self.static.memory - self.sizes.older
     return walk.ceil_div(first_x - c, self.stride)
 
   def key_block(self, queries, rho, j, is_full, older) -> KeyBlock:
-    """Returns key block j of the class that the queries meet at residue rho."""
+    """Returns key block j of those that the queries meet at a residue."""
     c, b = walk.key_class(self.walked, queries.a, rho, self.sizes)
     y = j * BLOCK
     x = c + self.stride * (y + jnp.arange(BLOCK, dtype=jnp.int32))

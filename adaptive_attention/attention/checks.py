@@ -1,8 +1,8 @@
 """What `attend` and `attend_ring` ask of their arguments.
 
 Each function raises ValueError, in one sentence that names the value and what
-was expected. Below the dispatch arguments are checked already. What stands at
-the end is about derivatives.
+was expected. The implementations take arguments that were checked here. The
+last functions of this file are about derivatives.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def _is_integer(x) -> bool:
 
 
 def static_number(name, value) -> float:
-  """Returns a number of any kind as Python's, for which it is not traced."""
+  """Returns a number of any kind as a Python float; it must not be traced."""
   if not isinstance(value, str):
     with contextlib.suppress(TypeError, ValueError, OverflowError):
       return float(value)
@@ -195,8 +195,8 @@ def lengths(mask, H):
 def differentiated_once(x, refusal):
   """Returns x; NotImplementedError(refusal) where it has a tangent.
 
-  A gradient by rules of its own that is differentiated once more would miss
-  what these rules leave out.
+  The caller's backward pass is written by hand. To differentiate it once more
+  would leave out terms without an error.
   """
   del refusal
   return x

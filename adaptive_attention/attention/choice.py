@@ -71,7 +71,7 @@ def call_of(
   segments=None,
   **others,
 ) -> Call:
-  """Returns the call of these arguments; no choice depends on the others."""
+  """Returns the `Call` of these arguments; other arguments decide nothing."""
   del others
   B, T, H, K = q_BTHK.shape
   S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]

@@ -2,7 +2,7 @@
 
 The keys and values of a head stand in a ring of at least as many rows as its
 reach; `head_groups` says how many. Under a wave of an integer period P the rows
-are dealt into P residue classes by position, and only the classes at an open
+are dealt into P residue classes by position, and only those at an open
 distance are read. That is exact: the weight of what is not read is zero.
 
 Axes: G heads of keys of one group, Q heads of queries that each of them serves,
@@ -40,7 +40,8 @@ def put(group: Group, ring_BGPYK, new_BTGK, tokens_read):
   if new_BGTK.shape[2] == 1:
     return _put_one(group, ring_BGPYK, new_BGTK, first)
   P, Y, T = group.period, group.rows, new_BGTK.shape[2]
-  # The newest position of each class and row, counted from the first new token.
+  # The newest position of each residue class and row, counted from the first
+  # new token.
   c_P1, y_1Y = (np.arange(n, dtype=np.int32) for n in (P, Y))
   c_P1, y_1Y = c_P1[:, None], y_1Y[None]
   newest_P1 = (first + T - 1 - c_P1) // P
@@ -63,7 +64,7 @@ def _put_one(group, ring_BGPYK, new_BG1K, position):
 def in_order(group: Group, ring_BGPYK, tokens_read):
   """Returns (B, P Y, G, K), the rows of the ring from the oldest to the newest.
 
-  Rows that stand for positions before the text hold anything.
+  What rows of positions before the text hold means nothing.
   """
   P, Y = group.period, group.rows
   first = jnp.asarray(tokens_read).astype(jnp.int32)
@@ -76,7 +77,7 @@ def attend_one(groups, q_B1HK, k, v, bias, tokens_read, relative_RK=None):
   """Returns out_B1HK of one query a sequence, whose key is in the rings.
 
   out = softmax(q (k + p) / sqrt(K) + log m + log w) v over the open keys in the
-  rings. It is zero where no key is open.
+  rings. The output is zero where no key is open.
 
   Args:
     groups: the groups of the layer's heads.
@@ -105,7 +106,7 @@ def _read(group, q_BGQK, k, v, bias_GQrY, position, relative_RK):
   exists = distance <= position
   logits, values = [], []
   for i, rho in enumerate(group.residues):
-    # A class that no token has come to yet holds no key that exists.
+    # A residue class that no token has come to yet holds no key that exists.
     newest = jnp.maximum(position - rho, 0)
     c = newest % P
     k_BGYK = lax.dynamic_index_in_dim(k, c, axis=2, keepdims=False)
@@ -146,7 +147,7 @@ def _of_distances(q_BGQK, relative_RK, distance_Y):
 def _by_row(by_age, newest):
   """Returns (..., Y) by row of the ring, from (..., Y) by age.
 
-  An age is how many rows of its class a row is older than the `newest`.
+  An age is how many rows of its residue class a row is older than the `newest`.
   """
   Y = by_age.shape[-1]
   # back[i] = by_age[-i mod Y]; row r is (newest - r) mod Y rows back.

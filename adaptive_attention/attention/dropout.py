@@ -5,7 +5,7 @@ of the indices lets them all drop the same ones, and lets the backward pass
 draw them again rather than store them.
 
 x = s - (S - T) modulo 2^32 is the key's position relative to the first query.
-So it does not matter to a draw how many older keys there are.
+So a draw does not depend on how many older keys there are.
 """
 
 import jax.numpy as jnp

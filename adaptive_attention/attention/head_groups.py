@@ -1,10 +1,10 @@
-"""Heads of keys in groups whose rings are of one length: who keeps how much.
+"""Groups heads of keys by how many tokens they keep, so that rings are few.
 
-A ring is as long as its head reaches, ceil(z + R) tokens; that of a segment
-memory by a segment and a margin longer. Where a head of keys serves several
-heads of queries that is as far as the farthest of these. Heads of similar reach
-share an array, which costs a few rows and saves calls. Here alone it is chosen
-how many, for the KV cache of generation and for the segment memory of training.
+A ring of the KV cache is as long as its head reaches, ceil(z + R) tokens. A
+ring of a segment memory is longer by a segment and a margin. Where a head of
+keys serves several heads of queries, the longest reach of these counts. Heads
+of similar reach share an array, which costs a few rows and saves calls. This
+file alone chooses which heads do, for generation and for training.
 """
 
 import functools
@@ -26,7 +26,8 @@ class Group(NamedTuple):
     heads: their indices among the layer's heads of keys.
     queries: Q, the heads of queries that each of them serves.
     period: P, the residue classes of a ring; 1 where all its keys are read.
-    rows: Y, the rows of a class. P Y is the longest reach that is served.
+    rows: Y, the rows of a residue class. P Y is the longest reach that is
+      served.
     residues: the open residues of distances mod P, the same for all its heads.
   """
 
@@ -186,8 +187,9 @@ def dense_groups(heads: int, longest: int, key_heads: int) -> tuple[Group, ...]:
 def _strides(wave, key_heads):
   """Returns (P, open residues) of each head of keys.
 
-  A residue is open if it is to any of its query heads. It is (1, (0,)) where
-  all residues are open, or none, or where the periods of these differ.
+  A residue is open if it is open to any query head that reads the keys. It is
+  (1, (0,)) where all residues are open, where none is, and where the periods of
+  these query heads differ.
   """
   period_H = np.round(np.asarray(wave.period)).astype(int)
   open_HR = np.asarray(

@@ -20,7 +20,10 @@ def for_each_query_head(x_BSGK, H: int):
 
 
 def summed_by_key_head(x_BSHK, G: int):
-  """Returns (B, S, G, K) from numbers of query heads; its transpose."""
+  """Returns (B, S, G, K), the sums over the query heads that share a key head.
+
+  It is the transpose of `for_each_query_head`.
+  """
   B, S, H, K = x_BSHK.shape
   return x_BSHK if G == H else x_BSHK.reshape(B, S, G, H // G, K).sum(axis=3)
 
@@ -39,7 +42,7 @@ class Segments(NamedTuple):
   def first_keys(self):
     """Returns (B, T) the index of the first key in each query's segment.
 
-    It is more than any index where there is none.
+    Where a query's segment has no key, it is larger than the index of any key.
     """
 
     def of_sequence(query_T, key_S):

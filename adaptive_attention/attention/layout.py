@@ -1,8 +1,9 @@
 """Places the rows of one head in local arrays while the head is computed.
 
-Positions are dealt into P residue classes, x = P y + a. The rows of each class
-are brought together, so that a block of consecutive y is one contiguous slice
-whatever the stride is. Keys beyond the head's reach need not be brought.
+Positions are dealt into P residue classes, x = P y + a. The rows of each
+residue class are brought together, so that a block of consecutive y is one
+contiguous slice whatever the stride is. Keys beyond the head's reach need not
+be brought.
 """
 
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def put(local_BRK, row, rows_BYK):
 
 
 class Layout:
-  """The rows of one head's positions in a local array, class by class.
+  """The rows of one head's positions in a local array, by residue class.
 
   The position x = P y + a in [-front, T) stands in row(a, y) of a local array
   (B, rows, K) in float32, which has room for a block beyond either end.
@@ -46,8 +47,8 @@ class Layout:
   def __init__(self, stride, front, T, strided, ring=False):
     self.stride, self.front, self.T, self.strided = stride, front, T, strided
     self.ring = ring
-    self.fill = ceil_div(front, stride)  # y of each class before zero
-    self.end = ceil_div(T, stride)  # y of each class from zero on
+    self.fill = ceil_div(front, stride)  # y of each residue class before zero
+    self.end = ceil_div(T, stride)  # y of each residue class from zero on
     size = front + T
     # All rows are moved at once, unless a short span needs much fewer.
     self.whole = not strided and not ring and front <= T
@@ -68,19 +69,19 @@ class Layout:
     return BLOCK + a * (self.fill + self.end) + self.fill + y
 
   def existing(self, y):
-    """Returns the first y that a class has, of those from y on."""
+    """Returns the first y that a residue class has, of those from y on."""
     return jnp.maximum(y, -self.fill)
 
   def _over_blocks(self, y_from, one, local_BRK):
     """Returns the array after one(a, y, local) for blocks from y_from on.
 
-    A block has `self.block` consecutive y of one class.
+    A block has `self.block` consecutive y of one residue class.
     """
     blocks = ceil_div(self.end - y_from, self.block)
 
     def of_class(a, local_BRK):
       def of_block(j, local_BRK):
-        # The last block is moved back, so that it ends with its class.
+        # The last block is moved back, to end with its residue class.
         y = jnp.minimum(y_from + j * self.block, self.end - self.block)
         return one(a, self.existing(y), local_BRK)
 
@@ -91,7 +92,7 @@ class Layout:
     return self.over_classes(of_class, local_BRK)
 
   def over_classes(self, body, carry):
-    """Returns the carry after body(a, carry) for each class a."""
+    """Returns the carry after body(a, carry) for each residue class a."""
     if not self.strided:
       return body(0, carry)
     return lax.fori_loop(0, self.stride, body, carry)

@@ -75,7 +75,7 @@ def _after_older(ring, k_BTGK, v_BTGK):
 
 
 def _dropped(weights_BHTS, seed, h_H, x_S, rate):
-  """Returns the weights, of which a share is zero and the rest larger."""
+  """Returns the weights with a share of them dropped and the rest scaled up."""
   b_B, t_T = (
     jnp.arange(n, dtype=jnp.int32)
     for n in (weights_BHTS.shape[0], weights_BHTS.shape[2])

@@ -2,15 +2,15 @@
 
 Positions are counted as x = t for queries and x = s - (S - T) for keys, so that
 a distance is a difference of x. A head with the stride P deals them into P
-residue classes, x = P y + a. A block is made of consecutive y of one class:
-`block_q` of queries by `block_k` of keys. Blocks begin at multiples of their
-size in y, also those of keys below zero. The distance between a query of class
-a and a key of class c is
+residue classes, x = P y + a. A block is made of consecutive y of one
+residue class: `block_q` of queries by `block_k` of keys. Blocks begin at
+multiples of their size in y, also those of keys below zero. The distance
+between a query of residue class a and a key of residue class c is
 
   d = P (y_q - y_k - b) + rho,  rho = (a - c) mod P,  b = 1 if a < rho else 0
 
-Under an integer wave of period P the wave is one number for each residue rho,
-so a head with the stride P walks the open residues alone. P = 1 is the band.
+Under an integer wave of period P the wave is one number for each residue, so a
+head with the stride P walks the open residues alone. P = 1 is the band.
 
 An implementation reads a head's integers (`Heads`) and asks `key_blocks` or
 `query_blocks` between which ends it has to walk. Both give each block that
@@ -39,7 +39,8 @@ class Sizes(NamedTuple):
 
   Attributes:
     strided: whether a head may have a stride other than one. Where it may not,
-      classes and residues are Python's zero and nothing is divided by P.
+      residue classes and residues are Python's zero, and nothing is divided
+      by P.
   """
 
   T: int
@@ -108,13 +109,13 @@ def stride_of(head: Heads, sizes: Sizes):
 
 
 def key_class(head: Heads, a, rho, sizes: Sizes):
-  """Returns (c, b) of the keys that queries of class a meet at residue rho."""
+  """Returns (c, b) of the keys that residue class a meets at residue rho."""
   b = to_int(a < rho)
   return a - rho + stride_of(head, sizes) * b, b
 
 
 def query_class(head: Heads, c, rho, sizes: Sizes):
-  """Returns (a, b) of the queries that keys of class c meet at residue rho."""
+  """Returns (a, b) of the queries that residue class c meets at residue rho."""
   P = stride_of(head, sizes)
   b = to_int(c + rho >= P)
   return c + rho - P * b, b
@@ -132,7 +133,7 @@ def key_blocks(head: Heads, a, y_q, rho, sizes: Sizes):
 
   Args:
     head: the integers of one head.
-    a, y_q: class and first y of the query block.
+    a, y_q: residue class and first y of the query block.
     rho: an open residue.
     sizes: static.
 
@@ -268,10 +269,13 @@ def heads_of(mask, table_HS, first_key, sizes: Sizes) -> Heads:
 
 
 class Rows(NamedTuple):
-  """The blocks of queries or of keys, class by class; no block has two classes.
+  """The blocks of queries or of keys, one residue class after the other.
+
+  No block has rows of two residue classes.
 
   Attributes:
-    group: the class, a of queries or c of keys; P or more in spare blocks.
+    group: the residue class, a of queries or c of keys; P or more in spare
+      blocks.
     y: the y of the block's first row.
   """
 
@@ -282,7 +286,7 @@ class Rows(NamedTuple):
 def row_count(sizes: Sizes, rows) -> int:
   """Returns N, the most blocks of queries ("q") or keys ("k") of any stride.
 
-  Each class has whole blocks, on either side of zero.
+  Each residue class has whole blocks, on either side of zero.
   """
   spare = MAX_STRIDE if sizes.strided else 0
   if rows == "q":
@@ -294,8 +298,8 @@ def row_count(sizes: Sizes, rows) -> int:
 def rows_of(stride, sizes: Sizes, rows) -> Rows:
   """Returns (N,) the blocks of queries (rows="q") or keys ("k") of one head.
 
-  All classes have the same number of blocks, from the same y on. Those of keys
-  begin below zero where there are older keys.
+  All residue classes have the same number of blocks, from the same y on. Those
+  of keys begin below zero where there are older keys.
   """
   P = stride if sizes.strided else 1
   block = sizes.block_q if rows == "q" else sizes.block_k

@@ -1,1 +1,1 @@
-"""Benchmarks: named cases, which the tests use too, and their timing."""
+"""Benchmarks: named cases and their timing. The tests use the cases too."""

@@ -1,4 +1,4 @@
-"""What our kernels are to reach on an accelerator, beside what others have."""
+"""The bars: how fast our kernels must be, against other implementations."""
 
 from typing import NamedTuple
 
@@ -38,11 +38,11 @@ BARS = (
 
 
 def judged(rows: list[dict]) -> list[dict]:
-  """Returns what the rows of bench.json say of each bar, one for each width.
+  """Returns for each bar and head width whether the rows of bench.json meet it.
 
-  Each has `case`, `of`, `most`, `times` and `met`, of the medians of forward
-  and all gradients; times and met are None if one of the two did not run. Bars
-  of cases without any row are left out.
+  Each entry has `case`, `of`, `most`, `times` and `met`. `times` is the ratio
+  of two medians, of forward and all gradients together; it and `met` are None
+  if one of the two did not run. Bars of cases without any row are left out.
   """
   medians = {(row["case"], row["run"]): row["median_ms"] for row in rows}
   timed = {case for case, _ in medians}

@@ -1,4 +1,4 @@
-"""What an accelerator is timed on: our kernels beside what others have."""
+"""Times attention on an accelerator: our kernels beside those of others."""
 
 import concurrent.futures
 import functools
@@ -20,8 +20,9 @@ from adaptive_attention.training import console
 SECONDS = (
   300.0  # for all cases, with compiling; fewer repeats if they need more
 )
-# That `blocked` is let walk one after the other: each is some ten launches, so
-# that this many take about 0.1 s forward.
+# `blocked` is timed on a device where it computes at most so many blocks, one
+# after the other. A block takes about ten launches, so that these take about
+# 0.1 s forward.
 MOST_BLOCKS = 2_000
 _PAIRS_SHARE = 1 / 16  # of a device's memory, for one array over all pairs
 

@@ -29,7 +29,7 @@ def named(case: Case, backend: str) -> Iterable[tuple[str, str, Callable]]:
 
 
 def uniform_reach(case: Case) -> int:
-  """Returns the reach of all heads if it is one and without a wave, or 0."""
+  """Returns the reach that all heads share; 0 if they differ or have waves."""
   if case.span is None or case.period is not None or len(set(case.span)) > 1:
     return 0
   reach = int(np.ceil(case.span[0] + case.ramp))

@@ -1,8 +1,8 @@
-"""Many rounds of one piece of work in a call, as a kernel is soon over.
+"""Times a kernel by a compiled loop that runs it many times.
 
-A kernel takes less time than it takes to start it and to wait for it. So what
-is timed is a compiled loop of rounds. Each round takes what the one before it
-gave, so that no part of the work can be moved out of the loop or left out.
+A kernel ends sooner than the host can start it and wait for it, so that many
+rounds of it are timed in one call. Each round takes the results of the round
+before, so that the compiler can neither move nor leave out any of the work.
 """
 
 from collections.abc import Callable
@@ -37,9 +37,10 @@ def loop(run, kind: str):
   """Returns jitted (rounds, q, k, v, dout, mask) -> what the last round gives.
 
   The queries of a round are the output of the one before it, or their
-  gradient. A number of its results is written into the keys and the values, and
-  zero times a number is added to spans and periods: what is laid out or counted
-  from them is so in each round, as in training, and they stay what they are.
+  gradient. One number of the results is written into the keys and the values,
+  and zero times one number is added to spans and periods. These keep their
+  values, but the compiler must lay out keys and count blocks in each round, as
+  a training step does.
 
   Args:
     run: (q, k, v, mask) -> out, all (B, T, H, K).
@@ -66,7 +67,10 @@ def _forward(run, dout, q, k, v, mask, results):
 
 
 def _both(run, dout, q, k, v, mask, results):
-  """Carries all results: what nobody takes would not be computed."""
+  """Runs forward and backward; the loop carries all results.
+
+  The compiler would leave out a result that nothing uses.
+  """
   del results
   out, pull = jax.vjp(run, q, k, v, mask)
   dq, dk, dv, d_mask = pull(dout)
@@ -77,7 +81,10 @@ def _both(run, dout, q, k, v, mask, results):
 
 
 def _last(x):
-  """Returns a number of the last token; that of the first is its value's."""
+  """Returns a number of the last token, which depends on all keys.
+
+  The first token attends to itself alone, so that its output is its value.
+  """
   return x[(-1,) * x.ndim]
 
 

@@ -125,7 +125,7 @@ def _line(runner, baseline):
     share = row["memory_bytes"] / row["seen_bytes"]
     text += (
       f"  memory {console.bytes_text(row['memory_bytes'])}, {share:.2f} x of "
-      "what heads see"
+      "what heads reach"
     )
   if "cache_bytes" in row:
     text += (

@@ -118,7 +118,7 @@ def _dense(torch):
 
 
 def _works(torch, run, arrays):
-  """Returns kind of work -> what does it once."""
+  """Returns by kind of work a function that does it once."""
   *given, dout = arrays
   leaves = [x.clone().requires_grad_() for x in given]
 

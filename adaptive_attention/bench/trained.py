@@ -1,7 +1,7 @@
 """The cases of a trained run: its layers, training, evaluation and generation.
 
-The model stands beside one of the same sizes without masks: how long that takes
-does not depend on its parameters.
+The model is timed beside one of the same sizes without masks. The time of a
+dense model does not depend on its parameters, which may be any.
 """
 
 import dataclasses

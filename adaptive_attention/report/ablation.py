@@ -51,8 +51,8 @@ class Change(NamedTuple):
 def bounds_that_open(config: ModelConfig) -> ModelConfig:
   """Returns settings whose bounds let each wave and span open fully.
 
-  Vectors of distances are learned for no longer spans than those of the model,
-  so that these stay the longest there.
+  A model with vectors of distances has none beyond its longest span, so that
+  its spans cannot be opened further than that.
   """
   if config.wave is not None:
     config = dataclasses.replace(config, ratio_max=0.5)
@@ -63,7 +63,7 @@ def bounds_that_open(config: ModelConfig) -> ModelConfig:
 
 
 def _under(attention, mask: Mask, config: ModelConfig) -> dict:
-  """Returns a layer's parameters, whose masks a config's bounds turn into."""
+  """Returns a layer's parameters that give a mask under a config's bounds."""
   found = {"span_logit": np.asarray(mask.span)}
   if mask.wave is not None:
     found["ratio_logit"] = np.asarray(mask.wave.ratio)

@@ -1,4 +1,4 @@
-"""Where heads look on real text: their attention weights against distance.
+"""What heads attend to in real text: attention weights against distance.
 
 Weights are computed head by head, for a block of queries at a time, so that
 nothing of T x T is held for all heads.
@@ -41,7 +41,7 @@ class Mass(NamedTuple):
 
 
 class Watched(flax.struct.PyTreeNode):
-  """A layer's state that keeps its attention weights, and no keys.
+  """A layer's state that records attention weights, and holds no keys.
 
   It serves one call, of a whole sequence.
 
@@ -186,7 +186,7 @@ def _by_distance(run, mass, split):
   )
   return Figure(
     "mass",
-    f"Where the heads of {run.label} look",
+    f"What the heads of {run.label} attend to",
     "The mean attention weight softmax(q k / sqrt(K) + log m + log w) of the "
     "later half of the queries, summed over bins of the distance in tokens, on "
     f"a logarithmic scale, over {mass.tokens:,} tokens of the {split} split. A "

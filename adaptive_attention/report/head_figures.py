@@ -12,7 +12,7 @@ _DRAWN_TOKENS = 512  # of a picture of T x T pairs
 
 
 def _hidden_by_wave(mask, T, memory) -> np.ndarray:
-  """Returns (H,) which share of the hidden pairs is open to the span."""
+  """Returns (H,) the share of the hidden pairs that the wave alone hides."""
   distance = np.arange(memory + T)
   times = np.minimum(T, memory + T - distance)
   by_span = np.asarray(

@@ -42,8 +42,9 @@ class Point(NamedTuple):
 def of_runs(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
   """Returns a point for each setting; runs that differ by seed share one.
 
-  They do so at one step, evaluated on the same tokens by one protocol. Runs
-  that were not evaluated on the split at their step are left out.
+  Runs share a point if they are at the same step and were evaluated on the same
+  tokens by one protocol. Runs that were not evaluated on the split at their
+  step are left out.
   """
   groups = {}
   for run, name in zip(all_runs, runs.labels(all_runs), strict=True):

@@ -172,7 +172,7 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
 
 
 def _front(points_XY):
-  """Returns the points that no other is below and left of, as (x, y) lists."""
+  """Returns the xs and the ys of the points which no other beats in both."""
   front, least = [], np.inf
   for x, y in sorted(points_XY):
     if y < least:

@@ -145,5 +145,5 @@ def files(figure: Figure) -> dict[str, bytes]:
 
 
 def as_address(svg: bytes) -> str:
-  """Returns a picture as an address that holds it itself."""
+  """Returns a picture as a data: address, which contains the picture."""
   return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

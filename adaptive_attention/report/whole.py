@@ -64,8 +64,8 @@ def write(
     all_runs: the runs to show, that of the folder first.
     rows: the rows of each run's heads that are shown; None for all heads.
     split: "valid" or "test": which split the losses are of.
-    sample: a part of the split on which it is measured what each head of the
-      first run is for, and where it looks; None for not.
+    sample: a part of the split, on which it is measured what each head of the
+      first run is for and what it attends to; None for not.
 
   Raises:
     WriteError: a file cannot be written.
@@ -131,7 +131,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(one: runs.Run, sample: Sample, folder) -> _Measured:
-  """Measures what heads are for and where they look; writes ablation.csv."""
+  """Measures what heads are for and attend to; writes ablation.csv."""
   with exported.opened(one.name) as saved:
     params, _ = saved.restore_params(one.step)
   changes = ablation.measure(params, one.config, *sample, _progress())
@@ -216,7 +216,7 @@ def _figures(all_runs, split, measured):
       drawn.append(figure)
   if measured is None:
     missing.append(
-      "What each head is for and where it looks was not measured; "
+      "What each head is for and attends to was not measured; "
       "--inspect_bytes=N does."
     )
   else:

@@ -233,8 +233,8 @@ def streams(
 
   Batch g holds the g-th segment of each stream. All streams but the first begin
   `warm_tokens`, rounded up to segments, before the tokens that they count. So
-  the tokens before a prediction do not depend on the number of streams. The
-  first stream counts a split alone that is no longer than that.
+  the tokens before a prediction do not depend on the number of streams. A
+  split that is no longer than these tokens is counted by the first stream.
   """
   T = context_tokens
   count = -(-(length - 1) // T)

@@ -48,9 +48,10 @@ def write(workdir: pathlib.Path, step: int, items: Mapping, meta: Mapping):
 
 @contextlib.contextmanager
 def _ending_as_a_whole():
-  """Waits for the other threads of a read or a write in which one has failed.
+  """Waits, where a read or a write fails, until its other threads have ended.
 
-  They would make folders anew that the next write of this step has removed.
+  A thread that outlives it could make a folder again after the next write of
+  this step has removed it.
   """
   before = set(threading.enumerate())
   try:

@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def failures(handle):
-  """Calls `handle(error)` where `write` would raise, until the context ends."""
+  """Has `write` call `handle(error)` and not raise while the context lasts."""
   _handlers.append(handle)
   try:
     yield

@@ -1,4 +1,4 @@
-"""What failing disks say, and whether a run's folder is still there."""
+"""Tells why a disk failed, and whether a run's folder is still there."""
 
 import errno
 import os
@@ -26,9 +26,10 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def refusal(error: BaseException) -> str | None:
-  """Returns why a disk gives no bytes; None if it gives them, or has no file.
+  """Returns why a disk gave no bytes; None if the error is not of a disk.
 
-  What a disk does not give may be whole, so this is not damage.
+  An absent file gives None too. The bytes may still be whole, so that such an
+  error is no damage.
   """
   number = error.errno if isinstance(error, OSError) else _number(error)
   absent = errno.ENOENT, errno.ENOTDIR, errno.EISDIR

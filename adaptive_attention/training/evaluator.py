@@ -184,7 +184,7 @@ class Evaluator:
     return windows.part(slice(mine.start, mine.stop))
 
   def _streams(self, params, length) -> batches.Reading:
-    """Returns as many streams as cost at most twice as much as one."""
+    """Cuts a split into streams that read at most twice its length together."""
     config = self._config
     T, M = config.context_tokens, config.memory_tokens
     reach_LG = reaches(mask_params(params, config), config, T)
@@ -262,7 +262,7 @@ def standard_error(sums: np.ndarray, count: int) -> float:
 
 
 def order0_entropy(data) -> float:
-  """Returns the bits per token of a coder that knows each token's share."""
+  """Returns the entropy of the tokens' frequencies, in bits per token."""
   counts = np.bincount(np.asarray(data))
   shares = counts[counts > 0] / len(data)
   return float(-np.sum(shares * np.log2(shares)))

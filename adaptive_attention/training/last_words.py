@@ -1,7 +1,8 @@
-"""What a process says when a signal of C ends it, for which Python is too late.
+"""Prints a message when a signal of C ends the process before Python acts.
 
-Python calls its own handlers in the main thread, between two of its steps.
-These are called at once, in whatever thread, and must end the process.
+Python calls its own handlers in the main thread, between two instructions of a
+program. The handlers here are called at once, in whatever thread, and must end
+the process.
 """
 
 import contextlib

@@ -43,8 +43,8 @@ def remove(folder: pathlib.Path):
 def _remove_while_written(path):
   """Removes a folder to which threads of a write that failed may still add.
 
-  The first array that cannot be written ends a save; the threads that write
-  the others are not waited for by the libraries.
+  The first array that cannot be written ends a save. The libraries do not wait
+  for the threads that write the other arrays.
   """
   end = time.monotonic() + _PATIENCE
   while os.path.lexists(path):

@@ -10,9 +10,9 @@ def quiet():
   """Silences what orbax logs, and what is printed of its late failures.
 
   One save logs some sixty lines. Errors are dropped too: they also arrive as
-  exceptions, which are reported once. Contexts may be nested. The silence
-  outlives its context if a read or a write has failed in it, as other threads
-  of it may end at any time.
+  exceptions, which are reported once. Contexts may be nested. If a read or a
+  write has failed in a context, the silence outlives it, as threads of that
+  read or write may end at any time.
   """
   before = sys.unraisablehook
   if isinstance(before, LateFailures):

@@ -87,8 +87,8 @@ def _commit() -> str:
 class _Lines:
   """A file with a line of JSON for each of some steps, open for more of them.
 
-  Lines after `resumed_step` are dropped, and those of it whose split is in
-  `made_again`.
+  Lines after `resumed_step` are dropped. Lines of that step are dropped too if
+  their split is in `made_again`.
 
   Attributes:
     kept: the lines that were there and stay.

@@ -61,7 +61,7 @@ class Regroup(NamedTuple):
     serves: tells of (memory, masks, what follows their step) whether it can
       stay as it is.
     memory: called with (memory, masks), returns the one to go on with.
-    compiled: called with (state, memory), returns the step to go on with.
+    compiled: called with (train state, memory), returns the step to go on with.
     nbytes: called with a memory, returns its bytes on a device.
     masks: a mask per layer at the start.
   """
@@ -78,10 +78,10 @@ class Follow(NamedTuple):
 
   Attributes:
     record: called with (step, its metrics, seconds per step or None).
-    save: called with (state, memory, step); it may end later.
+    save: called with (train state, memory, step); it may end later.
     finish: called without arguments, to wait for the last save's end.
-    evaluate: called with (state, the groups of the memory or None, step).
-    sample: called with (state, step).
+    evaluate: called with (train state, the memory's groups or None, step).
+    sample: called with (train state, step).
   """
 
   record: Callable
@@ -103,12 +103,13 @@ def train(
 ):
   """Makes the steps after `start`, until the last one or a signal.
 
-  The first step is not timed, as it sets up what the others find ready. What
-  may take long begins when its step is saved.
+  The first step is not timed, as it sets up what later steps find ready. An
+  evaluation or a sample, which may take long, begins once its step is saved.
 
   Args:
-    train_step: of `steps.make_train_step`; state and memory are donated to it.
-    start: with the state on all devices.
+    train_step: of `steps.make_train_step`; train state and memory are donated
+      to it.
+    start: with the train state on all devices.
     memory: what these devices remember of their streams, or None.
     every: which steps are followed by what.
     ends: what asks for the end.
@@ -163,7 +164,7 @@ def _steps(train_step, start, memory, batches, every, ends, regroup, clock):
   decides on the memory after the next one, whether it has caught up or not.
 
   Yields:
-    (step, state, memory, its metrics, whether the run is to end).
+    (step, train state, memory, its metrics, whether the run is to end).
   """
   state, waiting, stop = start.state, collections.deque(), False
   masks = {start.step: regroup.masks} if regroup else {}
@@ -220,7 +221,7 @@ def _read(step, metrics, start, every) -> dict:
 
 
 def _kept(step, start, every) -> str:
-  """Tells which checkpoint there is before `step`."""
+  """Says, for an error, which checkpoint there is before `step`."""
   saved = (s for s in range(step - 1, start.step, -1) if every.due(s).save)
   newest = next(saved, start.saved_step)
   if newest is None:

@@ -246,9 +246,10 @@ def sample(
 
 @contextlib.contextmanager
 def _given_up(ends, step):
-  """Lets a signal end the work inside and the run; the work can be done again.
+  """Lets a signal end the work inside at once, and the run after it.
 
-  Under several processes no work ends early, as each waits for all others.
+  The work can be done again. Under several processes it does not end early, as
+  each of them waits for all others.
 
   Raises:
     Stopped: a signal came in.

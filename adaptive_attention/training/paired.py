@@ -1,7 +1,7 @@
 """Two evaluations of the same tokens beside each other.
 
-What is hard to predict is so for both. So the difference of their losses, chunk
-by chunk, has a far smaller standard error than either loss.
+Text that is hard for one model is hard for the other. So the difference of
+their losses, chunk by chunk, has a far smaller standard error than each loss.
 """
 
 import pathlib

@@ -123,8 +123,8 @@ def train_step(step):
   """Maps step(state, memory_N, batch_N) -> (state, memory_N, metrics).
 
   It runs on all devices. The step may use `mean`, `total` and `device_index`.
-  The state and the metrics that it returns must be the same on every device.
-  State and memory are donated.
+  The train state and the metrics that it returns must be the same on every
+  device. Train state and memory are donated.
   """
   return jax.pmap(
     step,

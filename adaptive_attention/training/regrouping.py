@@ -1,11 +1,12 @@
 """How much each head keeps of a segment memory, as spans move in training.
 
-A head keeps what it reaches, and a margin. Rings are made anew for the masks
-of a step by which a head has used up three quarters of its margin; or of one
-that is saved or evaluated, if a quarter of all bytes can go. They are made
-after the step that follows it, in whatever way a run was cut, so that a run
-that is resumed does the same. A span that outgrows the rest of its margin in
-these two steps lacks the farthest keys until then.
+A head keeps what it reaches, and a margin. Rings are made anew for the masks of
+a step in two cases: a head has used up three quarters of its margin, or the
+step is saved or evaluated and a quarter of all bytes can go. They are replaced
+after the step that follows. That does not depend on where a run was
+interrupted, so that a resumed run computes the same. A span may outgrow the
+last quarter of its margin within these two steps: the head then lacks its
+farthest keys until the rings are replaced.
 
 A step whose rings have other lengths is another program, which is compiled.
 """

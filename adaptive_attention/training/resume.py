@@ -118,7 +118,7 @@ def _is_written(workdir, process):
 
 
 class Start(NamedTuple):
-  """The state that a run starts or goes on from.
+  """What a run starts or goes on from.
 
   Attributes:
     state: the train state.
@@ -145,11 +145,11 @@ def start(
   corpus,
   which: str | None,
 ) -> Start:
-  """Restores the state to go on from, or returns a new run's, on the host.
+  """Restores the train state to go on from, or makes a new one, on the host.
 
   Args:
     saved: the run's checkpoints.
-    model, optimizer: what the state is of.
+    model, optimizer: what the train state is of.
     config: the settings to go on with.
     corpus: the data to go on with.
     which: the checkpoint, instead of the newest; later ones are set aside.
@@ -185,7 +185,7 @@ def start(
 
 
 def _first_state(model, optimizer, config) -> steps.TrainState:
-  """Returns the state of step 0, with parameters that are given or drawn."""
+  """Returns the train state of step 0, of parameters given or drawn."""
   state = jax.device_get(steps.init_state(model, optimizer, config.seed))
   if not config.init_from:
     return state
@@ -253,7 +253,7 @@ def start_memory(
     saved: the run's checkpoints.
     config: the model's settings.
     streams: how many streams each device has.
-    start: the state that it belongs to.
+    start: what the run starts or goes on from.
 
   Returns:
     The memory of the checkpoint. If it is of other streams, a line says so, and

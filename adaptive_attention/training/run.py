@@ -45,8 +45,8 @@ def train(config: TrainingConfig, workdir, corpus, *, which: str | None = None):
   Raises:
     TrainingError: a loss or gradient is not finite.
     DataError: the workdir belongs to other data.
-    Stopped: a signal came, or console or record cannot be written to; the state
-      was saved.
+    Stopped: a signal came, or console or record cannot be written to; the
+      train state was saved.
   """
   began = time.perf_counter()
   workdir = pathlib.Path(workdir)

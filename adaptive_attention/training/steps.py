@@ -20,7 +20,7 @@ from adaptive_attention.training.optimizer import Optimizer
 
 @flax.struct.dataclass
 class TrainState:
-  """The state that a training step changes; it is the same on every device.
+  """What a training step changes: the train state, the same on every device.
 
   Attributes:
     step: int32, how many steps have been made.
@@ -36,11 +36,12 @@ class TrainState:
 def init_state(
   model: Transformer, optimizer: Optimizer, seed: int
 ) -> TrainState:
-  """Draws the state at step 0: parameters from the seed, moments zero."""
+  """Draws the train state at step 0: parameters from the seed, moments zero."""
   return _drawn(jax.random.key(seed), model, optimizer)
 
 
-# Traced once, though the room for the state is counted before it is drawn.
+# Traced once, though the room for the train state is counted before it is
+# drawn.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _drawn(key, model, optimizer):
   tokens_BT = jnp.zeros((1, model.config.context_tokens), jnp.int32)
@@ -69,16 +70,16 @@ def make_train_step(model: Transformer, optimizer: Optimizer, seed: int):
   """Makes step(state, memory, batch) -> (state, memory, metrics).
 
   It runs on all devices. The update is that of the mean over all sequences. If
-  the loss or the gradient norm is not finite, state and memory are returned as
-  they were. The metric `stop` is a sum over all devices, so that all processes
-  learn of a signal at the same step. Those of `mask_metrics` are of the masks
-  after the update.
+  the loss or the gradient norm is not finite, train state and memory are
+  returned as they were. The metric `stop` is a sum over all devices, so that
+  all processes learn of a signal at the same step. Those of `mask_metrics` are
+  of the masks after the update.
 
   The memory, of `start_memory`, holds the A B streams of a device, those of
   each accumulation step side by side.
 
   Args:
-    optimizer: the one whose state `init_state` made.
+    optimizer: the one of the train state that `init_state` made.
     seed: the number that dropout follows from.
   """
 

@@ -135,7 +135,7 @@ CASES = (
     integer=True,
   ),
   Case(
-    "comb_closed_and_off",
+    "wave_closed_and_off",
     64,
     64,
     span=(20.5, 20.5),

@@ -47,7 +47,7 @@ COMBINED = (
 BY_REFERENCE = (
   *("dense_first_key", "span_seven", "span_beyond", "one_query"),
   *("first_key_in_memory", "stride_at_the_bounds", "stride_series"),
-  *("comb_closed_and_off", "real_seven", "series_at_the_bounds"),
+  *("wave_closed_and_off", "real_seven", "series_at_the_bounds"),
   *("relative_500", "wave_dropout", "span_bfloat16", "grouped_integer"),
   *("segments_integer", "padding"),
 )

@@ -49,7 +49,7 @@ by_hand = pytest.mark.every_case
 # What `LENGTHS` below does not bring. (Every case: see CONTRIBUTING.md.)
 NAMES = (
   *("dense_dropout", "one_query", "first_key_last", "sharp"),
-  *("stride_at_the_bounds", "comb_closed_and_off"),
+  *("stride_at_the_bounds", "wave_closed_and_off"),
   *("grouped", "grouped_integer"),
 )
 NAMED = {case.name: case for case in CASES if case.name in NAMES}
