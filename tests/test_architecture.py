@@ -183,10 +183,43 @@ def test_there_is_no_circle():
   assert not below, f"these import each other: {below}"
 
 
+def users(package: str) -> set[str]:
+  """Returns which of our modules use a package, or a name out of it.
+
+  Such a name is found where another of our modules that binds it passes it on,
+  by an import or as an attribute.
+  """
+  found = {n for n in OURS if package in packages(TREES[MODULES[n]])}
+  passed_on = {
+    f"{name}.{alias.asname or alias.name}"
+    for name in found
+    for node in ast.walk(TREES[MODULES[name]])
+    if isinstance(node, ast.Import | ast.ImportFrom)
+    for alias in node.names
+    if package in packages(ast.Module([node], []))
+  }
+  return found | {n for n in OURS if named(TREES[MODULES[n]]) & passed_on}
+
+
+def named(tree: ast.Module) -> set[str]:
+  """Returns what is imported, and the attributes of what is imported."""
+  found, bound = imports(tree), {}
+  for node in ast.walk(tree):
+    match node:
+      case ast.Import(names=names):
+        bound |= {alias.asname or alias.name: alias.name for alias in names}
+      case ast.ImportFrom(module=source, names=names):
+        bound |= {a.asname or a.name: f"{source}.{a.name}" for a in names}
+  return found | {
+    f"{bound[ast.unparse(node.value)]}.{node.attr}"
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in bound
+  }
+
+
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_package_has_one_owner(package):
-  users = {n for n in OURS if package in packages(TREES[MODULES[n]])}
-  for name in users:
+  for name in users(package):
     path = MODULES[name].relative_to(ROOT / PACKAGE).as_posix()
     assert path.startswith(OWNERS[package]), f"{path} imports {package}"
 

@@ -19,7 +19,7 @@ from adaptive_attention.training import (
 
 
 def run(
-  config,
+  checked: settings.Checked,
   workdir,
   *,
   corpus,
@@ -32,7 +32,7 @@ def run(
   """Evaluates a checkpoint; writes eval_SPLIT.json, appends to evals.jsonl.
 
   Args:
-    config: the checkpoint's settings; `eval_tokens` says how much of the
+    checked: the checkpoint's settings; `eval_tokens` says how much of the
       split is evaluated, 0 for all of it.
     workdir, step: the run's folder and the checkpoint.
     corpus, split: the data, and which of its splits: "valid" or "test".
@@ -45,12 +45,12 @@ def run(
     SettingsError: the protocol is unknown or does not fit the model.
     EvaluationError: there is no such split, or no such evaluation of another.
   """
-  model_config = settings.model_config(config.model)
-  protocol = protocol or protocols.default(model_config)
-  model_config = protocols.model_for(protocol, model_config)
+  config = checked.config
+  protocol = protocol or protocols.default(checked.model)
+  model_config = protocols.model_for(protocol, checked.model)
   data = _split(corpus, split)[: config.eval_tokens or None]
   other = _other(against, against_protocol, corpus, split, protocol, data)
-  params, meta = resume.params_and_meta(workdir, step)
+  params, meta = resume.params_and_meta(workdir, step, model_config)
   resume.say_other_data(corpus, meta)
   predict = evaluator.Evaluator(
     Transformer(model_config), config.eval_batch_size

@@ -24,7 +24,7 @@ from adaptive_attention.training import run as training
 
 
 def run(
-  config,
+  checked: settings.Checked,
   workdir,
   *,
   corpus=None,
@@ -37,7 +37,7 @@ def run(
   """Writes model.safetensors beside the checkpoints of the run.
 
   Args:
-    config: the checkpoint's settings, with those that flags change.
+    checked: the checkpoint's settings, with those that flags change.
     workdir, step: the run's folder and the checkpoint.
     corpus: the data, to measure what hardening costs and to train on; None
       without `harden`.
@@ -62,14 +62,14 @@ def run(
       f"--layout={layout!r} is unknown; give gpt2, or leave it out"
     )
   if harden:
-    tuned = _tuned(config, workdir, corpus, step, finetune_steps)
-    workdir = _harden(config, workdir, corpus, step)
+    tuned = _tuned(checked, workdir, corpus, step, finetune_steps)
+    workdir = _harden(checked, workdir, corpus, step)
     if finetune_steps:
       training.train(
         settings.training_config(tuned), workdir, corpus, which=str(step)
       )
-      step = tuned.steps
-      if tuned.report:
+      step = tuned.config.steps
+      if tuned.config.report:
         whole.write_of_ended_run(workdir)
   _write(workdir, step, layout, dtype)
 
@@ -88,15 +88,19 @@ def _write(workdir, step, layout, dtype):
   console.say(f"step {step} written to {path}")
 
 
-def _tuned(config, workdir, corpus, step, finetune_steps):
-  """Checks that the hardened run can be made; returns its settings."""
+def _tuned(checked, workdir, corpus, step, finetune_steps):
+  """Checks that the hardened run can be made.
+
+  Returns:
+    The settings to train it on with; None if it is not.
+  """
   if exported.is_alone(workdir):
     raise checkpoint.CheckpointError(
       f"--harden goes on with the optimizer's state, which {workdir} does not "
       f"hold beside {exported.NAME}; give the --workdir of a run that has "
       "saved a checkpoint"
     )
-  if config.model.attention == "dense":
+  if checked.model.attention == "dense":
     raise settings.SettingsError(
       "--harden rounds spans and periods, of which a model with "
       "model.attention='dense' has none; leave it out"
@@ -108,37 +112,37 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
         f"the hardened model was not written, as {folder} holds one already; "
         "move that folder away, or remove it"
       )
-  config = config.copy_and_resolve_references()
+  if not finetune_steps:
+    return None
+  config = checked.config.copy_and_resolve_references()
   if config.model.attention == "span_wave":
     config.model.period = "integer"
-  if finetune_steps:
-    config.steps = step + finetune_steps
-    config.optimizer.mask_lr_multiplier = 0.0
-    config.train_only = ""
-    devices = parallel.device_count()
-    settings.check(config)
-    settings.check_devices(config, devices)
-    settings.check_data(config, corpus, devices)
-    with checkpoint.Checkpoints(workdir) as saved:
-      resume.check_same_data(corpus, saved.read_meta(step), step)
-  return config
+  config.steps = step + finetune_steps
+  config.optimizer.mask_lr_multiplier = 0.0
+  config.train_only = ""
+  devices = parallel.device_count()
+  tuned = settings.check(config)
+  settings.check_devices(config, devices)
+  settings.check_data(config, corpus, devices)
+  with checkpoint.Checkpoints(workdir) as saved:
+    resume.check_same_data(corpus, saved.read_meta(step), step)
+  return tuned
 
 
-def _harden(config, workdir, corpus, step):
+def _harden(checked, workdir, corpus, step):
   """Makes the hardened run, with one evaluated checkpoint; returns its path."""
-  folder = workdir / "hardened"
+  folder, config = workdir / "hardened", checked.config
   with resume.lock(folder):
-    before = settings.model_config(config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
-    rounded, after = hardened(params, before)
+    rounded, after = hardened(params, checked.model)
     data = corpus.valid[: config.eval_tokens or None]
     figures = [
       evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
         parallel.replicate(tree), data
       ).bits
-      for tree, model_config in ((params, before), (rounded, after))
+      for tree, model_config in ((params, checked.model), (rounded, after))
     ]
     read = units.of(corpus)
     part = f" of {len(data):,} {read.unit}s" if config.eval_tokens else ""
