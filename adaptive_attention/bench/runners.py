@@ -63,9 +63,8 @@ def of(
         for implementation in _serving(case)
         for runner in _attention_runners(case, implementation)
       ]
-      if compare == "torch":
-        found += torch.runners(case, MOST_PAIRS_BYTES)
-      return found
+      theirs = compare == "torch"
+      return found + (torch.runners(case, MOST_PAIRS_BYTES) if theirs else [])
     case Step() | Pass() if case.B % parallel.device_count():
       console.say(
         f"{case.name}: left out, as {case.B} sequences cannot be dealt to "
@@ -227,13 +226,13 @@ def _runner_of_step(case, name, kind, config, params):
 
 
 def _memory_counts(memory, layers, config, streams):
-  """Returns bytes of a memory, and of what heads see of it and of a segment."""
+  """Returns bytes of a memory, and of what heads reach of it and a segment."""
   if not config.memory_tokens:
     return None
   T = config.context_tokens
   reach_LG = np.array(segment_memory.reaches(layers, config, T))
-  seen = int((reach_LG + T - 1).sum()) * config.key_value_bytes * streams
-  return {"memory_bytes": memory.nbytes, "seen_bytes": seen}
+  reached = int((reach_LG + T - 1).sum()) * config.key_value_bytes * streams
+  return {"memory_bytes": memory.nbytes, "reach_bytes": reached}
 
 
 def _decode_runner(case, name):

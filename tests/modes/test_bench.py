@@ -160,6 +160,7 @@ def test_steps_are_timed_in_the_middle_of_their_streams(
   bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [row["run"] for row in rows] == ["short step", "none step"]
+  assert rows[0]["memory_bytes"] > rows[0]["reach_bytes"] > 0
   for (params, _), limit in zip(compiled, (64, 32)):
     config = ModelConfig(attention="span", max_span=limit)
     np.testing.assert_allclose(
