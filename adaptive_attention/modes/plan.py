@@ -51,7 +51,7 @@ def run(checked: settings.Checked, workdir, *, step=None):
     if device:
       settings.check_attention(parts.model)
     _say_counts(parts, model, rule, target)
-    streams = batches.per_device(parts.batch_size) // parts.accumulation_steps
+    streams = batches.per_device(parts.batch_size, parts.accumulation_steps)
     found = accounting.attention_choice(parts.model, streams)
     # What is counted is then the same on any device.
     counted = dataclasses.replace(
