@@ -61,7 +61,7 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   else:
     checked = settings.check(given.config)
     workdirs.check(workdir, project.folder)
-  config = checked.config
+  config = checked.given
   _check_data_settings(given, config)
   devices = max(config.cpu_devices, 1)
   _check_fit(given, config, None, devices)  # before any data is fetched

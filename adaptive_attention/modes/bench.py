@@ -23,7 +23,7 @@ from adaptive_attention.training import (
 )
 
 
-def run(checked: settings.Checked, workdir):
+def run(config: settings.Checked, workdir):
   """Times every chosen case by every implementation.
 
   On an accelerator these are calls of attention of its own, each beside what
@@ -34,7 +34,7 @@ def run(checked: settings.Checked, workdir):
   stopped keeps the cases that it has timed.
 
   Args:
-    checked: `bench` says what to compare with, how often, and on which cases.
+    config: `bench` says what to compare with, how often, and on which cases.
     workdir: the folder for bench.json, made if absent.
 
   Raises:
@@ -42,7 +42,7 @@ def run(checked: settings.Checked, workdir):
       PyTorch is missing.
     WriteError: bench.json cannot be written; its rows are printed first.
   """
-  asked, parts = checked.config.bench, settings.training_config(checked)
+  asked, parts = config.given.bench, settings.training_config(config)
   on_device = jax.default_backend() != "cpu"
   chosen = cases.named(_known(asked, on_device), asked.shapes)
   path = pathlib.Path(workdir) / "bench.json"

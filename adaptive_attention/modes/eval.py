@@ -19,7 +19,7 @@ from adaptive_attention.training import (
 
 
 def run(
-  checked: settings.Checked,
+  config: settings.Checked,
   workdir,
   *,
   corpus,
@@ -32,7 +32,7 @@ def run(
   """Evaluates a checkpoint; writes eval_SPLIT.json, appends to evals.jsonl.
 
   Args:
-    checked: the checkpoint's settings; `eval_tokens` says how much of the
+    config: the checkpoint's settings; `eval_tokens` says how much of the
       split is evaluated, 0 for all of it.
     workdir, step: the run's folder and the checkpoint.
     corpus, split: the data, and which of its splits: "valid" or "test".
@@ -45,15 +45,15 @@ def run(
     SettingsError: the protocol is unknown or does not fit the model.
     EvaluationError: there is no such split, or no such evaluation of another.
   """
-  config = checked.config
-  protocol = protocol or protocols.default(checked.model)
-  model_config = protocols.model_for(protocol, checked.model)
-  data = _split(corpus, split)[: config.eval_tokens or None]
+  given = config.given
+  protocol = protocol or protocols.default(config.model)
+  model_config = protocols.model_for(protocol, config.model)
+  data = _split(corpus, split)[: given.eval_tokens or None]
   other = _other(against, against_protocol, corpus, split, protocol, data)
   params, meta = resume.params_and_meta(workdir, step, model_config)
   resume.say_other_data(corpus, meta)
   predict = evaluator.Evaluator(
-    Transformer(model_config), config.eval_batch_size
+    Transformer(model_config), given.eval_batch_size
   )
   groups = regrouping.from_meta(meta, model_config)
   result = predict(parallel.replicate(params), data, protocol, groups)
@@ -64,7 +64,7 @@ def run(
     **_compared(result, other, against),
   }
   try:  # the record is written even if nothing can be printed
-    _say(record, result, corpus, config.eval_tokens, layers, model_config)
+    _say(record, result, corpus, given.eval_tokens, layers, model_config)
   finally:
     if parallel.is_primary():
       logbook.write_evaluation(workdir, record)

@@ -24,20 +24,20 @@ from adaptive_attention.training import run as training
 
 
 def run(
-  checked: settings.Checked,
+  config: settings.Checked,
   workdir,
   *,
   corpus=None,
   step,
   harden=False,
   finetune_steps=0,
-  layout="",
+  layout=None,
   dtype="float32",
 ):
   """Writes model.safetensors beside the checkpoints of the run.
 
   Args:
-    checked: the checkpoint's settings, with those that flags change.
+    config: the checkpoint's settings, with those that flags change.
     workdir, step: the run's folder and the checkpoint.
     corpus: the data, to measure what hardening costs and to train on; None
       without `harden`.
@@ -51,25 +51,21 @@ def run(
 
   Raises:
     SettingsError: the model has no masks, or it cannot be trained on with these
-      settings, or the layout is unknown.
+      settings.
     WeightsError: the layout has no place for the model.
     CheckpointError: WORKDIR/hardened exists already, or WORKDIR is that of an
       exported model, which cannot be hardened.
   """
   workdir = pathlib.Path(workdir)
-  if layout not in ("", "gpt2"):
-    raise settings.SettingsError(
-      f"--layout={layout!r} is unknown; give gpt2, or leave it out"
-    )
   if harden:
-    tuned = _tuned(checked, workdir, corpus, step, finetune_steps)
-    workdir = _harden(checked, workdir, corpus, step)
+    tuned = _tuned(config, workdir, corpus, step, finetune_steps)
+    workdir = _harden(config, workdir, corpus, step)
     if finetune_steps:
       training.train(
         settings.training_config(tuned), workdir, corpus, which=str(step)
       )
-      step = tuned.config.steps
-      if tuned.config.report:
+      step = tuned.given.steps
+      if tuned.given.report:
         whole.write_of_ended_run(workdir)
   _write(workdir, step, layout, dtype)
 
@@ -88,7 +84,7 @@ def _write(workdir, step, layout, dtype):
   console.say(f"step {step} written to {path}")
 
 
-def _tuned(checked, workdir, corpus, step, finetune_steps):
+def _tuned(config, workdir, corpus, step, finetune_steps):
   """Checks that the hardened run can be made.
 
   Returns:
@@ -100,7 +96,7 @@ def _tuned(checked, workdir, corpus, step, finetune_steps):
       f"hold beside {exported.NAME}; give the --workdir of a run that has "
       "saved a checkpoint"
     )
-  if checked.model.attention == "dense":
+  if config.model.attention == "dense":
     raise settings.SettingsError(
       "--harden rounds spans and periods, of which a model with "
       "model.attention='dense' has none; leave it out"
@@ -114,38 +110,38 @@ def _tuned(checked, workdir, corpus, step, finetune_steps):
       )
   if not finetune_steps:
     return None
-  config = checked.config.copy_and_resolve_references()
-  if config.model.attention == "span_wave":
-    config.model.period = "integer"
-  config.steps = step + finetune_steps
-  config.optimizer.mask_lr_multiplier = 0.0
-  config.train_only = ""
+  given = config.given.copy_and_resolve_references()
+  if given.model.attention == "span_wave":
+    given.model.period = "integer"
+  given.steps = step + finetune_steps
+  given.optimizer.mask_lr_multiplier = 0.0
+  given.train_only = ""
   devices = parallel.device_count()
-  tuned = settings.check(config)
-  settings.check_devices(config, devices)
-  settings.check_data(config, corpus, devices)
+  tuned = settings.check(given)
+  settings.check_devices(given, devices)
+  settings.check_data(given, corpus, devices)
   with checkpoint.Checkpoints(workdir) as saved:
     resume.check_same_data(corpus, saved.read_meta(step), step)
   return tuned
 
 
-def _harden(checked, workdir, corpus, step):
+def _harden(config, workdir, corpus, step):
   """Makes the hardened run, with one evaluated checkpoint; returns its path."""
-  folder, config = workdir / "hardened", checked.config
+  folder, given = workdir / "hardened", config.given
   with resume.lock(folder):
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
-    rounded, after = hardened(params, checked.model)
-    data = corpus.valid[: config.eval_tokens or None]
+    rounded, after = hardened(params, config.model)
+    data = corpus.valid[: given.eval_tokens or None]
     figures = [
-      evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
+      evaluator.Evaluator(Transformer(model_config), given.eval_batch_size)(
         parallel.replicate(tree), data
       ).bits
-      for tree, model_config in ((params, checked.model), (rounded, after))
+      for tree, model_config in ((params, config.model), (rounded, after))
     ]
     read = units.of(corpus)
-    part = f" of {len(data):,} {read.unit}s" if config.eval_tokens else ""
+    part = f" of {len(data):,} {read.unit}s" if given.eval_tokens else ""
     console.say(
       f"step {step}, validation {read.name}{part}: as trained "
       f"{figures[0]:.4f}, hardened {figures[1]:.4f} "

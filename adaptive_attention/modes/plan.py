@@ -26,12 +26,12 @@ from adaptive_attention.training import (
 )
 
 
-def run(checked: settings.Checked, workdir, *, step=None):
+def run(config: settings.Checked, workdir, *, step=None):
   """Prints parameters, FLOPs, attention and the memory of a training step.
 
   Args:
-    checked: all settings. With a `target` the step is compiled for one
-      device of its kind, which has all sequences of the batch.
+    config: all settings. With a `target` the step is compiled for one device of
+      its kind, which has all sequences of the batch.
     workdir: the run's folder, or the folder that training would write to.
     step: the checkpoint whose masks are counted; None for the initial masks.
 
@@ -41,8 +41,8 @@ def run(checked: settings.Checked, workdir, *, step=None):
   """
   if step is None:
     console.say(f"{'workdir':<10} {workdir}")
-  parts = settings.training_config(checked)
-  target = checked.config.target
+  parts = settings.training_config(config)
+  target = config.given.target
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
   layers = _masks(parts, rule, workdir, step)

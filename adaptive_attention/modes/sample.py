@@ -25,7 +25,7 @@ class GenerationError(Error):
 
 
 def run(
-  checked: settings.Checked,
+  config: settings.Checked,
   workdir,
   *,
   step,
@@ -41,7 +41,7 @@ def run(
   """Prints texts as a checkpoint writes them, and saves them in sample.txt.
 
   Args:
-    checked, workdir, step: the settings, the run's folder and the checkpoint.
+    config, workdir, step: the settings, the run's folder and the checkpoint.
     prompt, prompt_file: as in `read_prompt`.
     tokens, num: how many tokens to write, and how many texts side by side.
     temperature, top_k, top_p: as in `generation.generate`.
@@ -53,7 +53,7 @@ def run(
   """
   typed, source = read_prompt(prompt, prompt_file)
   drawing = _checked(temperature=temperature, top_k=top_k, top_p=top_p)
-  model_config = checked.model
+  model_config = config.model
   with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   layers = mask_params(params, model_config)

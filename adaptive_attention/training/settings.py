@@ -74,13 +74,13 @@ class Checked:
   """Settings that were checked, and what two sections of them are made into.
 
   Attributes:
-    config: all settings.
-    model: the settings of the model.
+    given: all settings.
+    model: those of the model.
     optimizer: those of the optimizer; None for a checkpoint's of which no flag
       changes one, as its version may have had other bounds.
   """
 
-  config: ConfigDict
+  given: ConfigDict
   model: ModelConfig
   optimizer: OptimizerConfig | None
 
@@ -237,7 +237,7 @@ def training_config(checked: Checked) -> TrainingConfig:
   Raises:
     SettingsError: a setting of the optimizer is wrong.
   """
-  config = checked.config
+  config = checked.given
   return TrainingConfig(
     model=checked.model,
     optimizer=checked.optimizer or optimizer_config(config.optimizer),
