@@ -58,4 +58,4 @@ def test_each_row_is_compared_with_the_same_kind_of_work():
 def test_a_memory_is_beside_what_heads_reach():
   counts = {"memory_bytes": 3 << 10, "reach_bytes": 2 << 10}
   (line,) = timing.table([timed("span", "step", 1.0, counts=counts)])
-  assert "memory 3.0 KiB, 1.50 x of what heads reach" in line
+  assert "memory 3 KiB, 1.50 x of what heads reach" in line
