@@ -25,7 +25,7 @@ def main(argv) -> int:
     else:
       _run(given)
   except (CorpusError, Error) as error:
-    return _fail(error, getattr(error, "exit_code", 1))
+    return _fail(error, error.exit_code)
   except BrokenPipeError:
     return _fail("stopped by a closed pipe", 128 + 13)  # SIGPIPE
   except OSError as error:  # of a file, or of a console that fails

@@ -1,5 +1,6 @@
 """Self-attention whose heads learn spans and waves, as a Flax (linen) layer."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,7 +12,12 @@ import jax.numpy as jnp
 
 from adaptive_attention import masks, positions, state
 from adaptive_attention.config import ModelConfig
-from adaptive_attention.mask_bounds import LEAST_RAMP, MaskBounds, WaveBounds
+from adaptive_attention.mask_bounds import (
+  LEAST_RAMP,
+  MaskBounds,
+  WaveBounds,
+  require,
+)
 from adaptive_attention.mask_parameters import (
   initializer,
   mask_from_logits,
@@ -280,45 +286,37 @@ class AdaptiveSelfAttention(nn.Module):
     return mask_from_logits(logits, self.mask_bounds)
 
   def _check(self, features: int) -> None:
-    def require(
-      name: str, condition: bool, expected: str, value: Any = None
-    ) -> None:
-      if not condition:
-        value = getattr(self, name) if value is None else value
-        raise ValueError(
-          f"{name}={value!r} is not possible; expected {expected}"
-        )
-
+    check = functools.partial(require, self)
     H = self.num_heads
-    require("num_heads", H >= 1, "an integer of at least 1")
+    check("num_heads", H >= 1, "an integer of at least 1")
     G = H if self.num_kv_heads is None else self.num_kv_heads
-    require(
+    check(
       "num_kv_heads",
       G >= 1 and H % G == 0,
       f"None, or a number that divides num_heads={H}",
     )
-    require(
+    check(
       "qkv_features", features % H == 0, f"a multiple of {H} heads", features
     )
     for name in ("dropout_rate", "out_dropout_rate"):
-      require(name, 0 <= getattr(self, name) < 1, "at least 0, less than 1")
-    require("position", self.position in POSITIONS, f"one of {POSITIONS}")
-    require(
+      check(name, 0 <= getattr(self, name) < 1, "at least 0, less than 1")
+    check("position", self.position in POSITIONS, f"one of {POSITIONS}")
+    check(
       "position",
       self.position != "rotary" or features // H % 2 == 0,
       f"another, as heads of an odd width, {features // H}, cannot be turned",
     )
-    require(
+    check(
       "wave",
       self.wave is None or self.max_span is not None,
       "None where there is no max_span",
     )
     if self.max_span is None:
       return
-    require("max_span", 0 < self.max_span < math.inf, "more than 0 tokens")
-    require(
+    check("max_span", 0 < self.max_span < math.inf, "more than 0 tokens")
+    check(
       "ramp",
       LEAST_RAMP <= self.ramp < math.inf,
       f"at least {LEAST_RAMP} tokens, finite",
     )
-    require("span_init", 0 < self.span_init < 1, "between 0 and 1")
+    check("span_init", 0 < self.span_init < 1, "between 0 and 1")

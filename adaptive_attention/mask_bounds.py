@@ -8,12 +8,17 @@ LEAST_RAMP = 1e-6  # tokens; gradients to spans grow as its inverse
 MOST_HARMONICS = 255  # each is a cosine of its own in the compiled program
 
 
-def require(settings: Any, name: str, condition: bool, expected: str) -> None:
-  """Raises ValueError, naming the field, where its value is not possible."""
+def require(
+  settings: Any, name: str, condition: bool, expected: str, value: Any = None
+) -> None:
+  """Raises ValueError, naming a field, where its value is not possible.
+
+  Args:
+    value: what a field that is None stands for.
+  """
   if not condition:
-    raise ValueError(
-      f"{name}={getattr(settings, name)!r} is not possible; expected {expected}"
-    )
+    value = getattr(settings, name) if value is None else value
+    raise ValueError(f"{name}={value!r} is not possible; expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -206,7 +206,8 @@ class Transformer(nn.Module):
         config.dropout is not zero.
       state: what `init_memory` or `init_cache` made, or an earlier call
         returned. The tokens follow those that it has read. Donate it, as it is
-        copied otherwise.
+        copied otherwise. One token over a KV cache is computed in one way,
+        whatever `config.implementation` says.
 
     Raises:
       ValueError: more tokens than learned positions, or a B or T that the state

@@ -51,7 +51,9 @@ class LayerState(Protocol):
     Args:
       tokens_read: how many tokens of each sequence came before.
       q_BTHK, k_BTGK, v_BTGK, mask, relative_RK: as in `attention.attend`.
-      dropout_rate, dropout_seed, implementation: as in `attention.attend`.
+      dropout_rate, dropout_seed, implementation: as in `attention.attend`. One
+        token over a KV cache is computed by `attention.decode`, whichever
+        implementation is named.
 
     Raises:
       NotImplementedError: an option that this part cannot serve.
@@ -275,7 +277,7 @@ def init_cache(
   params: Mapping,
   config: ModelConfig,
   batch: int,
-  cache: str = "spans",
+  cache: str | None = None,
   groups: tuple[tuple[head_groups.Group, ...], ...] | None = None,
 ) -> State:
   """Returns an empty KV cache for B sequences of one length.
@@ -289,17 +291,23 @@ def init_cache(
     params: the parameters; concrete, unless `groups` are given.
     config: the model's.
     batch: B.
-    cache: "spans" or "dense", as in `kv_cache.cache_groups`.
-    groups: what `cache_groups` returned; `cache` is then ignored.
+    cache: "spans" or "dense", as in `kv_cache.cache_groups`; "spans" if neither
+      this nor `groups` is given.
+    groups: what `cache_groups` returned, in place of `cache`.
 
   Raises:
-    ValueError: an unknown kind of cache, a negative `batch`, or parameters that
-      lack those of the masks, as in `mask_params`.
+    ValueError: an unknown kind of cache, both `cache` and `groups`, a negative
+      `batch`, or parameters that lack those of the masks, as in `mask_params`.
   """
   if batch < 0:
     raise ValueError(f"batch={batch} is not possible; expected 0 or more")
   if groups is None:
-    groups = cache_groups(params, config, cache)
+    groups = cache_groups(params, config, "spans" if cache is None else cache)
+  elif cache is not None:
+    raise ValueError(
+      f"cache={cache!r} means nothing where groups are given, which were made "
+      "for one kind of cache; leave one of the two out"
+    )
   K = config.width // config.n_head
 
   def layer(mask: masks.Mask, groups: tuple[head_groups.Group, ...]) -> KVCache:

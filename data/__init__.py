@@ -11,7 +11,13 @@ _HASHED_AT_ONCE = 1 << 24
 
 
 class CorpusError(Exception):
-  """Data cannot be read or fetched; the message is one sentence."""
+  """Data cannot be read or fetched; the message is one sentence.
+
+  It is told like an `adaptive_attention.errors.Error`, and is none, as the data
+  know nothing of the package.
+  """
+
+  exit_code = 1
 
 
 @dataclasses.dataclass(frozen=True)

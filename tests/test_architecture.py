@@ -30,16 +30,17 @@ APART = (
   ("bench", "report"),
   ("report", "bench"),
 )
-# The files or folders that may import a package.
+# The files or folders that may import a package; see `place`.
 OWNERS = {
   "orbax": ("training/checkpoint_items.py",),
   "matplotlib": ("report/",),
   "wandb": ("training/copies.py",),
   "tensorboardX": ("training/copies.py",),
   "absl": ("command_line/",),
-  "ml_collections": ("training/settings.py", "command_line/"),
+  "ml_collections": ("training/settings.py", "command_line/", "configs/"),
   "importlib": (
     *("command_line/uses.py", "training/logbook.py", "training/targets.py"),
+    "main.py",
   ),
 }
 # Packages that a user need not have; they are imported where they are used.
@@ -105,6 +106,14 @@ def part(name: str) -> str:
   if MODULES[name] == ROOT / PACKAGE / f"{inner}.py":
     return ""
   return inner
+
+
+def place(name: str) -> str:
+  """Returns a module's path in the package, or in the project beside it."""
+  inside = name.split(".")[0] == PACKAGE
+  return (
+    MODULES[name].relative_to(ROOT / PACKAGE if inside else ROOT).as_posix()
+  )
 
 
 def floor(name: str) -> int:
@@ -183,15 +192,67 @@ def test_there_is_no_circle():
   assert not below, f"these import each other: {below}"
 
 
+def users(package: str) -> set[str]:
+  """Returns which of our modules use a package, or a name out of it.
+
+  Such a name is found where another of our modules that binds it passes it on,
+  by an import or as an attribute.
+  """
+  found = {n for n in MODULES if package in packages(TREES[MODULES[n]])}
+  passed_on = {
+    f"{name}.{alias.asname or alias.name}"
+    for name in found
+    for node in ast.walk(TREES[MODULES[name]])
+    if isinstance(node, ast.Import | ast.ImportFrom)
+    for alias in node.names
+    if package in packages(ast.Module([node], []))
+  }
+  return found | {n for n in MODULES if named(TREES[MODULES[n]]) & passed_on}
+
+
+def named(tree: ast.Module) -> set[str]:
+  """Returns what is imported, and the attributes of what is imported."""
+  found, bound = imports(tree), {}
+  for node in ast.walk(tree):
+    match node:
+      case ast.Import(names=names):
+        bound |= {alias.asname or alias.name: alias.name for alias in names}
+      case ast.ImportFrom(module=source, names=names):
+        bound |= {a.asname or a.name: f"{source}.{a.name}" for a in names}
+  return found | {
+    f"{bound[ast.unparse(node.value)]}.{node.attr}"
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in bound
+  }
+
+
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_package_has_one_owner(package):
-  users = {n for n in OURS if package in packages(TREES[MODULES[n]])}
-  for name in users:
-    path = MODULES[name].relative_to(ROOT / PACKAGE).as_posix()
+  for name in users(package):
+    path = place(name)
     assert path.startswith(OWNERS[package]), f"{path} imports {package}"
 
 
-@in_each_of_ours
+@in_each_module
+def test_what_is_imported_by_a_text_is_a_mode(name):
+  """No other package can come in by its name."""
+  modes = {}
+  for node in ast.walk(TREES[MODULES[name]]):
+    match node:
+      case ast.Call(
+        func=ast.Attribute(attr="import_module"),
+        args=[ast.JoinedStr(values=[ast.Constant(value=start), _])],
+      ) if start == f"{PACKAGE}.modes.":
+        modes[node.func] = start
+  for node in ast.walk(TREES[MODULES[name]]):
+    match node:
+      case ast.Attribute(attr=word) | ast.Name(id=word) | ast.alias(name=word):
+        assert word not in ("__import__", "import_module") or node in modes
+      case ast.Constant(value="__import__" | "import_module"):
+        pytest.fail(f"{name} says {node.value} in line {node.lineno}")
+
+
+@in_each_module
 def test_one_file_says_pmap(name):
   """It may stand nowhere else as a name, an attribute or a string."""
   if name == f"{PACKAGE}.training.parallel":
@@ -204,7 +265,7 @@ def test_one_file_says_pmap(name):
         pytest.fail(f"{name} says pmap in line {node.lineno}")
 
 
-@in_each_of_ours
+@in_each_module
 def test_one_file_connects_processes(name):
   """It alone calls jax.distributed, or a part of jax that is not public."""
   owner = f"{PACKAGE}.training.processes"
@@ -223,7 +284,7 @@ def test_one_file_connects_processes(name):
   assert name == owner or not (found or calls)
 
 
-@in_each_of_ours
+@in_each_module
 def test_what_is_optional_is_imported_where_it_is_used(name):
   """bench/torch.py and report/ are exempt: they are themselves imported so."""
   if name == f"{PACKAGE}.bench.torch" or part(name) == "report":
@@ -237,8 +298,8 @@ def test_words_are_owned_where_they_are_used():
   """If an owner were renamed, its check would check nothing."""
   for package, owners in OWNERS.items():
     for owner in owners:
-      found = [p for p in TREES if p.is_relative_to(ROOT / PACKAGE / owner)]
-      assert any(package in packages(TREES[p]) for p in found), (owner, package)
+      found = [TREES[MODULES[n]] for n in MODULES if place(n).startswith(owner)]
+      assert any(package in packages(tree) for tree in found), (owner, package)
   assert "pmap" in (ROOT / PACKAGE / "training" / "parallel.py").read_text()
 
 

@@ -62,8 +62,7 @@ def settled(typed):
   )
   if read is None:  # it asked for help
     return None
-  settings.check(read.config)
-  return settings.training_config(read.config)
+  return settings.training_config(settings.check(read.config))
 
 
 @often

@@ -11,6 +11,7 @@ import pytest
 from adaptive_attention import (
   accounting,
   generation,
+  kv_cache,
   masks,
 )
 from adaptive_attention.attention import head_groups
@@ -238,6 +239,9 @@ def test_what_a_cache_refuses():
     generation.step(params, CONFIG, TEXT[:, 3:4], kept)
   with pytest.raises(ValueError, match="batch=-1 is not possible"):
     init_cache(params, CONFIG, batch=-1)
+  groups = kv_cache.cache_groups(params, CONFIG)
+  with pytest.raises(ValueError, match="cache='dense' means nothing where gro"):
+    init_cache(params, CONFIG, batch=1, cache="dense", groups=groups)
   dropping = changed(dropout=0.5)
   with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
     Transformer(dropping).apply(

@@ -50,6 +50,7 @@ ENWIK8 = "--config=configs/enwik8.py"
     ("--mode=fly", "--mode=fly"),
     ("model.n_layer=4", "'model.n_layer=4' is not a flag"),
     ("--split=train", "--split=train"),
+    ("--layout=gpt3", "--layout=gpt3: value should be one of <gpt2>"),
     # Negatives, zeros and nan.
     ("--config.steps=0", "config.steps=0"),
     ("--config.batch_size=-8", "config.batch_size=-8"),

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from adaptive_attention import masks
+from adaptive_attention.attention import reference
 from adaptive_attention.attention.head_groups import Group
 
 
@@ -118,22 +119,13 @@ def _read(group, q_BGQK, k, v, bias_GQrY, position, relative_RK):
     if relative_RK is not None:
       by_age += _of_distances(q_BGQK, relative_RK, distance[i])
     logits.append(logits_BGQY + _by_row(by_age, newest // P))
-  weights_BGQY = _softmax(jnp.concatenate(logits, axis=-1))
+  weights_BGQY = reference.softmax(jnp.concatenate(logits, axis=-1))
   return jnp.einsum(
     "bgqy,bgyk->bgqk",
     weights_BGQY,
     values[0] if len(values) == 1 else jnp.concatenate(values, axis=2),
     preferred_element_type=jnp.float32,
   )
-
-
-def _softmax(logits_BGQY):
-  """Returns weights over the rows of a ring; zeros where all are hidden."""
-  highest_BGQ1 = jnp.max(logits_BGQY, axis=-1, keepdims=True)
-  highest_BGQ1 = jnp.where(jnp.isfinite(highest_BGQ1), highest_BGQ1, 0.0)
-  weights_BGQY = jnp.exp(logits_BGQY - highest_BGQ1)
-  total_BGQ1 = jnp.sum(weights_BGQY, axis=-1, keepdims=True)
-  return weights_BGQY / jnp.where(total_BGQ1 > 0, total_BGQ1, 1.0)
 
 
 def _of_distances(q_BGQK, relative_RK, distance_Y):

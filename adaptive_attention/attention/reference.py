@@ -49,9 +49,9 @@ def attend(
     "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
   )
   if relative_RK is not None:
-    logits_BHTS += _of_distances(q_BTHK, relative_RK, distance_TS)
+    logits_BHTS += of_distances(q_BTHK, relative_RK, distance_TS)
   bias_BHTS = _bias(mask, distance_TS, exists_S, segments)
-  weights_BHTS = _softmax(logits_BHTS / math.sqrt(K) + bias_BHTS)
+  weights_BHTS = softmax(logits_BHTS / math.sqrt(K) + bias_BHTS)
   if dropout_rate:
     drawn = dropout_seed, dropout_heads, x_S, dropout_rate
     weights_BHTS = _dropped(weights_BHTS, *drawn)
@@ -108,16 +108,16 @@ def _bias(mask, distance_TS, exists_S, segments):
   return jnp.where(alike_BTS[:, None], bias_BHTS, -jnp.inf)
 
 
-def _softmax(logits_BHTS):
+def softmax(logits):
   """Returns the weights of each row; zeros where all its logits are -inf."""
-  highest_BHT1 = jnp.max(logits_BHTS, axis=-1, keepdims=True)
-  highest_BHT1 = jnp.where(jnp.isfinite(highest_BHT1), highest_BHT1, 0.0)
-  weights_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(highest_BHT1))
-  total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
-  return weights_BHTS / jnp.where(total_BHT1 > 0, total_BHT1, 1.0)
+  highest = jnp.max(logits, axis=-1, keepdims=True)
+  highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(highest))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return weights / jnp.where(total > 0, total, 1.0)
 
 
-def _of_distances(q_BTHK, relative_RK, distance_TS):
+def of_distances(q_BTHK, relative_RK, distance_TS):
   """Returns (B, H, T, S) q p, p the vector of each distance; zero beyond R."""
   R = len(relative_RK)
   products_BHTR = jnp.einsum(

@@ -25,7 +25,7 @@ class Ring(NamedTuple):
   batch: jax.Array | int = 0
 
 
-def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
+def append(ring: Ring, k_BTHK: jax.Array, v_BTHK: jax.Array) -> Ring:
   """Returns the ring with T <= S new tokens written over the oldest.
 
   They are written in place where the ring is donated. Rows that would pass the
@@ -58,7 +58,7 @@ def append(ring: Ring, k_BTHK, v_BTHK) -> Ring:
   )
 
 
-def in_order(x_NSHK, ring: Ring, B):
+def in_order(x_NSHK: jax.Array, ring: Ring, B: int) -> jax.Array:
   """Returns (B, S, H, K), a ring's array from the oldest to the newest."""
   x_BSHK = lax.dynamic_slice_in_dim(x_NSHK, ring.batch, B, axis=0)
   return jnp.roll(x_BSHK, -jnp.asarray(ring.first_row), axis=1)

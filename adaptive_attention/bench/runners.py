@@ -27,14 +27,18 @@ from adaptive_attention.training import (
   regrouping,
   steps,
 )
-from adaptive_attention.training.settings import training_config
+from adaptive_attention.training.settings import with_model
+from adaptive_attention.training.training_config import TrainingConfig
 
 MOST_PAIRS_BYTES = 1 << 30  # of one array over all pairs; several are held
 _DECODE_TOKENS = 32  # per call
 
 
 def of(
-  case: Case | Step | Decode | Pass | Writing, config, *, compare=""
+  case: Case | Step | Decode | Pass | Writing,
+  config: TrainingConfig,
+  *,
+  compare="",
 ) -> list[Runner]:
   """Returns the runners of a case.
 
@@ -59,9 +63,8 @@ def of(
         for implementation in _serving(case)
         for runner in _attention_runners(case, implementation)
       ]
-      if compare == "torch":
-        found += torch.runners(case, MOST_PAIRS_BYTES)
-      return found
+      theirs = compare == "torch"
+      return found + (torch.runners(case, MOST_PAIRS_BYTES) if theirs else [])
     case Step() | Pass() if case.B % parallel.device_count():
       console.say(
         f"{case.name}: left out, as {case.B} sequences cannot be dealt to "
@@ -161,18 +164,18 @@ def _step_runner(config, case, name):
     "max_span": case.runs[name].get("memory_tokens") or case.T,
     "dropout": 0.2,
   }
-  parts = _parts(config, case.B, defaults | case.runs[name])
-  init = jax.jit(Transformer(parts.model).init)
-  params = init(jax.random.key(parts.seed), jnp.zeros((1, 1), int))["params"]
-  params = _with_spans(params, case.spans, parts.model)
-  return _runner_of_step(case, name, "step", parts, params)
+  config = with_model(config, **defaults | case.runs[name])
+  init = jax.jit(Transformer(config.model).init)
+  params = init(jax.random.key(config.seed), jnp.zeros((1, 1), int))["params"]
+  params = _with_spans(params, case.spans, config.model)
+  return _runner_of_step(case, name, "step", config, params)
 
 
 def _training_runner(config, case, name):
   """Makes the runner of a training step of a trained model, by its tokens."""
   params, model = case.runs[name]
-  parts = _parts(config, case.B, dataclasses.asdict(model))
-  runner = _runner_of_step(case, name, "token", parts, params)
+  config = dataclasses.replace(config, model=model)
+  runner = _runner_of_step(case, name, "token", config, params)
   return dataclasses.replace(runner, times=case.B * model.context_tokens)
 
 
@@ -193,22 +196,22 @@ def _evaluation_runner(_, case, name):
   return Runner(case.name, name, "token", call, seconds, times=tokens)
 
 
-def _runner_of_step(case, name, kind, parts, params):
+def _runner_of_step(case, name, kind, config, params):
   """Makes the runner of a training step that begins with these parameters."""
-  model = Transformer(parts.model)
-  rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
-  layers = mask_params(params, parts.model)
-  groups = regrouping.groups_for(layers, parts.model)
-  memory = steps.start_memory(parts.model, batches.per_device(case.B), groups)
-  read = np.uint32(parts.model.context_tokens + parts.model.memory_tokens)
+  model = Transformer(config.model)
+  rule = optimizer.make(config.optimizer, config.steps, config.train_only)
+  layers = mask_params(params, config.model)
+  groups = regrouping.groups_for(layers, config.model)
+  memory = steps.start_memory(config.model, batches.per_device(case.B), groups)
+  read = np.uint32(config.model.context_tokens + config.model.memory_tokens)
   memory = memory.at(memory.tokens_read + read)
   state = steps.TrainState(np.int32(0), params, jax.jit(rule.init)(params))
   carried = [parallel.replicate(state), memory]
-  shapes = batches.shapes(case.B, 1, parts.model.context_tokens)
+  shapes = batches.shapes(case.B, 1, config.model.context_tokens)
   batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   start = time.perf_counter()
   step, sizes = parallel.compile_step(
-    steps.make_train_step(model, rule, parts.seed), *carried, shapes
+    steps.make_train_step(model, rule, config.seed), *carried, shapes
   )
 
   def call():  # state and memory are donated
@@ -216,29 +219,20 @@ def _runner_of_step(case, name, kind, parts, params):
     jax.block_until_ready((carried, metrics))
 
   seconds = time.perf_counter() - start
-  counts = _memory_counts(memory, layers, parts.model, case.B)
+  counts = _memory_counts(memory, layers, config.model, case.B)
   return Runner(
     case.name, name, kind, call, seconds, sizes["temporary"], counts
   )
 
 
 def _memory_counts(memory, layers, config, streams):
-  """Returns bytes of a memory, and of what heads see of it and of a segment."""
+  """Returns bytes of a memory, and of what heads reach of it and a segment."""
   if not config.memory_tokens:
     return None
   T = config.context_tokens
   reach_LG = np.array(segment_memory.reaches(layers, config, T))
-  seen = int((reach_LG + T - 1).sum()) * config.key_value_bytes * streams
-  return {"memory_bytes": memory.nbytes, "seen_bytes": seen}
-
-
-def _parts(config, B, model):
-  """Returns the settings of a step, taken apart, with this batch and model."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.batch_size, config.accumulation_steps = B, 1
-    config.model.update(model)
-  return training_config(config)
+  reached = int((reach_LG + T - 1).sum()) * config.key_value_bytes * streams
+  return {"memory_bytes": memory.nbytes, "reach_bytes": reached}
 
 
 def _decode_runner(case, name):

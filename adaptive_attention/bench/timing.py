@@ -122,7 +122,7 @@ def _line(runner, baseline):
     ratio = row["computed_pairs"] / row["open_pairs"]
     text += f"  computed / open {ratio:.2f}"
   if "memory_bytes" in row:
-    share = row["memory_bytes"] / row["seen_bytes"]
+    share = row["memory_bytes"] / row["reach_bytes"]
     text += (
       f"  memory {console.bytes_text(row['memory_bytes'])}, {share:.2f} x of "
       "what heads reach"

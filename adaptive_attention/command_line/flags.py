@@ -85,7 +85,7 @@ FLAGS = {
   "seed": Flag("Equal seeds give equal texts; under 2^32.", int, 0, 2**32 - 1),
   "harden": Flag("Round spans and periods, and print what that costs.", bool),
   "finetune_steps": Flag("How long to train the hardened model on.", int, 0),
-  "layout": Flag("gpt2 to write a folder that others read as one.", str, ""),
+  "layout": Flag("gpt2 to write a folder that others read as one.", ("gpt2",)),
   "dtype": Flag(
     "What the parameters are written in; float32 if not given.",
     ("float32", "bfloat16"),

@@ -5,7 +5,7 @@ settings and the data.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -15,7 +15,6 @@ from adaptive_attention.command_line.flags import Given
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import (
   console,
-  earlier_settings,
   exported,
   logbook,
   parallel,
@@ -43,24 +42,26 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   """Checks everything, makes the devices and prints what runs here.
 
   Returns:
-    The positional arguments of the mode's `run`, config and workdir, and those
-    by name: flags that were given, the data, the checkpoint's step.
+    The positional arguments of the mode's `run`, the checked settings and the
+    workdir, and those by name: flags that were given, the data, the
+    checkpoint's step.
 
   Raises:
     SettingsError: settings are wrong, or do not fit the data or the devices.
     CheckpointError: the checkpoint that is asked for does not exist.
   """
-  workdir, config = workdirs.of(given), given.config
+  workdir = workdirs.of(given)
   if given.use.acts("distributed"):
-    processes.join(**settings.joining(config))
+    processes.join(**settings.joining(given.config))
   parameters = given.use.parameters()
   named = {n: v for n, v in given.flags.items() if n in parameters}
   said = []
   if given.use.saved:
-    config, named["step"], said = saved_settings(given, workdir, project)
+    checked, named["step"], said = saved_settings(given, workdir, project)
   else:
-    settings.check(config)
+    checked = settings.check(given.config)
     workdirs.check(workdir, project.folder)
+  config = checked.given
   _check_data_settings(given, config)
   devices = max(config.cpu_devices, 1)
   _check_fit(given, config, None, devices)  # before any data is fetched
@@ -73,11 +74,11 @@ def arguments(given: Given, project: Project) -> tuple[tuple, dict]:
   parallel.start(_sequences(given, config), cpu_devices=config.cpu_devices)
   processes.agree(_shared(named, config, corpus))
   _check_fit(given, config, corpus)
-  if given.use.acts("model.implementation"):
-    settings.check_attention(config)
+  if given.use.acts("model.implementation") and not config.target:
+    settings.check_attention(checked.model)
   for line in said if given.use.saved else header(given, project):
     console.say(line)
-  return (config, workdir), named
+  return (checked, workdir), named
 
 
 def saved_settings(given: Given, workdir, project: Project):
@@ -94,7 +95,7 @@ def saved_settings(given: Given, workdir, project: Project):
 
   step, saved = processes.from_primary(read)
   config, defaults, said = project.get_config(), project.get_config(), []
-  unknown = earlier_settings.restore(config, saved)
+  unknown = restore(config, saved)
   if unknown:
     listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
     said.append(f"ignored: {listed} of the checkpoint, unknown to this version")
@@ -107,8 +108,38 @@ def saved_settings(given: Given, workdir, project: Project):
   for name in settings.MACHINE:
     config[name] = defaults[name]
   config.update_from_flattened_dict(given.overrides)
-  settings.check(config, given.overrides)
-  return config, step, said
+  return settings.check(config, given.overrides), step, said
+
+
+def restore(config: ConfigDict, saved: Mapping) -> dict:
+  """Sets every setting in `config` to that of a checkpoint.
+
+  A setting that the checkpoint lacks, as its version did not have it, stays.
+
+  Args:
+    config: the defaults, with their references.
+    saved: the settings of a checkpoint, read from JSON.
+
+  Returns:
+    The settings that this version does not know.
+
+  Raises:
+    SettingsError: a value of another type, or an unknown setting of the model.
+  """
+  known, values = settings.flatten(config), settings.flatten(saved)
+  settings.model_config(saved["model"])
+  for name in known.keys() & values.keys():
+    value = values[name]
+    if isinstance(known[name], tuple):  # JSON has only lists
+      value = tuple(value)
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+      raise SettingsError(
+        f"the checkpoint's config.{name}={value!r} is not possible; expected "
+        f"{type(known[name]).__name__}; use the version that it was made with"
+      ) from error
+  return {name: values[name] for name in values.keys() - known.keys()}
 
 
 def _shared(named, config, corpus) -> dict:

@@ -14,11 +14,16 @@ from adaptive_attention.bench import (
   timing,
   trained,
 )
-from adaptive_attention.training import console, exported, files, logbook
-from adaptive_attention.training.settings import model_config
+from adaptive_attention.training import (
+  console,
+  exported,
+  files,
+  logbook,
+  settings,
+)
 
 
-def run(config, workdir):
+def run(config: settings.Checked, workdir):
   """Times every chosen case by every implementation.
 
   On an accelerator these are calls of attention of its own, each beside what
@@ -37,9 +42,9 @@ def run(config, workdir):
       PyTorch is missing.
     WriteError: bench.json cannot be written; its rows are printed first.
   """
-  settings = config.bench
+  asked, parts = config.given.bench, settings.training_config(config)
   on_device = jax.default_backend() != "cpu"
-  chosen = cases.named(_known(settings, on_device), settings.shapes)
+  chosen = cases.named(_known(asked, on_device), asked.shapes)
   path = pathlib.Path(workdir) / "bench.json"
   with files.writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +55,7 @@ def run(config, workdir):
     if on_device and ends - begun <= longest:
       console.say(_too_late(chosen[i:]))
       break
-    timed = _made(case, config, path.parent / "profile")
+    timed = _made(case, asked, parts, path.parent / "profile")
     if not timed:
       continue
     share = None
@@ -58,7 +63,7 @@ def run(config, workdir):
       made_in = time.perf_counter() - begun
       longest = max(longest, made_in)
       share = (ends - begun) / (len(chosen) - i) - made_in
-    timing.time_in_turns(timed, settings.repeats, share)
+    timing.time_in_turns(timed, asked.repeats, share)
     content["rows"] += [runner.row() for runner in timed]
     if on_device:
       content["bars"] = bars.judged(content["rows"])
@@ -69,13 +74,13 @@ def run(config, workdir):
     console.say(f"written to {path}")
 
 
-def _known(settings, on_device):
+def _known(asked, on_device):
   """Returns the cases that there are to choose from."""
-  if settings.checkpoint:
-    return _learned_cases(settings)
-  if settings.context:
+  if asked.checkpoint:
+    return _learned_cases(asked)
+  if asked.context:
     raise cases.BenchmarkError(
-      f"config.bench.context={settings.context} stretches the masks of a run; "
+      f"config.bench.context={asked.context} stretches the masks of a run; "
       "give config.bench.checkpoint too, or leave it out"
     )
   if on_device:
@@ -83,10 +88,10 @@ def _known(settings, on_device):
   return (*cases.SHAPES, *cases.STEPS, *cases.DECODES)
 
 
-def _made(case, config, profile_folder):
+def _made(case, asked, parts, profile_folder):
   """Returns the runners of a case, of which a trace is written if wanted."""
-  made = runners.of(case, config, compare=config.bench.compare)
-  if made and config.bench.profile:
+  made = runners.of(case, parts, compare=asked.compare)
+  if made and asked.profile:
     _profile(made, profile_folder)
   return made
 
@@ -122,13 +127,13 @@ def _profile(timed, folder):
   console.say(f"{case}: a trace of one round of each is in {folder}")
 
 
-def _learned_cases(settings):
+def _learned_cases(asked):
   """Returns the cases of a trained run; on a device its layers alone."""
-  with exported.opened(settings.checkpoint) as saved:
+  with exported.opened(asked.checkpoint) as saved:
     step = saved.resolve("latest")
     params, meta = saved.restore_params(step)
-  model = model_config(meta["config"]["model"])
-  found = trained.of_run(step, params, model, settings.context)
+  model = settings.model_config(meta["config"]["model"])
+  found = trained.of_run(step, params, model, asked.context)
   if jax.default_backend() != "cpu":
     return [case for case in found if isinstance(case, cases.Case)]
   return found

@@ -19,7 +19,7 @@ from adaptive_attention.training import (
 
 
 def run(
-  config,
+  config: settings.Checked,
   workdir,
   *,
   corpus,
@@ -45,15 +45,15 @@ def run(
     SettingsError: the protocol is unknown or does not fit the model.
     EvaluationError: there is no such split, or no such evaluation of another.
   """
-  model_config = settings.model_config(config.model)
-  protocol = protocol or protocols.default(model_config)
-  model_config = protocols.model_for(protocol, model_config)
-  data = _split(corpus, split)[: config.eval_tokens or None]
+  given = config.given
+  protocol = protocol or protocols.default(config.model)
+  model_config = protocols.model_for(protocol, config.model)
+  data = _split(corpus, split)[: given.eval_tokens or None]
   other = _other(against, against_protocol, corpus, split, protocol, data)
-  params, meta = resume.params_and_meta(workdir, step)
+  params, meta = resume.params_and_meta(workdir, step, model_config)
   resume.say_other_data(corpus, meta)
   predict = evaluator.Evaluator(
-    Transformer(model_config), config.eval_batch_size
+    Transformer(model_config), given.eval_batch_size
   )
   groups = regrouping.from_meta(meta, model_config)
   result = predict(parallel.replicate(params), data, protocol, groups)
@@ -64,7 +64,7 @@ def run(
     **_compared(result, other, against),
   }
   try:  # the record is written even if nothing can be printed
-    _say(record, result, corpus, config.eval_tokens, layers, model_config)
+    _say(record, result, corpus, given.eval_tokens, layers, model_config)
   finally:
     if parallel.is_primary():
       logbook.write_evaluation(workdir, record)

@@ -24,14 +24,14 @@ from adaptive_attention.training import run as training
 
 
 def run(
-  config,
+  config: settings.Checked,
   workdir,
   *,
   corpus=None,
   step,
   harden=False,
   finetune_steps=0,
-  layout="",
+  layout=None,
   dtype="float32",
 ):
   """Writes model.safetensors beside the checkpoints of the run.
@@ -51,16 +51,12 @@ def run(
 
   Raises:
     SettingsError: the model has no masks, or it cannot be trained on with these
-      settings, or the layout is unknown.
+      settings.
     WeightsError: the layout has no place for the model.
     CheckpointError: WORKDIR/hardened exists already, or WORKDIR is that of an
       exported model, which cannot be hardened.
   """
   workdir = pathlib.Path(workdir)
-  if layout not in ("", "gpt2"):
-    raise settings.SettingsError(
-      f"--layout={layout!r} is unknown; give gpt2, or leave it out"
-    )
   if harden:
     tuned = _tuned(config, workdir, corpus, step, finetune_steps)
     workdir = _harden(config, workdir, corpus, step)
@@ -68,8 +64,8 @@ def run(
       training.train(
         settings.training_config(tuned), workdir, corpus, which=str(step)
       )
-      step = tuned.steps
-      if tuned.report:
+      step = tuned.given.steps
+      if tuned.given.report:
         whole.write_of_ended_run(workdir)
   _write(workdir, step, layout, dtype)
 
@@ -89,7 +85,11 @@ def _write(workdir, step, layout, dtype):
 
 
 def _tuned(config, workdir, corpus, step, finetune_steps):
-  """Checks that the hardened run can be made; returns its settings."""
+  """Checks that the hardened run can be made.
+
+  Returns:
+    The settings to train it on with; None if it is not.
+  """
   if exported.is_alone(workdir):
     raise checkpoint.CheckpointError(
       f"--harden goes on with the optimizer's state, which {workdir} does not "
@@ -108,40 +108,40 @@ def _tuned(config, workdir, corpus, step, finetune_steps):
         f"the hardened model was not written, as {folder} holds one already; "
         "move that folder away, or remove it"
       )
-  config = config.copy_and_resolve_references()
-  if config.model.attention == "span_wave":
-    config.model.period = "integer"
-  if finetune_steps:
-    config.steps = step + finetune_steps
-    config.optimizer.mask_lr_multiplier = 0.0
-    config.train_only = ""
-    devices = parallel.device_count()
-    settings.check(config)
-    settings.check_devices(config, devices)
-    settings.check_data(config, corpus, devices)
-    with checkpoint.Checkpoints(workdir) as saved:
-      resume.check_same_data(corpus, saved.read_meta(step), step)
-  return config
+  if not finetune_steps:
+    return None
+  given = config.given.copy_and_resolve_references()
+  if given.model.attention == "span_wave":
+    given.model.period = "integer"
+  given.steps = step + finetune_steps
+  given.optimizer.mask_lr_multiplier = 0.0
+  given.train_only = ""
+  devices = parallel.device_count()
+  tuned = settings.check(given)
+  settings.check_devices(given, devices)
+  settings.check_data(given, corpus, devices)
+  with checkpoint.Checkpoints(workdir) as saved:
+    resume.check_same_data(corpus, saved.read_meta(step), step)
+  return tuned
 
 
 def _harden(config, workdir, corpus, step):
   """Makes the hardened run, with one evaluated checkpoint; returns its path."""
-  folder = workdir / "hardened"
+  folder, given = workdir / "hardened", config.given
   with resume.lock(folder):
-    before = settings.model_config(config.model)
     with checkpoint.Checkpoints(workdir) as saved:
       params, opt_state, meta = saved.restore_items(step)
     resume.say_other_data(corpus, meta)
-    rounded, after = hardened(params, before)
-    data = corpus.valid[: config.eval_tokens or None]
+    rounded, after = hardened(params, config.model)
+    data = corpus.valid[: given.eval_tokens or None]
     figures = [
-      evaluator.Evaluator(Transformer(model_config), config.eval_batch_size)(
+      evaluator.Evaluator(Transformer(model_config), given.eval_batch_size)(
         parallel.replicate(tree), data
       ).bits
-      for tree, model_config in ((params, before), (rounded, after))
+      for tree, model_config in ((params, config.model), (rounded, after))
     ]
     read = units.of(corpus)
-    part = f" of {len(data):,} {read.unit}s" if config.eval_tokens else ""
+    part = f" of {len(data):,} {read.unit}s" if given.eval_tokens else ""
     console.say(
       f"step {step}, validation {read.name}{part}: as trained "
       f"{figures[0]:.4f}, hardened {figures[1]:.4f} "

@@ -10,7 +10,7 @@ from adaptive_attention.training import settings
 
 
 def run(
-  config,
+  config: settings.Checked,
   workdir,
   *,
   corpus=None,
@@ -41,12 +41,12 @@ def run(
     CheckpointError: a folder has no checkpoint, or it is damaged.
     WriteError: a file cannot be written.
   """
-  all_runs = _read(workdir, step, settings.model_config(config.model), compare)
+  all_runs = _read(workdir, step, config.model, compare)
   rows = [_chosen(one, heads) for one in all_runs]
   sample = None
   if inspect_bytes:
     data = getattr(corpus, split)[:inspect_bytes]
-    sample = whole.Sample(data, config.eval_batch_size)
+    sample = whole.Sample(data, config.given.eval_batch_size)
   whole.write(workdir, all_runs, rows, split=split, sample=sample)
 
 

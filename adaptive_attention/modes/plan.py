@@ -26,12 +26,12 @@ from adaptive_attention.training import (
 )
 
 
-def run(config, workdir, *, step=None):
+def run(config: settings.Checked, workdir, *, step=None):
   """Prints parameters, FLOPs, attention and the memory of a training step.
 
   Args:
-    config: all settings, checked. With a `target` the step is compiled for one
-      device of its kind, which has all sequences of the batch.
+    config: all settings. With a `target` the step is compiled for one device of
+      its kind, which has all sequences of the batch.
     workdir: the run's folder, or the folder that training would write to.
     step: the checkpoint whose masks are counted; None for the initial masks.
 
@@ -42,15 +42,16 @@ def run(config, workdir, *, step=None):
   if step is None:
     console.say(f"{'workdir':<10} {workdir}")
   parts = settings.training_config(config)
+  target = config.given.target
   model = Transformer(parts.model)
   rule = optimizer.make(parts.optimizer, parts.steps, parts.train_only)
   layers = _masks(parts, rule, workdir, step)
-  device = targets.device_of(config.target) if config.target else None
+  device = targets.device_of(target) if target else None
   with _on(device):
     if device:
-      settings.check_attention(config, here=True)
-    _say_counts(parts, model, rule, config.target)
-    streams = batches.per_device(parts.batch_size) // parts.accumulation_steps
+      settings.check_attention(parts.model)
+    _say_counts(parts, model, rule, target)
+    streams = batches.per_device(parts.batch_size, parts.accumulation_steps)
     found = accounting.attention_choice(parts.model, streams)
     # What is counted is then the same on any device.
     counted = dataclasses.replace(
@@ -60,7 +61,7 @@ def run(config, workdir, *, step=None):
     )
   _say_attention(counted, found, layers, step or 0)
   with _on(device):
-    _say_memory(parts, model, rule, layers, config.target)
+    _say_memory(parts, model, rule, layers, target)
 
 
 def _on(device):

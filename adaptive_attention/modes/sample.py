@@ -25,7 +25,7 @@ class GenerationError(Error):
 
 
 def run(
-  config,
+  config: settings.Checked,
   workdir,
   *,
   step,
@@ -53,7 +53,7 @@ def run(
   """
   typed, source = read_prompt(prompt, prompt_file)
   drawing = _checked(temperature=temperature, top_k=top_k, top_p=top_p)
-  model_config = settings.model_config(config.model)
+  model_config = config.model
   with exported.opened(workdir) as checkpoints:
     params, meta = checkpoints.restore_params(step)
   layers = mask_params(params, model_config)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_attention import masks
-from adaptive_attention.attention import attend
+from adaptive_attention.attention import attend, reference
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.model import Transformer
 from adaptive_attention.report import runs, style
@@ -102,13 +102,12 @@ def _of_sequence(q_TK, k_TK, bias_S, relative_RK):
     logits_YS = q_YK @ k_TK.T
     at_YS = jnp.clip(distance_YS, 0, T - 1)
     if relative_RK is not None:
-      R = len(relative_RK)
-      of_R = q_YK @ relative_RK.astype(jnp.float32).T
-      of_YS = jnp.take_along_axis(of_R, jnp.minimum(at_YS, R - 1), axis=1)
-      logits_YS += jnp.where(at_YS < R, of_YS, 0.0)
+      q_BTHK = q_YK[None, :, None]
+      found_BHYS = reference.of_distances(q_BTHK, relative_RK, distance_YS)
+      logits_YS += found_BHYS[0, 0]
     logits_YS = logits_YS / math.sqrt(K) + bias_S[at_YS]
     logits_YS = jnp.where(distance_YS >= 0, logits_YS, -jnp.inf)
-    weights_YS = _softmax(logits_YS)
+    weights_YS = reference.softmax(logits_YS)
     counted = (query_Y >= T // 2) & (query_Y < T)
     counted_YS = jnp.where(counted[:, None], weights_YS, 0.0)
     mass_S = mass_S.at[at_YS].add(counted_YS)
@@ -117,15 +116,6 @@ def _of_sequence(q_TK, k_TK, bias_S, relative_RK):
   starts = jnp.arange(blocks) * _BLOCK
   mass_S, weights_NYS = jax.lax.scan(of_block, jnp.zeros(T), starts)
   return mass_S / (T - T // 2), weights_NYS[-1, T - 1 - starts[-1]]
-
-
-def _softmax(logits_YS):
-  """Returns softmax over the keys; zeros where no key is open."""
-  most_Y1 = jnp.max(logits_YS, axis=1, keepdims=True)
-  weight_YS = jnp.exp(
-    logits_YS - jnp.where(jnp.isfinite(most_Y1), most_Y1, 0.0)
-  )
-  return weight_YS / jnp.maximum(weight_YS.sum(1, keepdims=True), 1e-30)
 
 
 def measure(

@@ -23,9 +23,9 @@ class Batch(NamedTuple):
   restart: jax.Array
 
 
-def per_device(batch_size: int) -> int:
-  """Returns how many sequences a device reads side by side in training."""
-  return batch_size // parallel.device_count()
+def per_device(batch_size: int, accumulation_steps: int = 1) -> int:
+  """Returns how many sequences of a batch, or of a part of it, a device has."""
+  return batch_size // parallel.device_count() // accumulation_steps
 
 
 def shapes(
@@ -33,7 +33,7 @@ def shapes(
 ) -> Batch:
   """Returns the shapes of a step's input on the devices of this process."""
   N, A = parallel.local_device_count(), accumulation_steps
-  B = per_device(batch_size) // A
+  B = per_device(batch_size, A)
   return Batch(
     jax.ShapeDtypeStruct((N, A, B, context_tokens + 1), np.int32),
     jax.ShapeDtypeStruct((N,), np.int32),

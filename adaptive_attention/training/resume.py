@@ -26,7 +26,6 @@ from adaptive_attention.training import (
   parallel,
   processes,
   regrouping,
-  settings,
   steps,
 )
 from adaptive_attention.training.checkpoint import CheckpointError, Checkpoints
@@ -165,9 +164,7 @@ def start(
   # The settings are checked first, so that one that does not fit is named.
   step, meta = found
   check_same_data(corpus, meta, step)
-  _say_changes(
-    earlier_settings.check_resumed(meta["config"], config.record, step)
-  )
+  _say_changes(earlier_settings.check_resumed(meta["config"], config, step))
   shapes = jax.eval_shape(
     lambda: steps.init_state(model, optimizer, config.seed)
   )
@@ -296,8 +293,12 @@ def _restored_memory(saved, config, streams, start):
   )
 
 
-def params_and_meta(workdir, step: int):
+def params_and_meta(workdir, step: int, model: ModelConfig):
   """Returns (params, meta) of a checkpoint that the primary process reads.
+
+  Args:
+    workdir, step: the run's folder and the checkpoint.
+    model: the settings of its model.
 
   Raises:
     CheckpointError: it is damaged or does not exist.
@@ -307,11 +308,10 @@ def params_and_meta(workdir, step: int):
     with exported.opened(workdir) as saved:
       params, meta = saved.restore_params(step)
   meta = processes.exchange(meta)[0]
-  shapes = shapes_of(settings.model_config(meta["config"]["model"]))
   like = flax.traverse_util.unflatten_dict(
     {
       path: jax.ShapeDtypeStruct(shape, np.float32)
-      for path, shape in shapes.items()
+      for path, shape in shapes_of(model).items()
     },
     sep="/",
   )

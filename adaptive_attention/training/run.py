@@ -193,7 +193,7 @@ def _say_start(config, workdir, corpus, start):
   T = config.model.context_tokens
   flops = accounting.train_flops_per_token(config.model)
   tokens = config.batch_size * T
-  streams = batches.per_device(config.batch_size) // config.accumulation_steps
+  streams = batches.per_device(config.batch_size, config.accumulation_steps)
   lines = {
     "devices": f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
     f"{jax.process_count()} process(es)",

@@ -2,16 +2,17 @@
 
 All settings are checked before any device is used; each error is one sentence
 that names the field. The locked ConfigDict itself refuses wrong types and
-unknown names; no other file of this floor uses it.
+unknown names; below the modes no other file uses it.
 """
 
 import contextlib
 import copy
+import dataclasses
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from ml_collections import ConfigDict as Settings
+from ml_collections import ConfigDict
 
 from adaptive_attention import accounting
 from adaptive_attention import config as configs
@@ -68,13 +69,32 @@ def _require(condition, name, value, expected):
     )
 
 
-def check(config, names: Collection[str] | None = None):
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """Settings that were checked, and what two sections of them are made into.
+
+  Attributes:
+    given: all settings.
+    model: those of the model.
+    optimizer: those of the optimizer; None for a checkpoint's of which no flag
+      changes one, as its version may have had other bounds.
+  """
+
+  given: ConfigDict
+  model: ModelConfig
+  optimizer: OptimizerConfig | None
+
+
+def check(config: ConfigDict, names: Collection[str] | None = None) -> Checked:
   """Checks what can be checked without the data and the devices.
 
   Args:
     config: all settings.
     names: the settings to check, None for all. Of a checkpoint's settings only
       those that flags change are checked; the others suited its version.
+
+  Returns:
+    The settings with the objects that they are made into, once for all.
 
   Raises:
     SettingsError: naming the field, its value and what was expected.
@@ -97,9 +117,10 @@ def check(config, names: Collection[str] | None = None):
   ]:
     if names is None or name in names:
       _require(condition, name, flat[name], expected)
+  optimizer = None
   if names is None or any(name.startswith("optimizer.") for name in names):
-    optimizer_config(config.optimizer)
-  model_config(config.model)
+    optimizer = optimizer_config(config.optimizer)
+  return Checked(config, model_config(config.model), optimizer)
 
 
 def _is_expression(text) -> bool:
@@ -210,15 +231,16 @@ def _as_settings():
     raise SettingsError(f"config.{error}") from error
 
 
-def training_config(config: Settings) -> TrainingConfig:
+def training_config(checked: Checked) -> TrainingConfig:
   """Takes the settings of a training run apart.
 
   Raises:
-    SettingsError: a setting of the model or the optimizer is wrong.
+    SettingsError: a setting of the optimizer is wrong.
   """
+  config = checked.given
   return TrainingConfig(
-    model=model_config(config.model),
-    optimizer=optimizer_config(config.optimizer),
+    model=checked.model,
+    optimizer=checked.optimizer or optimizer_config(config.optimizer),
     steps=config.steps,
     every=Every(
       last=config.steps,
@@ -241,12 +263,23 @@ def training_config(config: Settings) -> TrainingConfig:
   )
 
 
-def joining(config: Settings) -> dict:
+def with_model(config: TrainingConfig, **changes) -> TrainingConfig:
+  """Returns the settings of a training run with others of the model.
+
+  Raises:
+    SettingsError: such a model is not possible.
+  """
+  with _as_settings():
+    model = dataclasses.replace(config.model, **changes)
+  return dataclasses.replace(config, model=model)
+
+
+def joining(config: ConfigDict) -> dict:
   """Returns the settings that `processes.join` takes."""
   return {name: config[name] for name in _JOINING}
 
 
-def shared(config: Settings) -> dict:
+def shared(config: ConfigDict) -> dict:
   """Returns the settings, by name, that several processes must have alike."""
   return {
     f"config.{name}": value
@@ -295,19 +328,14 @@ def check_devices(config, devices: int):
   )
 
 
-def check_attention(config, *, here: bool = False):
+def check_attention(model: ModelConfig):
   """Checks that the implementation of attention serves the model here.
-
-  Args:
-    here: whether a `target` is what is compiled for now.
 
   Raises:
     SettingsError: naming what it needs.
   """
-  if config.target and not here:
-    return
   try:
-    accounting.attention_choice(model_config(config.model))
+    accounting.attention_choice(model)
   except NotImplementedError as error:
     raise SettingsError(f"config.model.{error}") from error
 

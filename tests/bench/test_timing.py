@@ -53,3 +53,9 @@ def test_each_row_is_compared_with_the_same_kind_of_work():
   assert (
     found == ["   0.50 x of reference", "   0.25 x of reference"] + [""] * 3
   )
+
+
+def test_a_memory_is_beside_what_heads_reach():
+  counts = {"memory_bytes": 3 << 10, "reach_bytes": 2 << 10}
+  (line,) = timing.table([timed("span", "step", 1.0, counts=counts)])
+  assert "memory 3 KiB, 1.50 x of what heads reach" in line

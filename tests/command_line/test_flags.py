@@ -161,7 +161,7 @@ def stubs(monkeypatch, tiny):
 
   def saved(given, workdir, _):
     calls.append(given)
-    return tiny, 12, []
+    return settings.check(tiny), 12, []
 
   def stub(run):
     @functools.wraps(run)  # the signature too
@@ -260,6 +260,22 @@ class Noting:
     return Noting(self._config.copy_and_resolve_references(), self._noted)
 
 
+class NotingUse:
+  """Checked settings that note which of them are used."""
+
+  def __init__(self, checked, noted):
+    self._checked, self._noted = checked, noted
+    self.given = Noting(checked.given, noted)
+
+  @property
+  def model(self):
+    """It is made of all settings of the model."""
+    self._noted.update(n for n in SETTINGS if n.startswith("model."))
+    return self._checked.model
+
+  optimizer = None  # it is made of those that are given
+
+
 def not_run(use):
   """Returns whether a use is not run here.
 
@@ -292,8 +308,8 @@ def acting(text, tmp_path_factory):
       noted = read[use.name]
 
       def saved(*args, noted=noted):
-        config, step, said = restored(*args)
-        return Noting(config, noted), step, said
+        checked, step, said = restored(*args)
+        return NotingUse(checked, noted), step, said
 
       patch.setattr(prepare, "saved_settings", saved)
       if not_run(use):

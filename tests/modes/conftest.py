@@ -3,6 +3,7 @@
 import pytest
 
 from adaptive_attention.modes import train
+from adaptive_attention.training import settings
 from configs import base
 from data import text_file
 from tests.conftest import TINY
@@ -18,7 +19,7 @@ def run(text):
       TINY | {"data.path": str(text), "sample_every_steps": 0} | changes
     )
     corpus = corpus or text_file.load(str(text))
-    train.run(config, workdir, corpus=corpus)
+    train.run(settings.check(config), workdir, corpus=corpus)
 
   return trained
 

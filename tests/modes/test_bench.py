@@ -26,8 +26,13 @@ from adaptive_attention.training import (
   checkpoint,
   files,
   parallel,
+  settings,
 )
 from tests.training.test_steps import init_state
+
+
+def parts(config):
+  return settings.training_config(settings.check(config))
 
 
 def only(monkeypatch, shapes=(), steps=(), decodes=()):
@@ -64,7 +69,7 @@ soon_compiled = pytest.mark.usefixtures("soon")
 
 def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
   tiny.bench.repeats = 2
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [(r["case"], r["run"]) for r in rows] == [
     (case, f"{implementation} {kind}")
@@ -82,7 +87,7 @@ def test_a_run_leaves_a_table_and_a_record(tiny, shapes, tmp_path, capsys):
 def test_ratios_say_what_they_are_of(tiny, shapes, tmp_path, capsys):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   for line in capsys.readouterr().out.splitlines()[:-1]:
     assert (" x of reference " in line) == ("blocked" in line), line
 
@@ -94,7 +99,7 @@ def test_no_ratio_is_printed_where_nothing_else_ran(
   monkeypatch.setattr(runners, "MOST_PAIRS_BYTES", 1)
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   out = capsys.readouterr().out
   assert "reference is left out" in out
   assert " x " not in out
@@ -114,7 +119,7 @@ def test_a_bench_that_is_stopped_keeps_what_it_timed(
   monkeypatch.setattr(timing, "time_in_turns", stopped_at_the_second)
   tiny.bench.repeats = 1
   with pytest.raises(KeyboardInterrupt):
-    bench.run(tiny, tmp_path)
+    bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [row["case"] for row in rows] == ["spans"] * 4
 
@@ -127,7 +132,7 @@ def test_rows_are_printed_before_they_are_written(
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
   with pytest.raises(files.WriteError, match=r"bench.json cannot be writ"):
-    bench.run(tiny, tmp_path)
+    bench.run(settings.check(tiny), tmp_path)
   assert "blocked both" in capsys.readouterr().out
 
 
@@ -152,9 +157,10 @@ def test_steps_are_timed_in_the_middle_of_their_streams(
 
   monkeypatch.setattr(parallel, "compile_step", watched)
   tiny.bench.repeats = 1
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert [row["run"] for row in rows] == ["short step", "none step"]
+  assert rows[0]["memory_bytes"] > rows[0]["reach_bytes"] > 0
   for (params, _), limit in zip(compiled, (64, 32)):
     config = ModelConfig(attention="span", max_span=limit)
     np.testing.assert_allclose(
@@ -179,7 +185,7 @@ def test_tokens_are_timed_in_the_middle_of_texts(tiny, tmp_path, monkeypatch):
   shape = cases.Decode("written", 2, 256, spans, runs)
   only(monkeypatch, decodes=(shape,))
   tiny.bench.repeats = 1
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   found = {row["run"].removesuffix(" token"): row for row in rows}
   assert found.keys() == runs.keys()
@@ -205,7 +211,7 @@ def test_the_masks_of_a_run_are_taken_completely(tiny, tmp_path):
   tiny.bench.checkpoint = str(tmp_path)
   tiny.bench.shapes = "layer 0 of step 7;decode 1, step 7"
   tiny.bench.repeats = 1
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   T = tiny.model.context_tokens
   layers = mask_params(state.params, ModelConfig(**tiny.model))
@@ -252,7 +258,7 @@ def test_a_run_is_timed_beside_one_without_masks(tiny, capsys):
   ]
   for case in found[2:4]:
     assert case.B == 4096 // 48
-    made = runners.of(dataclasses.replace(case, B=2), tiny)
+    made = runners.of(dataclasses.replace(case, B=2), parts(tiny))
     timing.time_in_turns(made, 1)
     rows = [runner.row() for runner in made]
     assert [row["run"] for row in rows] == ["dense token", "masks token"]
@@ -268,7 +274,9 @@ def test_texts_of_a_model_without_spans_are_timed_at_two_lengths(tiny):
   assert (one.B, eight.B) == (1, 8)
   learned = ModelConfig(attention="dense")
   assert trained.texts("x", {}, learned)[0].runs.keys() == {"dense 512"}
-  found = {runner.name: runner.counts for runner in runners.of(one, tiny)}
+  found = {
+    runner.name: runner.counts for runner in runners.of(one, parts(tiny))
+  }
   T, key_bytes = config.context_tokens, 2 * config.width * 4
   assert {n: counts["cache_bytes"] for n, counts in found.items()} == {
     f"dense {T}": T * key_bytes,
@@ -279,14 +287,14 @@ def test_texts_of_a_model_without_spans_are_timed_at_two_lengths(tiny):
 def test_an_unknown_shape_is_named(tiny, shapes, tmp_path):
   tiny.bench.shapes = "spans;huge"
   with pytest.raises(cases.BenchmarkError, match="'huge'"):
-    bench.run(tiny, tmp_path)
+    bench.run(settings.check(tiny), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
 def test_a_context_is_that_of_a_run(tiny, tmp_path):
   tiny.bench.context = 48
   with pytest.raises(cases.BenchmarkError, match=r"give config\.bench\.check"):
-    bench.run(tiny, tmp_path)
+    bench.run(settings.check(tiny), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -299,9 +307,9 @@ def test_torch_is_asked_for_by_name(tiny, shapes, tmp_path):
     import torch  # noqa: F401
   except ImportError:
     with pytest.raises(cases.BenchmarkError, match="pip install torch"):
-      bench.run(tiny, tmp_path)
+      bench.run(settings.check(tiny), tmp_path)
     return
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert any(row["run"].startswith("torch") for row in rows)
 
@@ -321,7 +329,7 @@ def test_on_a_device_kernels_are_timed_beside_the_bars(
   tiny, on_device, tmp_path, capsys
 ):
   tiny.bench.repeats = 1
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   record = json.loads((tmp_path / "bench.json").read_text())
   assert [(row["case"], row["run"]) for row in record["rows"]] == [
     (case.name, f"{name} {kind}")
@@ -349,9 +357,9 @@ def test_on_a_device_shapes_are_its_own(tiny, on_device, tmp_path, capsys):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "512"
   with pytest.raises(cases.BenchmarkError, match=r"'512'.*'dense 2048, K 64'"):
-    bench.run(tiny, tmp_path)
+    bench.run(settings.check(tiny), tmp_path)
   tiny.bench.shapes = "reach 256, 8192, K 64"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   assert "dense 2048" not in capsys.readouterr().out
 
 
@@ -359,7 +367,7 @@ def test_on_a_device_what_is_too_late_is_named(
   tiny, on_device, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.setattr(device, "SECONDS", 0.0)
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   assert capsys.readouterr().out == (
     "left out, as no time is left of 0 s: "
     "--config.bench.shapes='dense 2048, K 64;reach 256, 8192, K 64' "
@@ -382,7 +390,7 @@ def test_on_a_device_no_case_begins_that_could_end_too_late(
   monkeypatch.setattr(bench, "time", clock)
   monkeypatch.setattr(runners, "of", slow)
   tiny.bench.repeats = 1
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
   assert {row["case"] for row in rows} == {"dense 2048, K 64"}
   assert (
@@ -404,7 +412,7 @@ def test_on_a_device_the_time_bounds_the_turns(
     timed(runners, 1, seconds)
 
   monkeypatch.setattr(timing, "time_in_turns", watched)
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   first, last = shares
   assert first < device.SECONDS / 2 < last < device.SECONDS
 
@@ -419,7 +427,7 @@ def test_on_a_device_torch_that_sees_none_is_left_out(
   tiny.bench.compare = "torch"
   tiny.bench.repeats = 1
   tiny.bench.shapes = "dense 2048, K 64"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   assert "PyTorch is left out, as it sees no GPU" in capsys.readouterr().out
 
 
@@ -427,7 +435,7 @@ def test_on_a_device_torch_that_sees_none_is_left_out(
 def test_on_a_cpu_there_are_no_bars(tiny, shapes, tmp_path):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   assert "bars" not in json.loads((tmp_path / "bench.json").read_text())
 
 
@@ -439,7 +447,7 @@ def test_a_profile_has_one_round_of_each(
   tiny.bench.profile = True
   tiny.bench.repeats = 1
   tiny.bench.shapes = "dense 2048, K 64"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   folder = tmp_path / "profile" / "dense_2048_K_64"
   assert f"a trace of one round of each is in {folder}" in (
     capsys.readouterr().out
@@ -465,5 +473,5 @@ def test_a_profile_calls_a_round_where_a_call_has_many(tmp_path):
 def test_without_a_profile_no_trace_is_written(tiny, shapes, tmp_path):
   tiny.bench.repeats = 1
   tiny.bench.shapes = "spans"
-  bench.run(tiny, tmp_path)
+  bench.run(settings.check(tiny), tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -14,6 +14,7 @@ from adaptive_attention import weight_files, weights
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.mask_parameters import hardened, mask_params
 from adaptive_attention.modes import export
+from adaptive_attention.training import settings
 from adaptive_attention.training.checkpoint import Checkpoints
 from tests import drawn
 from tests.modes.test_train import flags_with
@@ -27,8 +28,8 @@ def some_params(config=SMALL):
 
 def test_a_model_that_is_trained_on_has_its_report(tiny, tmp_path, monkeypatch):
   """Where the settings ask for one, at the end of its training."""
-  hardened, calls = tmp_path / "hardened", []
-  for name, result in (("_tuned", tiny), ("_harden", hardened)):
+  hardened, checked, calls = tmp_path / "hardened", settings.check(tiny), []
+  for name, result in (("_tuned", checked), ("_harden", hardened)):
     monkeypatch.setattr(export, name, lambda *_, found=result: found)
   monkeypatch.setattr(export, "_write", lambda *_: None)
   monkeypatch.setattr(
@@ -36,7 +37,7 @@ def test_a_model_that_is_trained_on_has_its_report(tiny, tmp_path, monkeypatch):
   )
   monkeypatch.setattr(export.whole, "write_of_ended_run", calls.append)
   for tiny.report in (False, True):
-    export.run(tiny, tmp_path, step=3, harden=True, finetune_steps=2)
+    export.run(checked, tmp_path, step=3, harden=True, finetune_steps=2)
   assert calls == ["train", "train", hardened]
 
 

@@ -136,7 +136,7 @@ def test_each_figure_has_three_files(reported):
 
 def config_of(run):
   """Returns what a mode reads of the settings of a run."""
-  return types.SimpleNamespace(model=runs.read(run).settings["model"])
+  return types.SimpleNamespace(model=runs.read(run).config)
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, capsys):

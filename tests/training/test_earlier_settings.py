@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from adaptive_attention.command_line.prepare import restore
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.training import earlier_settings, settings
 from configs import base
@@ -31,15 +32,19 @@ def saved(**changes):
   return json.loads(json.dumps(config.to_dict()))
 
 
+def resuming(config):
+  return settings.training_config(settings.check(config))
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_each_setting_is_restored_whatever_the_defaults_are(name, monkeypatch):
   """A setting and the default of today differ, both ways round."""
-  monkeypatch.setattr(earlier_settings, "model_config", lambda model: None)
+  monkeypatch.setattr(settings, "model_config", lambda model: None)
   value = another(DEFAULTS[name])
   for kept, today in ((value, DEFAULTS[name]), (DEFAULTS[name], value)):
     found = base.get_config()
     found.update_from_flattened_dict({name: today})
-    assert not earlier_settings.restore(found, saved(**{name: kept}))
+    assert not restore(found, saved(**{name: kept}))
     assert settings.flatten(found) == DEFAULTS | {name: kept}
 
 
@@ -47,28 +52,28 @@ def test_the_largest_span_is_the_checkpoints_and_not_the_context():
   """The saved value equals today's default, so that nothing "differs"."""
   kept = saved(model__context_tokens=64, model__max_span=512)
   config = base.get_config()
-  earlier_settings.restore(config, kept)
+  restore(config, kept)
   assert (config.model.context_tokens, config.model.max_span) == (64, 512)
 
 
 def test_settings_of_other_versions():
   config, older = base.get_config(), saved(model__context_tokens=64)
   del older["model"]["max_span"], older["model"]["remat"], older["wandb"]
-  assert not earlier_settings.restore(config, older)
+  assert not restore(config, older)
   assert settings.model_config(config.model).max_span == 64
   assert settings.flatten(config).keys() == DEFAULTS.keys()
   assert settings.model_config(older["model"]) == ModelConfig(
     context_tokens=64, max_span=64
   )
-  assert not earlier_settings.check_resumed(older, config, 7)
+  assert not earlier_settings.check_resumed(older, resuming(config), 7)
 
   newer = saved() | {"novel": 3}
-  assert earlier_settings.restore(base.get_config(), newer) == {"novel": 3}
+  assert restore(base.get_config(), newer) == {"novel": 3}
   newer["model"]["depth"] = 2
   with pytest.raises(settings.SettingsError, match="depth=2 is unknown"):
-    earlier_settings.restore(base.get_config(), newer)
+    restore(base.get_config(), newer)
   with pytest.raises(settings.SettingsError, match="steps='many' is not"):
-    earlier_settings.restore(base.get_config(), saved() | {"steps": "many"})
+    restore(base.get_config(), saved() | {"steps": "many"})
 
 
 @pytest.mark.parametrize(
@@ -84,9 +89,9 @@ def test_what_does_not_fit_a_checkpoint_is_named(name, value):
   config = base.get_config()
   config.update_from_flattened_dict({name: value})
   with pytest.raises(settings.SettingsError, match=f"config.{name}={value!r}"):
-    earlier_settings.check_resumed(saved(), config, 7)
+    earlier_settings.check_resumed(saved(), resuming(config), 7)
   config = base.get_config()
   config.model.dropout = 0.5
-  assert earlier_settings.check_resumed(saved(), config, 7) == {
+  assert earlier_settings.check_resumed(saved(), resuming(config), 7) == {
     "model.dropout": (0.0, 0.5)
   }

@@ -28,7 +28,7 @@ DATA = np.random.default_rng(0).integers(97, 123, 5_000, np.uint8)
 
 def parts(config):
   """Makes (model, optimizer, seed) from the settings."""
-  taken = settings.training_config(config)
+  taken = settings.training_config(settings.check(config))
   rule = optimizer.make(taken.optimizer, taken.steps)
   return Transformer(taken.model), rule, taken.seed
 
