@@ -49,11 +49,11 @@ def forward(static, blocks, weights_of, ints, stream, *refs):
     jnp.zeros(q.shape, jnp.float32),
   )
   highest, total, acc = head.over_keys(a, y, x, body, nothing)
-  seen = total > 0
-  safe = jnp.where(seen, total, 1.0)
+  has_open = total > 0
+  safe = jnp.where(has_open, total, 1.0)
   head.put(out_ref, x, there, acc / safe[:, None])
   # Where no key is open the backward pass must find exp2(...) = 0.
-  lse = jnp.where(seen, highest + jnp.log2(safe), -LOW)
+  lse = jnp.where(has_open, highest + jnp.log2(safe), -LOW)
   at = head.numbers(lse_ref, jnp.where(there, x, static.T))
   plgpu.store(at, lse, mask=there)
 

@@ -61,11 +61,11 @@ def forward(geometry, K, *refs):
 
   @pl.when(item.has(LAST))
   def _end():
-    seen = total[...] > 0
-    safe = jnp.where(seen, total[...], 1.0)
+    has_open = total[...] > 0
+    safe = jnp.where(has_open, total[...], 1.0)
     outT[...] = (acc[...] / safe).astype(outT.dtype)
     # Where no key is open the backward pass must find exp2(...) = 0.
-    lse[...] = jnp.where(seen, highest[...] + jnp.log2(safe), -LOW)
+    lse[...] = jnp.where(has_open, highest[...] + jnp.log2(safe), -LOW)
 
 
 def _gradients(item, is_full, refs):

@@ -1,9 +1,9 @@
 """Where rows and log weights stand before the TPU's kernels read them.
 
-Rows of keys are sublanes and queries are lanes. A head's rows stand class by
-class, each class from a whole block on (`walk.rows_of`), so that a block of the
-walk is a block of an array. A head has a line of log weights for each residue
-rho and b (see `walk`), by e = y_q - y_k: the log weights of a block are one
+Rows of keys are sublanes and queries are lanes. A head's rows stand residue
+class by residue class, each from a whole block on (`walk.rows_of`), so that a
+block of the walk is a block of an array. A head has a line of log weights for each
+residue and b (see `walk`), by e = y_q - y_k: the log weights of a block are one
 piece of one line, and in a residue class distances are a band.
 """
 
@@ -179,7 +179,7 @@ class Layout:
 
 
 def _positions(blocks: walk.Rows, stride_H, block):
-  """Returns (H, rows) the x of each row; of no class some large x."""
+  """Returns (H, rows) the x of each row; of no residue class some large x."""
   P_H11 = stride_H[:, None, None]
   group_HN1 = blocks.group[:, :, None]
   y_HNU = blocks.y[:, :, None] + jnp.arange(block, dtype=jnp.int32)

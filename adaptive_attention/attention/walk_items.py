@@ -40,7 +40,9 @@ class Items(NamedTuple):
 
 
 class Item(NamedTuple):
-  """One entry: a head's query block i of class a and key block j, at rho.
+  """One entry: a head's blocks i of queries and j of keys, at a residue rho.
+
+  The queries are of the residue class a.
 
   Attributes:
     flags: FIRST and LAST mark the first and the last item of one query block
