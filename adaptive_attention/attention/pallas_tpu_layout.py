@@ -3,8 +3,8 @@
 Rows of keys are sublanes and queries are lanes. A head's rows stand residue
 class by residue class, each from a whole block on (`walk.rows_of`), so that a
 block of the walk is a block of an array. A head has a line of log weights for
-each residue and b (see `walk`), by e = y_q - y_k: the log weights of a block are
-one piece of one line, and in a residue class distances are a band.
+each residue and b (see `walk`), by e = y_q - y_k: the log weights of a block
+are one piece of one line, and in a residue class distances are a band.
 """
 
 from typing import NamedTuple
