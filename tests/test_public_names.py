@@ -18,7 +18,7 @@ FUNCTIONS = [
   for name in NAMES
   if inspect.isfunction(getattr(adaptive_attention, name))
 ]
-CLASSES = [*{*NAMES} - {*FUNCTIONS}]
+CLASSES = [name for name in NAMES if name not in FUNCTIONS]
 CALLS = ["AdaptiveSelfAttention.__call__", "Transformer.__call__"]
 OF_FLAX = {"parent", "name"}  # the fields of every module
 REQUIRED = {

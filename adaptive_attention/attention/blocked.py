@@ -57,7 +57,6 @@ def attend(
 
   The arguments are those of `reference.attend`.
   """
-  _check_axes(q_BTHK)
   B, T, H, _ = q_BTHK.shape
   S = k_BSGK.shape[1] if ring is None else ring.k_NSHK.shape[1]
   if mask is None:
@@ -84,16 +83,6 @@ def attend(
     return _attend(static, *walked, *jax.tree.map(lambda x: x[None], arrays))[0]
 
   return lax.map(one_sequence, arrays)
-
-
-def _check_axes(q):
-  explicit = jax.typeof(q).sharding.mesh.explicit_axes
-  if explicit:
-    raise NotImplementedError(
-      f"implementation='blocked' does not compute over the explicit mesh axes "
-      f"{', '.join(explicit)}; call it inside jax.shard_map, or choose "
-      "implementation='reference'"
-    )
 
 
 def sizes_of(mask, T, S) -> walk.Sizes:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from adaptive_attention.attention.layout import BLOCK
+from adaptive_attention.attention.on_devices import explicit_axes
 
 IMPLEMENTATIONS = ("blocked", "reference", "pallas_tpu", "pallas_gpu")
 
@@ -26,6 +27,7 @@ class Call(NamedTuple):
     relative: whether there are vectors of distances.
     memory: keys without a gradient.
     segments: whether there are `Segments`.
+    axes: names of the explicit mesh axes along which arrays are dealt.
   """
 
   B: int
@@ -38,6 +40,7 @@ class Call(NamedTuple):
   relative: bool = False
   memory: int = 0
   segments: bool = False
+  axes: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -78,7 +81,8 @@ def call_of(
   strided = mask is not None and mask.wave is not None and mask.wave.integer
   itemsize = q_BTHK.dtype.itemsize
   has = relative_RK is not None, memory, segments is not None
-  return Call(B, T, S, H, K, itemsize, strided, *has)
+  axes = explicit_axes(mask, q_BTHK, k_BSGK, ring)
+  return Call(B, T, S, H, K, itemsize, strided, *has, axes)
 
 
 def device():
@@ -137,10 +141,12 @@ def check_name(implementation):
 
 def _best(call: Call) -> Choice:
   platform = device().platform
-  if platform == "cpu":
+  if platform == "cpu" and not call.axes:
     return Choice("blocked", _blocks_text(call, "blocked"))
   name = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform)
-  if name is None:
+  if platform == "cpu":
+    reason = f"blocked does not serve this call: {refusal(call, 'blocked')}"
+  elif name is None:
     reason = f"there is no kernel for the device {device().device_kind}"
   else:
     reason = refusal(call, name)
@@ -148,12 +154,15 @@ def _best(call: Call) -> Choice:
       return Choice(name, _blocks_text(call, name))
     reason = f"{name} does not serve this call: {reason}"
   fits = 4 * call.B * call.H * call.T * call.S <= _MOST_PAIRS_BYTES
-  other = "reference" if fits else "blocked"
+  other = "reference" if fits or call.axes else "blocked"
   return Choice(other, _blocks_text(call, other), reason)
 
 
 def refusal(call: Call, implementation: str, interpret: object = False) -> str:
   """Returns why an implementation cannot serve a call; "" if it can."""
+  if implementation == "blocked" and call.axes:
+    axes = ", ".join(call.axes)
+    return f"it does not compute over explicit mesh axes ({axes})"
   if not implementation.startswith("pallas"):
     return ""
   reason = "" if interpret else refusal_of_device(implementation)

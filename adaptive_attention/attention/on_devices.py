@@ -18,12 +18,13 @@ def on_devices(function, args, axes, results, group=1, opaque=False):
   moved. Heads of keys that serve a group of heads each ("j") are dealt as these
   are, if all devices get as many; or else each device computes all heads. One
   head of keys for all heads ("o") stands on each device. Along other axes
-  arrays are put together first.
+  arrays are put together first, also where a mesh deals them by other axes.
 
   What is known of how arrays are dealt depends on their mesh. Its explicit axes
   stand in their types. How XLA deals arrays along others it knows alone, when
   it compiles; it does not ask for a TPU, where Pallas then refuses to compile.
-  Inside `jax.shard_map` each device has its part already.
+  Inside `jax.shard_map` each device has its part already; along axes that this
+  leaves to XLA, each computes all.
 
   Args:
     function: returns a tuple of arrays.
@@ -49,17 +50,45 @@ def on_devices(function, args, axes, results, group=1, opaque=False):
 
 
 def _on_explicit_axes(whole, arrays, letters, results, of_queries):
-  """Deals arrays as the types of the queries and of the keys say."""
-  given, found = _specs(
-    letters, results, of_queries.mesh, of_queries.spec, arrays
-  )
+  """Deals all arrays as the type of the queries says."""
+  mesh = of_queries.mesh
+  if mesh.manual_axes:
+    raise NotImplementedError(
+      f"the mesh axes {', '.join(mesh.explicit_axes)} are explicit inside "
+      f"jax.shard_map over {', '.join(mesh.manual_axes)}; map over all axes"
+    )
+  given, found = _specs(letters, results, mesh, of_queries.spec, arrays)
   run = jax.shard_map(
     whole,
+    mesh=mesh,
     in_specs=given,
     out_specs=found,
     check_vma=False,  # nothing is differentiated here
   )
-  return run(*map(jax.sharding.reshard, arrays, given))
+  return run(*(dealt(x, mesh, spec) for x, spec in zip(arrays, given)))
+
+
+def dealt(x, mesh, spec):
+  """Returns an array dealt along explicit axes of a mesh."""
+  return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def dealt_like(x, other):
+  """Returns an array dealt as another one, where that has explicit axes."""
+  sharding = jax.typeof(other).sharding
+  if not sharding.mesh.explicit_axes:
+    return x
+  return dealt(x, sharding.mesh, sharding.spec)
+
+
+def explicit_axes(*trees) -> tuple[str, ...]:
+  """Returns the names of the explicit axes along which any array is dealt."""
+  names = set()
+  for x in jax.tree.leaves(trees):
+    sharding = jax.typeof(x).sharding
+    for part in sharding.spec if sharding.mesh.explicit_axes else ():
+      names.update((part,) if isinstance(part, str) else part or ())
+  return tuple(sorted(names))
 
 
 def _where_xla_deals(whole, arrays, letters, results, group):
@@ -109,7 +138,7 @@ def _specs(letters, results, mesh, of_queries, arrays):
   """Returns the specs of what is given and found where queries have theirs.
 
   Args:
-    arrays: or what tells their shapes.
+    arrays: what is given, or its shapes.
   """
   of_streams, _, of_heads, _ = (*of_queries, *(None,) * (4 - len(of_queries)))
   if "bsjk" in letters:

@@ -21,6 +21,7 @@ from adaptive_attention.attention.heads_and_segments import (
   summed_by_key_head,
 )
 from adaptive_attention.attention.on_devices import (
+  dealt_like,
   on_devices,
   varying_alike,
 )
@@ -304,7 +305,8 @@ def _attend_backward(kernels, static, residuals, d_out):
     for x_BNHK in (gradients.dk_BNHK, gradients.dv_BNHK)
   )
   none = (jax.tree.map(checks.no_gradient, x) for x in (ring, first_key, draws))
-  return d_mask, gradients.dq_BTHK, dk, dv, *none
+  found = d_mask, gradients.dq_BTHK, dk, dv
+  return *jax.tree.map(dealt_like, found, (mask, q, k, v)), *none
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

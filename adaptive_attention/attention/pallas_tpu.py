@@ -217,8 +217,9 @@ def _newer_keys(static, inputs):
     k, v = (x[:, row_N] for x in (inputs.k_BSGK, inputs.v_BSGK))
   else:
     k, v = (x[:, memory:] for x in (inputs.k_BSGK, inputs.v_BSGK))
-  # They are about as many as queries.
-  blocks = static.launch._replace(block_k=static.launch.block_q)
+  blocks = static.launch
+  if kept < 2 * static.T:  # about as many keys as queries
+    blocks = blocks._replace(block_k=blocks.block_q)
   static = static._replace(S=kept, memory=0, ring=False, launch=blocks)
   return static, inputs._replace(
     first_key=inputs.first_key - memory,

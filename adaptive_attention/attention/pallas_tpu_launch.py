@@ -10,7 +10,7 @@ from adaptive_attention.attention.pallas_tpu_layout import table_shape
 
 _MIB = 1 << 20
 _SMEM_BYTES = 1 * _MIB - (32 << 10)  # of 1 MiB, what items may take
-MOST_VMEM_BYTES = 48 * _MIB  # that a kernel asks for, of 64 MiB or more
+MOST_VMEM_BYTES = 48 * _MIB  # of 64 MiB or more, for what a head keeps there
 
 
 class Launch(NamedTuple):
@@ -47,7 +47,7 @@ def _excess(call) -> str:
   taken = table_bytes(sizes)
   if taken > MOST_VMEM_BYTES:
     return (
-      f"its log weights by distance {of_call} take {taken} bytes of "
+      f"its gradient by distance {of_call} takes {taken} bytes of "
       f"{MOST_VMEM_BYTES}"
     )
   return ""

@@ -159,6 +159,7 @@ def _step_runner(config, case, name):
   defaults = {
     "n_layer": 4,
     "n_head": cases.HEADS,
+    "n_kv_head": 0,
     "width": cases.HEADS * cases.HEAD_WIDTH,
     "context_tokens": case.T,
     "max_span": case.runs[name].get("memory_tokens") or case.T,

@@ -443,6 +443,33 @@ def test_dealt_to_devices_it_is_what_one_computes(kind, kernel, axis, case):
   assert_alike(found, exact)
 
 
+# How q, keys and values, and lengths are dealt.
+OWN_WAYS = [
+  ((None, None, "devices"), (None, None, "devices"), None),
+  (("devices",), (), None),
+  ((None, "devices"), ("devices",), "devices"),
+  ((), (None, None, "devices"), None),
+]
+
+
+@two_devices
+@pytest.mark.parametrize(("ways", "kernel"), in_turn(OWN_WAYS, KERNELS))
+def test_each_array_may_be_dealt_in_its_own_way(ways, kernel):
+  """Its gradient is dealt as it is."""
+  of_queries, of_keys, of_lengths = ways
+  specs = of_queries, of_keys, of_keys, *[(of_lengths,)] * 3
+  mesh = mesh_of(AxisType.Explicit)
+  shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+  arrays = [
+    jax.device_put(*pair) for pair in zip(six(), shardings, strict=True)
+  ]
+  with jax.set_mesh(mesh):
+    found = jax.jit(jax.grad(loss(kernel), range(6)))(*arrays)
+  for gradient, sharding in zip(found, shardings, strict=True):
+    assert gradient.sharding.is_equivalent_to(sharding, gradient.ndim)
+  assert_alike(found, jax.jit(jax.grad(loss("blocked"), range(6)))(*six()))
+
+
 @two_devices
 def test_heads_of_keys_that_cannot_be_dealt_evenly_are_brought_together():
   """There are three for two devices, and each computes all heads."""
@@ -560,7 +587,7 @@ def call_of(T, S, H, strided=False):
     (call_of(2**30, 2**31 - 1, 8), "can name", "T"),
     (call_of(512, 512 + 2**23, 8), "list of blocks", "S"),
     (call_of(1, 2**25, 1), "can name", "S"),
-    (call_of(512, 512 + 2**18, 1, strided=True), "log weights", "S"),
+    (call_of(512, 512 + 2**18, 1, strided=True), "by distance", "S"),
     (call_of(1, 1, 70_000), "can name", "H"),
     (call_of(100_000, 100_000, 100_000), "can name", "H"),
   ],

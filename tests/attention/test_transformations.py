@@ -315,17 +315,26 @@ def test_inside_shard_map(implementation, sharded):
   )
 
 
-def test_explicit_axes_are_refused_by_name():
+@pytest.mark.parametrize("spec", [("d",), (None, None, "d"), ()])
+def test_along_explicit_axes_the_reference_serves(spec):
+  """Arrays that are not dealt are for `blocked`, whatever the mesh."""
   mesh = Mesh(
     np.array(jax.devices()[:2]), ("d",), axis_types=(AxisType.Explicit,)
   )
-  by_batch = NamedSharding(mesh, PartitionSpec("d"))
-  q, k, v = (jax.device_put(x[:2], by_batch) for x in arguments()[:3])
-  with (
-    jax.set_mesh(mesh),
-    pytest.raises(NotImplementedError, match=r"explicit mesh axes d; call it"),
-  ):
-    attend(q, k, v, None, memory=k.shape[1] - q.shape[1])
+  rows = NamedSharding(mesh, PartitionSpec(*spec))
+  q, k, v = (jax.device_put(x[:2], rows) for x in arguments()[:3])
+
+  def run(implementation=None):
+    memory = k.shape[1] - q.shape[1]
+    return attend(q, k, v, None, memory=memory, implementation=implementation)
+
+  exact = run("reference")
+  np.testing.assert_allclose(run(), exact, atol=1e-5)
+  if spec:
+    with pytest.raises(NotImplementedError, match=r"explicit mesh axes \(d\)"):
+      run("blocked")
+  else:
+    np.testing.assert_allclose(run("blocked"), exact, atol=1e-5)
 
 
 @mostly_blocked
