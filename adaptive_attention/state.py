@@ -288,8 +288,7 @@ def init_cache(
   the P residue classes of an integer wave. See `attention.decode`.
 
   Args:
-    params: the parameters; concrete, unless `groups` are given.
-    config: the model's.
+    params, config: the model's; concrete, unless `groups` are given.
     batch: B.
     cache: "spans" or "dense", as in `kv_cache.cache_groups`; "spans" if neither
       this nor `groups` is given.
@@ -305,8 +304,7 @@ def init_cache(
     groups = cache_groups(params, config, "spans" if cache is None else cache)
   elif cache is not None:
     raise ValueError(
-      f"cache={cache!r} means nothing where groups are given, which were made "
-      "for one kind of cache; leave one of the two out"
+      f"cache={cache!r} means nothing where groups are given; leave one out"
     )
   K = config.width // config.n_head
 

