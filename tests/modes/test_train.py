@@ -143,7 +143,7 @@ def test_what_a_run_leaves_and_prints(whole_run, text):
   assert "model.n_layer=1 (was 12)" in out
   assert "sha256" in out
   assert "parameters" in out
-  assert "\nattention  blocked in blocks of 64 x 64\n" in out
+  assert "\nattention  reference\n" in out
   assert "order-0 entropy" in out
   assert "lzma" in out
   assert "mfu" not in out.lower()
