@@ -453,7 +453,17 @@ OWN_WAYS = [
 
 
 @two_devices
-@pytest.mark.parametrize(("ways", "kernel"), in_turn(OWN_WAYS, KERNELS))
+@pytest.mark.parametrize(
+  ("ways", "kernel"),
+  [
+    *in_turn(OWN_WAYS[:2], KERNELS),
+    *(
+      pytest.param(ways, kernel, marks=by_hand)
+      for ways in OWN_WAYS[2:]
+      for kernel in KERNELS
+    ),
+  ],
+)
 def test_each_array_may_be_dealt_in_its_own_way(ways, kernel):
   """Its gradient is dealt as it is."""
   of_queries, of_keys, of_lengths = ways

@@ -22,7 +22,10 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize(
+  "kernel",
+  [pytest.param("pallas_tpu", marks=pytest.mark.every_case), "pallas_gpu"],
+)
 def test_five_steps_are_those_of_blocked(tiny, kernel):
   """With dropout, a segment memory, integer waves and two devices."""
   tiny.model.update(
