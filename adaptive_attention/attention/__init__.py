@@ -33,6 +33,7 @@ from adaptive_attention.attention import (
 )
 from adaptive_attention.attention.choice import IMPLEMENTATIONS
 from adaptive_attention.attention.heads_and_segments import segments_of
+from adaptive_attention.attention.on_devices import explicit_axes
 from adaptive_attention.attention.ring import Ring, append
 from adaptive_attention.masks import Mask
 
@@ -211,6 +212,7 @@ def _block_count(mask, first_key, sizes):
 def _run(implementation, interpret, q, k, v, **options):
   """Attends by what serves the call; says what that is where it is None."""
   call = choice.call_of(q, k, **options)
+  call = call._replace(axes=explicit_axes((q, k, v, options)))
   found = choice.chosen(call, implementation, interpret)
   if implementation is None:
     _say_once(found)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 
 from adaptive_attention.attention.layout import BLOCK
-from adaptive_attention.attention.on_devices import explicit_axes
 
 IMPLEMENTATIONS = ("blocked", "reference", "pallas_tpu", "pallas_gpu")
 
@@ -81,8 +80,7 @@ def call_of(
   strided = mask is not None and mask.wave is not None and mask.wave.integer
   itemsize = q_BTHK.dtype.itemsize
   has = relative_RK is not None, memory, segments is not None
-  axes = explicit_axes(mask, q_BTHK, k_BSGK, ring)
-  return Call(B, T, S, H, K, itemsize, strided, *has, axes)
+  return Call(B, T, S, H, K, itemsize, strided, *has)
 
 
 def device():

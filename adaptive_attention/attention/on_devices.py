@@ -17,14 +17,14 @@ def on_devices(function, args, axes, results, group=1, opaque=False):
   Where arrays are dealt to devices by streams ("b") or heads ("h"), nothing is
   moved. Heads of keys that serve a group of heads each ("j") are dealt as these
   are, if all devices get as many; or else each device computes all heads. One
-  head of keys for all heads ("o") stands on each device. Along other axes
-  arrays are put together first, also where a mesh deals them by other axes.
+  head of keys for all heads ("o") stands on each device. Arrays that are dealt
+  by tokens or by width are put together first.
 
-  What is known of how arrays are dealt depends on their mesh. Its explicit axes
-  stand in their types. How XLA deals arrays along others it knows alone, when
-  it compiles; it does not ask for a TPU, where Pallas then refuses to compile.
-  Inside `jax.shard_map` each device has its part already; along axes that this
-  leaves to XLA, each computes all.
+  How arrays are dealt is known in three ways. Explicit axes of a mesh stand in
+  the arrays' types; each device then has all of what is dealt along the mesh's
+  other axes. What XLA deals it tells when it compiles, but not for a TPU, where
+  Pallas refuses to compile for several devices. Inside `jax.shard_map` each
+  device has its part already; along axes that are left to XLA it computes all.
 
   Args:
     function: returns a tuple of arrays.
@@ -33,7 +33,7 @@ def on_devices(function, args, axes, results, group=1, opaque=False):
       being the first that decides how all are dealt.
     results: the letters of each array that is returned.
     group: how many heads there are for each head of keys.
-    opaque: whether XLA cannot ask while it compiles.
+    opaque: whether XLA does not tell how it deals arrays.
   """
   arrays, tree = jax.tree.flatten(args)
   letters = jax.tree.leaves(axes)
@@ -65,7 +65,9 @@ def _on_explicit_axes(whole, arrays, letters, results, of_queries):
     out_specs=found,
     check_vma=False,  # nothing is differentiated here
   )
-  return run(*(dealt(x, mesh, spec) for x, spec in zip(arrays, given)))
+  return run(
+    *(dealt(x, mesh, spec) for x, spec in zip(arrays, given, strict=True))
+  )
 
 
 def dealt(x, mesh, spec):
@@ -81,10 +83,10 @@ def dealt_like(x, other):
   return dealt(x, sharding.mesh, sharding.spec)
 
 
-def explicit_axes(*trees) -> tuple[str, ...]:
+def explicit_axes(arrays) -> tuple[str, ...]:
   """Returns the names of the explicit axes along which any array is dealt."""
   names = set()
-  for x in jax.tree.leaves(trees):
+  for x in jax.tree.leaves(arrays):
     sharding = jax.typeof(x).sharding
     for part in sharding.spec if sharding.mesh.explicit_axes else ():
       names.update((part,) if isinstance(part, str) else part or ())
