@@ -84,7 +84,7 @@ def _of_the_machine() -> ConfigDict:
   # before all of them have made the step.
   config.stop_seconds = 300
   # A device that --mode=plan compiles for, though it is not here: "v5e", "v5p",
-  # "v6e", "h100" or "a100"; the devices of this machine if empty.
+  # "v6e", "h100", "a100" or "rtx4090"; the devices of this machine if empty.
   config.target = ""
   return config
 

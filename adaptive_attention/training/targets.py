@@ -24,9 +24,9 @@ class Target(NamedTuple):
   Attributes:
     memory_bytes: on the device.
     topology: a TPU's name for libtpu; "" for a GPU.
-    gpu: a GPU's name, compute capability, multiprocessors, shared memory of a
-      block in bytes, memory bandwidth in bytes per second, bytes of the L2
-      cache and clock in GHz.
+    gpu: a GPU's name, compute capability, multiprocessors, threads of one,
+      shared memory of a block in bytes, memory bandwidth in bytes per second,
+      bytes of the L2 cache and clock in GHz.
   """
 
   memory_bytes: int
@@ -42,15 +42,23 @@ TARGETS = {
   "h100": Target(
     80 * 10**9,
     gpu=(
-      *("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448),
+      *("NVIDIA H100 80GB HBM3", (9, 0), 132, 2048, 232_448),
       *(3_352_320_000_000, 52_428_800, 1.98),
     ),
   ),
   "a100": Target(
     80 * 10**9,
     gpu=(
-      *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912),
+      *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2048, 166_912),
       *(2_039_000_000_000, 41_943_040, 1.41),
+    ),
+  ),
+  # It stands for the GPUs of desktops, which have the least shared memory.
+  "rtx4090": Target(
+    24 * _GIB,
+    gpu=(
+      *("NVIDIA GeForce RTX 4090", (8, 9), 128, 1536, 101_376),
+      *(1_008_000_000_000, 75_497_472, 2.52),
     ),
   ),
 }
@@ -136,7 +144,8 @@ def stay_on_cpu():
 
 def _gpu_text(target: Target) -> str:
   """Returns XLA's GpuTargetConfigProto as text."""
-  name, (major, minor), cores, shared, bandwidth, l2, clock = target.gpu
+  name, capability, cores, threads, shared, bandwidth, l2, clock = target.gpu
+  major, minor = capability
   return f"""
     platform_name: "CUDA"
     device_description_str: "{name}"
@@ -145,10 +154,10 @@ def _gpu_text(target: Target) -> str:
     gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} }}
       core_count: {cores}
-      fpus_per_core: {128 if major >= 9 else 64}
+      fpus_per_core: {64 if capability == (8, 0) else 128}
       threads_per_warp: 32
       threads_per_block_limit: 1024
-      threads_per_core_limit: 2048
+      threads_per_core_limit: {threads}
       registers_per_core_limit: 65536
       registers_per_block_limit: 65536
       shared_memory_per_block: 49152

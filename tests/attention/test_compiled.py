@@ -187,6 +187,17 @@ def test_kernels_of_a_gpu_spill_little(target, T, K, mask):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("K", [64, 128, 256])
+@pytest.mark.parametrize("mask", ["spans", "real", "integer"])
+def test_kernels_fit_a_gpu_of_a_desktop(mask, K, dtype):
+  """99 KiB of shared memory is the least of all GPUs that are served."""
+  kernels = compiled("rtx4090", 2048, K, mask, dtype=dtype).kernels
+  assert set(kernels) == {"forward", "dq", "dkv"}
+  assert max(x["shared"] for x in kernels.values()) <= 99 << 10
+
+
+@on_gpu
 @pytest.mark.parametrize("K", [32, 96, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_any_width_on_a_gpu_compiles(K, dtype):
