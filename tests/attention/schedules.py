@@ -1,11 +1,17 @@
 """What the real compilers say of kernels: bundles, registers, spills, memory.
 
 It is static: no time is measured. Import it before libtpu is loaded, which
-reads only once where to write its schedules.
+reads only once where to write its schedules. As a program it prints the tables
+of RESULTS.md, for names of TARGETS:
+
+python -m tests.attention.schedules v5e v6e
+python -m tests.attention.schedules h100 a100 rtx4090
 """
 
+import argparse
 import atexit
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -15,8 +21,11 @@ import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from adaptive_attention.attention import attend, choice
+from adaptive_attention.masks import Mask, Wave
 from adaptive_attention.training import targets
 from adaptive_attention.training.targets import TARGETS, device_of
 
@@ -38,7 +47,9 @@ class Report:
 
   Attributes:
     memory: bytes of arguments, outputs and temporaries.
-    kernels: static figures of each of our kernels, by its name.
+    kernels: static figures of each of our kernels, by its name: registers of
+      a thread, spilled bytes of it and shared memory of a program on a GPU;
+      on a TPU regions of products, VMEM and the bytes of it that are spilled.
   """
 
   memory: dict
@@ -81,6 +92,38 @@ def compiled_for(target, function, *shapes) -> Report:
   return Report(memory, kernels)
 
 
+H = 8
+
+
+def of_attention(
+  target, T, K, mask="spans", older=0, dtype=jnp.bfloat16, **more
+):
+  """Compiles `attend` of eight heads, forward and all gradients.
+
+  Args:
+    mask: "spans", or the period of waves beside them: "real" or "integer".
+    older: how many keys of a memory there are.
+    more: options of `attend`.
+  """
+
+  def loss(lengths, q, k, v):
+    span, period, ratio = lengths
+    wave = None
+    if mask != "spans":
+      wave = Wave(period, ratio, integer=mask == "integer")
+    out = attend(q, k, v, Mask(span, 32.0, wave), memory=older, **more)
+    return jnp.sum(out.astype(jnp.float32))
+
+  def gradients(span, period, ratio, *arrays):
+    return jax.grad(loss, range(4))((span, period, ratio), *arrays)
+
+  length = jax.ShapeDtypeStruct((H,), jnp.float32)
+  queries, keys = (
+    jax.ShapeDtypeStruct((1, n, H, K), dtype) for n in (T, T + older)
+  )
+  return compiled_for(target, gradients, *[length] * 3, queries, keys, keys)
+
+
 _UNITS = [
   "MXU",
   "XLU",
@@ -97,7 +140,7 @@ _LINE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:")
 
 
 def _of_tpu(files):
-  """Returns of each kernel the regions of its schedule that hold products.
+  """Returns of each kernel its VMEM and the regions that hold products.
 
   Vector code is unrolled, so that these are the branches of `pl.when`, the
   largest first: a partial block, then a full one.
@@ -118,8 +161,27 @@ def _of_tpu(files):
       and "final_hlo-static-per-bundle-utilization" in other.name
     )
     regions = _regions(path.read_text(errors="replace"), units)
-    kernels[match[1]] = sorted(regions, key=lambda r: -r["bundles"])
+    allocations = next(
+      other.read_text(errors="replace")
+      for other in files
+      if re.search(rf"-{re.escape(stem)}-\d+-post-ra\.txt$", other.name)
+    )
+    kernels[match[1]] = {
+      "blocks": sorted(regions, key=lambda r: -r["bundles"]),
+      **_vmem(allocations),
+    }
   return kernels
+
+
+def _vmem(text):
+  """Returns the bytes of what is allocated, and of registers spilled there."""
+  found = {"vmem": 0, "spilled": 0}
+  for size, tag in re.findall(
+    r"space=vmem, size = (\w+),.*?tag = '([^']*)'", text
+  ):
+    kind = "spilled" if tag.startswith("spilled") else "vmem"
+    found[kind] += int(size, 0)
+  return found
 
 
 def _regions(text, units):
@@ -192,3 +254,36 @@ def _of_gpu(files):
           "notes": sorted(set(re.findall(r"\((C\d+)\)", said))),
         }
   return kernels
+
+
+def _table_row(target, T, K, mask):
+  """Returns a line of Markdown on one call."""
+  call = choice.Call(1, T, T, H, K, 2, mask == "integer")
+  with jax.default_device(device_of(target)):
+    blocks = choice.chosen(call).blocks
+  cells = [f"{target}, {T}, {K}, {mask}", blocks]
+  for name, kernel in sorted(of_attention(target, T, K, mask).kernels.items()):
+    if TARGETS[target].topology:
+      counts = " / ".join(str(x["bundles"]) for x in kernel["blocks"][:2])
+      sizes = [f"{kernel[x] / 2**20:.1f} MiB" for x in ("vmem", "spilled")]
+      cells.append(f"{name}: {counts} / {' / '.join(sizes)}")
+    else:
+      counts = f"{kernel['registers']} / {kernel['spilled']}"
+      cells.append(f"{name}: {counts} / {kernel['shared'] / 1024:.0f} KiB")
+  return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description="Prints tables of RESULTS.md.")
+  parser.add_argument("targets", nargs="+", choices=TARGETS)
+  asked = parser.parse_args().targets
+  print(
+    "bfloat16, 8 heads, forward and all gradients of attend. Target, T, K and\n"
+    "mask; blocks of the forward pass; then of each kernel: on a TPU bundles\n"
+    "of a partial and of a full block, VMEM and what is spilled there; on a\n"
+    "GPU registers of a thread, spilled bytes, shared memory of a program."
+  )
+  for wanted in itertools.product(
+    *(asked, (2048, 8192), (64, 128), ("spans", "real", "integer"))
+  ):
+    print(_table_row(*wanted), flush=True)

@@ -11,43 +11,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention.attention import attend, attend_ring
 from adaptive_attention.attention.ring import Ring
-from adaptive_attention.masks import Mask, Wave
+from adaptive_attention.masks import Mask
 from adaptive_attention.training import targets
 from tests.attention import schedules
+from tests.attention.schedules import H, of_attention
 
 # TARGETS by whose compiler is asked.
 on_tpu = pytest.mark.skipif(
   bool(targets.missing_package("v5e")), reason="libtpu is not installed"
 )
 on_gpu = pytest.mark.gpu_compiler
-H = 8
 
 
-def compiled(target, T, K, mask="spans", older=0, dtype=jnp.bfloat16, **more):
-  """Compiles forward and all gradients; returns the report."""
-
-  def loss(lengths, q, k, v):
-    span, period, ratio = lengths
-    wave = None
-    if mask != "spans":
-      wave = Wave(period, ratio, integer=mask == "integer")
-    out = attend(q, k, v, Mask(span, 32.0, wave), memory=older, **more)
-    return jnp.sum(out.astype(jnp.float32))
-
-  def gradients(span, period, ratio, *arrays):
-    return jax.grad(loss, range(4))((span, period, ratio), *arrays)
-
-  length = jax.ShapeDtypeStruct((H,), jnp.float32)
-  queries, keys = (
-    jax.ShapeDtypeStruct((1, n, H, K), dtype) for n in (T, T + older)
-  )
-  shapes = *(length,) * 3, queries, keys, keys
-  return schedules.compiled_for(target, gradients, *shapes)
-
-
-def bundles(regions):
+def bundles(kernel):
   """(partial, full) blocks of a kernel."""
-  return [region["bundles"] for region in regions[:2]]
+  return [region["bundles"] for region in kernel["blocks"][:2]]
 
 
 by_hand = pytest.mark.every_case
@@ -57,7 +35,7 @@ by_hand = pytest.mark.every_case
 @pytest.mark.parametrize("target", ["v5e", pytest.param("v6e", marks=by_hand)])
 def test_bands_on_a_tpu_take_no_more_than_they_did(target):
   """Of a block of 512 x 512 at K = 128."""
-  report = compiled(target, 8192, 128)
+  report = of_attention(target, 8192, 128)
   partial, full = bundles(report.kernels["forward"])
   assert partial <= 1700
   assert full <= 1420
@@ -97,7 +75,7 @@ BY_HAND = {
 )
 def test_kernels_of_a_tpu_compile(call):
   *call, more = call
-  kernels = set(compiled(*call, **more).kernels)
+  kernels = set(of_attention(*call, **more).kernels)
   of_gradients = {"dq", "dkv"} if "older" in more else {"backward"}
   assert kernels == {"forward"} | of_gradients
 
@@ -111,7 +89,7 @@ def test_kernels_of_a_tpu_compile(call):
   ],
 )
 def test_long_texts_on_a_tpu_compile(T, mask):
-  report = compiled("v5e", T, 128, mask)
+  report = of_attention("v5e", T, 128, mask)
   assert set(report.kernels) == {"forward", "backward"}
   memory = report.memory
   if mask == "spans":
@@ -121,7 +99,7 @@ def test_long_texts_on_a_tpu_compile(T, mask):
 @on_tpu
 def test_a_tpu_without_a_strided_roll_is_refused_by_name():
   with pytest.raises(NotImplementedError, match="the device is TPU v4"):
-    compiled("v4", 512, 64, implementation="pallas_tpu")
+    of_attention("v4", 512, 64, implementation="pallas_tpu")
 
 
 def on_two_tpus(kind, axis, inside_shard_map=False):
@@ -178,7 +156,7 @@ def test_arrays_that_xla_deals_to_tpus_are_refused():
 @pytest.mark.parametrize("mask", ["spans", "real", "integer"])
 def test_kernels_of_a_gpu_spill_little(target, T, K, mask):
   """What spills a little was faster on a device than what spills nothing."""
-  kernels = compiled(target, T, K, mask).kernels
+  kernels = of_attention(target, T, K, mask).kernels
   assert set(kernels) == {"forward", "dq", "dkv"}
   for kernel in kernels.values():
     assert kernel["spilled"] <= 200
@@ -192,7 +170,7 @@ def test_kernels_of_a_gpu_spill_little(target, T, K, mask):
 @pytest.mark.parametrize("mask", ["spans", "real", "integer"])
 def test_kernels_fit_a_gpu_of_a_desktop(mask, K, dtype):
   """99 KiB of shared memory is the least of all GPUs that are served."""
-  kernels = compiled("rtx4090", 2048, K, mask, dtype=dtype).kernels
+  kernels = of_attention("rtx4090", 2048, K, mask, dtype=dtype).kernels
   assert set(kernels) == {"forward", "dq", "dkv"}
   assert max(x["shared"] for x in kernels.values()) <= 99 << 10
 
@@ -202,7 +180,9 @@ def test_kernels_fit_a_gpu_of_a_desktop(mask, K, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_any_width_on_a_gpu_compiles(K, dtype):
   more = {"older": 500, "dropout_rate": 0.2, "dropout_seed": 3}
-  kernels = compiled("a100", 1000, K, "integer", dtype=dtype, **more).kernels
+  kernels = of_attention(
+    "a100", 1000, K, "integer", dtype=dtype, **more
+  ).kernels
   assert set(kernels) == {"forward", "dq", "dkv"}
 
 
