@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptive_attention import (
   generation,
@@ -47,6 +48,28 @@ def test_a_text_is_the_same_in_any_batch_and_at_any_length():
   )
   other = write(config, params, TEXT[:1, :7], 100, seed=1)
   assert not np.array_equal(other, one)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dealt", ["prompts", "parameters"])
+def test_a_text_is_the_same_on_several_devices(dealt, name):
+  """Dealt by the last axis of each array of parameters, or by prompts."""
+  config = changed(**MODELS[name])
+  params, prompts = parameters(config), np.tile(TEXT[:2, :7], (2, 1))
+  expected = write(config, params, prompts, 60)
+  mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+
+  def deal(array, axis):
+    names = ("devices" if i == axis else None for i in range(array.ndim))
+    sharding = NamedSharding(mesh, PartitionSpec(*names))
+    return jax.device_put(array, sharding)
+
+  if dealt == "prompts":
+    prompts = deal(prompts, 0)
+  else:
+    params = jax.tree.map(lambda x: deal(x, x.ndim - 1), params)
+  np.testing.assert_array_equal(write(config, params, prompts, 60), expected)
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])

@@ -209,18 +209,18 @@ def backward(static: Static, inputs: Inputs, outputs: Outputs) -> Gradients:
 
 def _newer_keys(static, inputs):
   """Returns (static, inputs) of the keys that are not memory."""
-  memory, kept = static.memory, static.S - static.memory
+  memory, newer = static.memory, static.S - static.memory
   if not memory:
     return static, inputs
   if static.ring:
-    row_N = (inputs.first_row + memory + jnp.arange(kept)) % static.S
+    row_N = (inputs.first_row + memory + jnp.arange(newer)) % static.S
     k, v = (x[:, row_N] for x in (inputs.k_BSGK, inputs.v_BSGK))
   else:
     k, v = (x[:, memory:] for x in (inputs.k_BSGK, inputs.v_BSGK))
   blocks = static.launch
-  if kept < 2 * static.T:  # about as many keys as queries
+  if newer < 2 * static.T:  # about as many keys as queries
     blocks = blocks._replace(block_k=blocks.block_q)
-  static = static._replace(S=kept, memory=0, ring=False, launch=blocks)
+  static = static._replace(S=newer, memory=0, ring=False, launch=blocks)
   return static, inputs._replace(
     first_key=inputs.first_key - memory,
     first_row=jnp.zeros_like(inputs.first_row),
