@@ -18,49 +18,87 @@ from adaptive_attention.errors import SettingsError, first_line
 _GIB = 1 << 30
 
 
+class Gpu(NamedTuple):
+  """A GPU, by what XLA asks of it.
+
+  Attributes:
+    name: that of its maker.
+    capability: the two numbers of its compute capability.
+    cores: how many multiprocessors it has.
+    core_threads, core_fpus: of one of these.
+    block_bytes: shared memory of a block.
+    bandwidth: that of its memory, in bytes per second.
+    l2_bytes: of its L2 cache.
+    clock_ghz: in GHz.
+  """
+
+  name: str
+  capability: tuple[int, int]
+  cores: int
+  core_threads: int
+  core_fpus: int
+  block_bytes: int
+  bandwidth: int
+  l2_bytes: int
+  clock_ghz: float
+
+
 class Target(NamedTuple):
-  """A device, by what its maker says of it.
+  """A device that is compiled for.
 
   Attributes:
     memory_bytes: on the device.
     topology: a TPU's name for libtpu; "" for a GPU.
-    gpu: a GPU's name, compute capability, multiprocessors, threads of one,
-      shared memory of a block in bytes, memory bandwidth in bytes per second,
-      bytes of the L2 cache and clock in GHz.
+    gpu: a GPU; None for a TPU.
   """
 
   memory_bytes: int
   topology: str = ""
-  gpu: tuple = ()
+  gpu: Gpu | None = None
 
 
+_H100 = Gpu(
+  name="NVIDIA H100 80GB HBM3",
+  capability=(9, 0),
+  cores=132,
+  core_threads=2048,
+  core_fpus=128,
+  block_bytes=232_448,
+  bandwidth=3_352_320_000_000,
+  l2_bytes=52_428_800,
+  clock_ghz=1.98,
+)
+_A100 = Gpu(
+  name="NVIDIA A100-SXM4-80GB",
+  capability=(8, 0),
+  cores=108,
+  core_threads=2048,
+  core_fpus=64,
+  block_bytes=166_912,
+  bandwidth=2_039_000_000_000,
+  l2_bytes=41_943_040,
+  clock_ghz=1.41,
+)
+# It stands for the GPUs of desktops, which have the least shared memory.
+_RTX4090 = Gpu(
+  name="NVIDIA GeForce RTX 4090",
+  capability=(8, 9),
+  cores=128,
+  core_threads=1536,
+  core_fpus=128,
+  block_bytes=101_376,
+  bandwidth=1_008_000_000_000,
+  l2_bytes=75_497_472,
+  clock_ghz=2.52,
+)
 TARGETS = {
   "v4": Target(32 * _GIB, "v4:2x2x1"),
   "v5e": Target(16 * _GIB, "v5e:2x2"),
   "v5p": Target(95 * _GIB, "v5p:2x2x1"),
   "v6e": Target(32 * _GIB, "v6e:2x2"),
-  "h100": Target(
-    80 * 10**9,
-    gpu=(
-      *("NVIDIA H100 80GB HBM3", (9, 0), 132, 2048, 232_448),
-      *(3_352_320_000_000, 52_428_800, 1.98),
-    ),
-  ),
-  "a100": Target(
-    80 * 10**9,
-    gpu=(
-      *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2048, 166_912),
-      *(2_039_000_000_000, 41_943_040, 1.41),
-    ),
-  ),
-  # It stands for the GPUs of desktops, which have the least shared memory.
-  "rtx4090": Target(
-    24 * _GIB,
-    gpu=(
-      *("NVIDIA GeForce RTX 4090", (8, 9), 128, 1536, 101_376),
-      *(1_008_000_000_000, 75_497_472, 2.52),
-    ),
-  ),
+  "h100": Target(80 * 10**9, gpu=_H100),
+  "a100": Target(80 * 10**9, gpu=_A100),
+  "rtx4090": Target(24 * _GIB, gpu=_RTX4090),
 }
 
 
@@ -92,7 +130,7 @@ def devices_of(name: str) -> list:
       topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
-        target_config=_gpu_text(target),
+        target_config=_gpu_text(target.gpu, target.memory_bytes),
         topology="1x1x1",
       )
   except Exception as error:  # compilers raise many kinds
@@ -142,32 +180,31 @@ def stay_on_cpu():
     os.environ.setdefault(name, value)
 
 
-def _gpu_text(target: Target) -> str:
+def _gpu_text(gpu: Gpu, memory_bytes: int) -> str:
   """Returns XLA's GpuTargetConfigProto as text."""
-  name, capability, cores, threads, shared, bandwidth, l2, clock = target.gpu
-  major, minor = capability
+  major, minor = gpu.capability
   return f"""
     platform_name: "CUDA"
-    device_description_str: "{name}"
+    device_description_str: "{gpu.name}"
     runtime_version {{ major: 12 minor: 9 }}
     dnn_version_info {{ major: 9 minor: 8 }}
     gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} }}
-      core_count: {cores}
-      fpus_per_core: {64 if capability == (8, 0) else 128}
+      core_count: {gpu.cores}
+      fpus_per_core: {gpu.core_fpus}
       threads_per_warp: 32
       threads_per_block_limit: 1024
-      threads_per_core_limit: {threads}
+      threads_per_core_limit: {gpu.core_threads}
       registers_per_core_limit: 65536
       registers_per_block_limit: 65536
       shared_memory_per_block: 49152
-      shared_memory_per_block_optin: {shared}
-      shared_memory_per_core: {shared + 1024}
+      shared_memory_per_block_optin: {gpu.block_bytes}
+      shared_memory_per_core: {gpu.block_bytes + 1024}
       block_dim_limit_x: 2147483647
       block_dim_limit_y: 65535
       block_dim_limit_z: 65535
-      clock_rate_ghz: {clock}
-      memory_bandwidth: {bandwidth}
-      device_memory_size: {target.memory_bytes}
-      l2_cache_size: {l2}
+      clock_rate_ghz: {gpu.clock_ghz}
+      memory_bandwidth: {gpu.bandwidth}
+      device_memory_size: {memory_bytes}
+      l2_cache_size: {gpu.l2_bytes}
     }}"""
