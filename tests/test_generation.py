@@ -56,7 +56,7 @@ def test_a_text_is_the_same_in_any_batch_and_at_any_length():
 def test_a_text_is_the_same_on_several_devices(dealt, name):
   """Dealt by the last axis of each array of parameters, or by prompts."""
   config = changed(**MODELS[name])
-  params, prompts = parameters(config), np.tile(TEXT[:2, :7], (2, 1))
+  params, prompts = parameters(config), TEXT[:2, :14].reshape(4, 7)
   expected = write(config, params, prompts, 60)
   mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
 
