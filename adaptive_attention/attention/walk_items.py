@@ -19,24 +19,6 @@ from adaptive_attention.attention.walk import (
 )
 
 FIRST, LAST, FULL, EMPTY = 1, 2, 4, 8  # flags of an `Item`
-ITEM_BYTES = 8  # two words
-_MOST_NAMED = 2**15 - 1  # the largest number that half a word holds
-
-
-class Items(NamedTuple):
-  """A list of blocks, head by head.
-
-  Items of one query block (or of one key block) follow each other. Each block
-  of `walk.rows_of` has at least one item, but for the spare blocks. See `item`
-  for what an entry holds.
-
-  Attributes:
-    count: () the number of items.
-    words: two arrays (N,); N is static, the most items that there can be.
-  """
-
-  count: jax.Array
-  words: tuple[jax.Array, jax.Array]
 
 
 class Item(NamedTuple):
@@ -58,17 +40,19 @@ class Item(NamedTuple):
   flags: jax.Array
 
 
-def item(words) -> Item:
-  """Returns the item that two words hold; it serves in a kernel too."""
-  who, where = words
-  return Item(
-    head=who >> 16,
-    a=(who >> 12) & 15,
-    i=where >> 16,
-    rho=(who >> 8) & 15,
-    j=(where << 16) >> 16,
-    flags=who & 255,
-  )
+class Items(NamedTuple):
+  """A list of blocks, head by head.
+
+  Items of one query block (or of one key block) follow each other. Each block
+  of `walk.rows_of` has at least one item, but for the spare blocks.
+
+  Attributes:
+    count: () the number of items.
+    item: (N,) of each attribute; N is static, the most items that there can be.
+  """
+
+  count: jax.Array
+  item: Item
 
 
 def most_items(H, sizes: Sizes, rows) -> int:
@@ -84,17 +68,6 @@ def most_items(H, sizes: Sizes, rows) -> int:
   return H * (int(np.sum(last - first + 1)) + row_count(sizes, rows))
 
 
-def refusal(H, sizes: Sizes) -> str:
-  """Returns why two words cannot name each item; "" if they can."""
-  blocks = max(row_count(sizes, rows) for rows in "qk")
-  if max(H, blocks) <= _MOST_NAMED:
-    return ""
-  return (
-    f"{H} heads or {blocks} blocks are more than the {_MOST_NAMED} that an "
-    "item can name"
-  )
-
-
 def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
   """Returns the list of all blocks that are walked.
 
@@ -102,15 +75,9 @@ def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
     heads: the integers of all H heads.
     sizes: static.
     rows: static; "q" sorts the items by query block, "k" by key block.
-
-  Raises:
-    ValueError: more heads or blocks than two words can name.
   """
   (start, full_start, full_stop, stop), blocks = ends_of(heads, sizes, rows)
   H, N, R = start.shape
-  reason = refusal(H, sizes)
-  if reason:
-    raise ValueError(f"{reason}; take larger blocks")
   exists_HN = blocks.group < heads.stride[:, None]
   empty_HN = exists_HN & (jnp.sum(stop - start, axis=-1) == 0)
   count_HNR = stop - start
@@ -134,8 +101,7 @@ def items(heads: Heads, sizes: Sizes, rows="q") -> Items:
   else:
     a, i, j = group + rho, other, y // sizes.block_k
     a = jnp.where(a >= heads.stride[h], a - heads.stride[h], a)
-  who = (h << 16) + (a << 12) + (rho << 8) + flags
-  return Items(count, (who, (i << 16) + (j & 0xFFFF)))
+  return Items(count, Item(h, a, i, rho, j, flags))
 
 
 def _expanded(count_HNR, total):

@@ -179,8 +179,8 @@ def test_items_are_the_walk(name, size, rows):
   heads, sizes, _, ends, _ = found(MASKS[name], size)
   listed = jax.jit(walk_items.items, static_argnums=(1, 2))(heads, sizes, rows)
   count, H = int(listed.count), len(heads.stride)
-  assert count <= len(listed.words[0]) == walk_items.most_items(H, sizes, rows)
-  item = walk_items.item([np.asarray(word)[:count] for word in listed.words])
+  assert count <= len(listed.item.i) == walk_items.most_items(H, sizes, rows)
+  item = [np.asarray(x_N)[:count] for x_N in listed.item]
   of_heads, groups = [[] for _ in range(H)], []
   for head, a, i, rho, j, flags in zip(*item, strict=True):
     P = heads.stride[head]
@@ -263,11 +263,3 @@ def test_divisions_round_to_either_side(x, y):
     assert walk.floor_div(one, other) == x // y
     assert walk.ceil_div(one, other) == -(-x // y)
   assert isinstance(walk.floor_div(x, y), int)
-
-
-def test_more_blocks_than_an_item_can_name():
-  sizes = Sizes(2**20, 2**20, 16, 16)
-  one = jnp.zeros(1, jnp.int32)
-  heads = walk.Heads(one, one, one, one, jnp.zeros((1, 16), jnp.int32), one)
-  with pytest.raises(ValueError, match="65536 blocks"):
-    walk_items.items(heads, sizes)
