@@ -75,8 +75,6 @@ def scalars_of(
   of_items = heads._replace(stride=P[h])
   c, b = walk.key_class(of_items, a, item.rho, geometry.sizes)
   cut = walk.ceil_div(heads.first[h] - c, P[h]) - item.j * geometry.block_k
-  is_empty = (item.flags & walk_items.EMPTY) != 0
-  cut = jnp.where(is_empty, geometry.block_k, cut)
   cut = jnp.clip(cut, 0, geometry.block_k)
   who = (h << _HEAD) + (cut << _CUT) + (a << _A) + (item.rho << _RHO)
   who += (b << _B) + item.flags
@@ -136,7 +134,7 @@ def place_of(geometry: Geometry, scalars: Scalars, g) -> Place:
     q=q,
     k=k,
     line=2 * rho + b,
-    # An empty item may lie before the line; all its keys are cut.
+    # An empty item, which has no open pair, may lie before the line.
     start=jnp.maximum(start, 0),
     cut=field(_CUT, 10),
     flags=field(0, 4),

@@ -47,9 +47,10 @@ class Report:
 
   Attributes:
     memory: bytes of arguments, outputs and temporaries.
-    kernels: static figures of each of our kernels, by its name: registers of
-      a thread, spilled bytes of it and shared memory of a program on a GPU;
-      on a TPU regions of products, VMEM and the bytes of it that are spilled.
+    kernels: static figures of each of our kernels, by its name: on a GPU
+      registers of a thread, spilled bytes of it, shared memory and loops of a
+      program; on a TPU regions of products, VMEM and the bytes of it that are
+      spilled.
   """
 
   memory: dict
@@ -208,17 +209,21 @@ def _regions(text, units):
   return [region for region in regions if region["MXU"]]
 
 
-def _ptxas():
-  """Returns the assembler of the nvcc package, or else of the path."""
+def _tool(name):
+  """Returns the path of a program of CUDA, of a package or installed."""
   for root in sys.path:
-    path = pathlib.Path(root) / "nvidia/cuda_nvcc/bin/ptxas"
-    if path.exists():
+    for path in pathlib.Path(root).glob(f"nvidia/*/bin/{name}"):
       return str(path)
-  return shutil.which("ptxas")
+  path = shutil.which(name)
+  if path is None:
+    raise FileNotFoundError(
+      f"{name} is not installed; CONTRIBUTING.md has the packages"
+    )
+  return path
 
 
 def _of_gpu(files):
-  """Returns registers, spilled bytes and shared memory of each kernel."""
+  """Returns registers, spills, shared memory and loops of each kernel."""
   shared = {}
   for path in files:
     if path.name.endswith("thunk_sequence.txt"):
@@ -234,13 +239,10 @@ def _of_gpu(files):
   for path in files:
     if path.suffix != ".ptx" or path.stat().st_size < 100:
       continue
+    binary = path.with_suffix(".cubin")
     arch = re.search(r"\.target (sm_\w+)", path.read_text())[1]
-    said = subprocess.run(
-      [_ptxas(), "-v", f"-arch={arch}", str(path), "-o", os.devnull],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stderr
+    said = _printed(_tool("ptxas"), "-v", f"-arch={arch}", path, "-o", binary)
+    loops = _loops(_printed(_tool("nvdisasm"), "-c", binary))
     for name, body in re.findall(
       r"Function properties for (\S+)\n(.*?Used \d+ registers)",
       said,
@@ -251,9 +253,38 @@ def _of_gpu(files):
           "registers": int(re.search(r"Used (\d+) registers", body)[1]),
           "spilled": int(re.search(r"(\d+) bytes spill stores", body)[1]),
           "shared": shared[name],
+          "loops": loops[name],
           "notes": sorted(set(re.findall(r"\((C\d+)\)", said))),
         }
   return kernels
+
+
+def _printed(*command):
+  ended = subprocess.run(command, capture_output=True, text=True, check=True)
+  return ended.stdout + ended.stderr
+
+
+def _loops(assembly):
+  """Returns, by function, (instructions, barriers) of each of its loops.
+
+  A loop is what stands between a branch backwards and its target, so that one
+  around others has theirs too. They stand in the order of their ends.
+  """
+  found = {}
+  for text in re.split(r"\n(?=\.text\.)", assembly)[1:]:
+    targets, barriers, loops = {}, [0], []
+    for line in text.splitlines():
+      if label := re.match(r"(\.L_x_\d+):", line):
+        targets[label[1]] = len(barriers) - 1
+      elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+        barriers.append(barriers[-1] + ("BAR." in code[1]))
+        goal = re.search(r"\bBRA\b.*`\((\S+)\)", code[1])
+        begin = targets.get(goal[1]) if goal else None
+        here = len(barriers) - 1
+        if begin is not None and here - begin > 1:  # one is the end's
+          loops.append((here - begin, barriers[here] - barriers[begin]))
+    found[re.match(r"\.text\.([^:]+)", text)[1]] = loops
+  return found
 
 
 def _table_row(target, T, K, mask):
@@ -269,7 +300,9 @@ def _table_row(target, T, K, mask):
       cells.append(f"{name}: {counts} / {' / '.join(sizes)}")
     else:
       counts = f"{kernel['registers']} / {kernel['spilled']}"
-      cells.append(f"{name}: {counts} / {kernel['shared'] / 1024:.0f} KiB")
+      loops = ", ".join(f"{n} ({bars})" for n, bars in kernel["loops"])
+      size = f"{kernel['shared'] / 1024:.0f} KiB"
+      cells.append(f"{name}: {counts} / {size} / {loops}")
   return f"| {' | '.join(cells)} |"
 
 
@@ -281,7 +314,8 @@ if __name__ == "__main__":
     "bfloat16, 8 heads, forward and all gradients of attend. Target, T, K and\n"
     "mask; blocks of the forward pass; then of each kernel: on a TPU bundles\n"
     "of a partial and of a full block, VMEM and what is spilled there; on a\n"
-    "GPU registers of a thread, spilled bytes, shared memory of a program."
+    "GPU registers of a thread, spilled bytes, shared memory of a program,\n"
+    "and instructions (and barriers) of its loops: partial blocks, full ones."
   )
   for wanted in itertools.product(
     *(asked, (2048, 8192), (64, 128), ("spans", "real", "integer"))

@@ -162,6 +162,10 @@ def test_kernels_of_a_gpu_spill_little(target, T, K, mask):
     assert kernel["spilled"] <= 200
     assert kernel["shared"] <= 128 << 10
     assert not kernel["notes"]
+    partial, full, *around_both = kernel["loops"]
+    assert full < partial
+    assert max(barriers for _, barriers in (partial, full)) <= 12
+    assert len(around_both) == (mask == "integer")  # over residues
 
 
 @on_gpu
