@@ -58,16 +58,52 @@ def _on_explicit_axes(whole, arrays, letters, results, of_queries):
       f"jax.shard_map over {', '.join(mesh.manual_axes)}; map over all axes"
     )
   given, found = _specs(letters, results, mesh, of_queries.spec, arrays)
-  run = jax.shard_map(
-    whole,
-    mesh=mesh,
-    in_specs=given,
-    out_specs=found,
-    check_vma=False,  # nothing is differentiated here
-  )
-  return run(
+  return _in_parts(whole, mesh, given, found)(
     *(dealt(x, mesh, spec) for x, spec in zip(arrays, given, strict=True))
   )
+
+
+def _in_parts(function, mesh, given, found):
+  """Returns a function that each device computes for its part of the arrays.
+
+  Under `vmap` the mapped axis may be dealt too: each device then maps over its
+  own part of that.
+
+  Args:
+    given, found: the specs of its arguments and of its results.
+  """
+
+  @custom_vmap
+  def run(*arrays):
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=given,
+      out_specs=found,
+      check_vma=False,  # nothing is differentiated here
+    )(*arrays)
+
+  @run.def_vmap
+  def _batched(size, is_batched, *arrays):
+    del size
+    where = [0 if batched else None for batched in is_batched]
+    firsts = [
+      jax.typeof(x).sharding.spec[0]
+      for x, batched in zip(arrays, is_batched, strict=True)
+      if batched
+    ]
+    mapped = next((name for name in firsts if name is not None), None)
+    specs = tuple(
+      PartitionSpec(mapped, *spec) if batched else spec
+      for spec, batched in zip(given, is_batched, strict=True)
+    )
+    out = _in_parts(
+      jax.vmap(function, where),
+      *(mesh, specs, tuple(PartitionSpec(mapped, *spec) for spec in found)),
+    )(*(dealt(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)))
+    return out, tuple(True for _ in out)
+
+  return run
 
 
 def dealt(x, mesh, spec):

@@ -80,11 +80,12 @@ LENGTHS = (
     dropout_rate=0.1,
   ),
 )
-# The GPU's kernel computes its weights, and reads those of float32.
+# The GPU's kernel computes its weights, and reads those of float32. The TPU's
+# blocks, of 256 here, have two parts.
 WAVE_BFLOAT16 = LENGTHS[1]._replace(name="wave, bfloat16", dtype="bfloat16")
 CLOSELY = [
   ("pallas_tpu", LENGTHS[3]),
-  ("pallas_tpu", WAVE_BFLOAT16._replace(T=300, S=427)),
+  ("pallas_tpu", WAVE_BFLOAT16._replace(T=300, S=427, dropout_rate=0.1)),
   ("pallas_gpu", LENGTHS[3]),
   ("pallas_gpu", WAVE_BFLOAT16),
 ]
@@ -478,6 +479,67 @@ def test_each_array_may_be_dealt_in_its_own_way(ways, kernel):
   for gradient, sharding in zip(found, shardings, strict=True):
     assert gradient.sharding.is_equivalent_to(sharding, gradient.ndim)
   assert_alike(found, jax.jit(jax.grad(loss("blocked"), range(6)))(*six()))
+
+
+# Which of q, k, v, span, period and ratio are mapped over along a dealt axis,
+# and how often.
+MAPPED = {
+  "all": (slice(0, 6), 1),
+  "queries": (slice(0, 1), 1),
+  "lengths": (slice(3, 6), 1),
+  "twice": (slice(0, 6), 2),
+}
+
+
+@two_devices
+@pytest.mark.parametrize(
+  ("which", "kernel"),
+  [
+    ("all", KERNELS[0]),
+    ("queries", KERNELS[-1]),
+    ("lengths", KERNELS[0]),
+    ("twice", KERNELS[-1]),
+    *(
+      pytest.param(which, kernel, marks=by_hand)
+      for which, kernel in [
+        ("all", KERNELS[-1]),
+        ("queries", KERNELS[0]),
+        ("lengths", KERNELS[-1]),
+        ("twice", KERNELS[0]),
+      ]
+      if len(KERNELS) > 1
+    ),
+  ],
+)
+def test_mapped_over_an_axis_that_is_dealt(which, kernel):
+  """Each device maps over its own part, and nothing is gathered."""
+  some, times = MAPPED[which]
+  arrays, where = [*six()], [None] * 6
+  arrays[some] = [jnp.stack([x, 1.1 * x]) for x in arrays[some]]
+  where[some] = [0] * len(arrays[some])
+  if times == 2:
+    arrays = [jnp.stack([x, 0.9 * x]) for x in arrays]
+  mesh = mesh_of(AxisType.Explicit)
+  mapped, whole = (
+    NamedSharding(mesh, PartitionSpec(*spec)) for spec in [("devices",), ()]
+  )
+  dealt = [
+    jax.device_put(x, whole if axis is None else mapped)
+    for x, axis in zip(arrays, where, strict=True)
+  ]
+
+  def gradients(kernel):
+    run = jax.grad(loss(kernel), range(6))
+    for _ in range(times):
+      run = jax.vmap(run, where)
+    return jax.jit(run)
+
+  with jax.set_mesh(mesh):
+    compiled = gradients(kernel).lower(*dealt).compile()
+  assert "all-gather" not in compiled.as_text()
+  found = compiled(*dealt)
+  assert found[0].sharding.is_equivalent_to(mapped, found[0].ndim)
+  assert_alike(found, gradients("blocked")(*arrays))
 
 
 @two_devices
