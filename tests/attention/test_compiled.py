@@ -103,7 +103,10 @@ def test_a_tpu_without_a_strided_roll_is_refused_by_name():
 
 
 def on_two_tpus(kind, axis, inside_shard_map=False):
-  """Compiles gradients over two devices that have parts of an axis each."""
+  """Compiles gradients over two devices that have parts of an axis each.
+
+  That of streams is 0 and that of heads 2; -1 is one that is mapped over.
+  """
   devices = targets.devices_of("v5e")[:2]
   mesh = Mesh(np.array(devices), ("devices",), axis_types=(kind,))
   rows = PartitionSpec(*("devices" if i == axis else None for i in range(4)))
@@ -112,6 +115,12 @@ def on_two_tpus(kind, axis, inside_shard_map=False):
   def attended(span, *arrays):
     return attend(*arrays, Mask(span))
 
+  is_mapped = axis == -1
+  if is_mapped:
+    attended, rows, lengths = (
+      jax.vmap(attended),
+      *[PartitionSpec("devices")] * 2,
+    )
   if inside_shard_map:
     attended = jax.shard_map(
       attended, mesh=mesh, in_specs=(lengths, *(rows,) * 3), out_specs=rows
@@ -124,8 +133,9 @@ def on_two_tpus(kind, axis, inside_shard_map=False):
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(*of, sharding=sharding)
 
-  x = shape(rows, (2, 512, H, 64), jnp.bfloat16)
-  shapes = shape(lengths, (H,), jnp.float32), x, x, x
+  mapped = (2,) if is_mapped else ()
+  x = shape(rows, (*mapped, 2, 512, H, 64), jnp.bfloat16)
+  shapes = shape(lengths, (*mapped, H), jnp.float32), x, x, x
   with jax.default_device(devices[0]), jax.set_mesh(mesh):
     return jax.jit(jax.grad(loss, range(4))).lower(*shapes).compile().as_text()
 
@@ -133,10 +143,14 @@ def on_two_tpus(kind, axis, inside_shard_map=False):
 @on_tpu
 @pytest.mark.parametrize(
   ("inside_shard_map", "axis"),
-  [(False, 0), (False, 2), (True, 0), pytest.param(True, 2, marks=by_hand)],
+  [
+    *((False, axis) for axis in (0, 2, -1)),
+    (True, 0),
+    pytest.param(True, 2, marks=by_hand),
+  ],
 )
 def test_each_tpu_computes_its_part(inside_shard_map, axis):
-  """Of streams or heads, where a program says how these are dealt."""
+  """Of streams, heads or models, where a program says how these are dealt."""
   kind = AxisType.Auto if inside_shard_map else AxisType.Explicit
   text = on_two_tpus(kind, axis, inside_shard_map)
   assert text.count("tpu_custom_call") >= 2
