@@ -49,8 +49,8 @@ class Report:
     memory: bytes of arguments, outputs and temporaries.
     kernels: static figures of each of our kernels, by its name: on a GPU
       registers of a thread, spilled bytes of it, shared memory and loops of a
-      program; on a TPU regions of products, VMEM and the bytes of it that are
-      spilled.
+      program; on a TPU regions of products, the bundles of all others, VMEM
+      and the bytes of it that are spilled.
   """
 
   memory: dict
@@ -167,8 +167,10 @@ def _of_tpu(files):
       for other in files
       if re.search(rf"-{re.escape(stem)}-\d+-post-ra\.txt$", other.name)
     )
+    blocks = [region for region in regions if region["MXU"]]
     kernels[match[1]] = {
-      "blocks": sorted(regions, key=lambda r: -r["bundles"]),
+      "blocks": sorted(blocks, key=lambda r: -r["bundles"]),
+      "other": sum(r["bundles"] for r in regions if not r["MXU"]),
       **_vmem(allocations),
     }
   return kernels
@@ -186,7 +188,7 @@ def _vmem(text):
 
 
 def _regions(text, units):
-  """Returns bundles and used slots of regions with products.
+  """Returns bundles and used slots of regions.
 
   A region ends where control may go another way.
   """
@@ -206,7 +208,7 @@ def _regions(text, units):
     for unit, count in zip(_UNITS, rows[index] if index < len(rows) else ()):
       regions[-1][unit] += count
     index += 1
-  return [region for region in regions if region["MXU"]]
+  return regions
 
 
 def _tool(name):
@@ -295,7 +297,8 @@ def _table_row(target, T, K, mask):
   cells = [f"{target}, {T}, {K}, {mask}", blocks]
   for name, kernel in sorted(of_attention(target, T, K, mask).kernels.items()):
     if TARGETS[target].topology:
-      counts = " / ".join(str(x["bundles"]) for x in kernel["blocks"][:2])
+      counts = [x["bundles"] for x in kernel["blocks"][:2]]
+      counts = " / ".join(map(str, [*counts, kernel["other"]]))
       sizes = [f"{kernel[x] / 2**20:.1f} MiB" for x in ("vmem", "spilled")]
       cells.append(f"{name}: {counts} / {' / '.join(sizes)}")
     else:
@@ -313,9 +316,10 @@ if __name__ == "__main__":
   print(
     "bfloat16, 8 heads, forward and all gradients of attend. Target, T, K and\n"
     "mask; blocks of the forward pass; then of each kernel: on a TPU bundles\n"
-    "of a partial and of a full block, VMEM and what is spilled there; on a\n"
-    "GPU registers of a thread, spilled bytes, shared memory of a program,\n"
-    "and instructions (and barriers) of its loops: partial blocks, full ones."
+    "of a partial and of a full block and of all that is not a block, VMEM\n"
+    "and what is spilled there; on a GPU registers of a thread, spilled\n"
+    "bytes, shared memory of a program, and instructions (and barriers) of\n"
+    "its loops: partial blocks, full ones, and residues around both."
   )
   for wanted in itertools.product(
     *(asked, (2048, 8192), (64, 128), ("spans", "real", "integer"))

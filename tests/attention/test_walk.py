@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 
 from adaptive_attention import masks
-from adaptive_attention.attention import walk, walk_items
+from adaptive_attention.attention import (
+  pallas_tpu_item,
+  pallas_tpu_layout,
+  walk,
+  walk_items,
+)
+from adaptive_attention.attention.pallas_attend import Static
 from adaptive_attention.attention.walk import Sizes
 from adaptive_attention.masks import Mask, Wave
 from tests.pairs import in_turn
@@ -207,6 +214,62 @@ def test_items_are_the_walk(name, size, rows):
       marked = [n for n, flag in enumerate(flags) if flag & end]
       assert marked == [at]
     assert len(flags) == 1 or not any(x & walk_items.EMPTY for x in flags)
+
+
+@pytest.mark.parametrize("rows", ["q", "k"])
+@case
+def test_words_say_where_the_block_of_an_item_is(name, size, rows):
+  """For as many heads as they can number."""
+  heads, sizes, *_ = found(MASKS[name], size)
+  copies = 256 // len(heads.stride)
+  heads = jax.tree.map(lambda x: np.concatenate([x] * copies), heads)
+  H = len(heads.stride)
+  static = Static(
+    *(sizes.T, sizes.S, 0, 1, True, sizes.strided, False, 0.0, (), True)
+  )
+  geometry = pallas_tpu_layout.Geometry(static, sizes.block_q, sizes.block_k)
+  inputs = types.SimpleNamespace(
+    head_H=jnp.arange(H), stream_B=jnp.zeros(1, jnp.uint32)
+  )
+
+  @jax.jit
+  def places(heads):
+    listed = walk_items.items(heads, sizes, rows)
+    scalars = pallas_tpu_item.scalars_of(listed, heads, inputs, geometry)
+    place = jax.vmap(lambda g: pallas_tpu_item.place_of(geometry, scalars, g))(
+      jnp.arange(len(listed.item.i))
+    )
+    row_q, row_k = (
+      jax.vmap(lambda P, side=side: walk.rows_of(P, sizes, side))(heads.stride)
+      for side in "qk"
+    )
+    distance = pallas_tpu_layout.distances(heads.stride, geometry)
+    return listed, place, row_q, row_k, distance
+
+  listed, place, row_q, row_k, distance = jax.device_get(places(heads))
+  count = int(listed.count)
+  item, place = jax.tree.map(lambda x: x[:count], (listed.item, place))
+  h, P = item.head, heads.stride[item.head]
+  np.testing.assert_array_equal(place.head, h)
+  np.testing.assert_array_equal(place.flags, item.flags)
+  c, a = (item.a - item.rho) % P, item.a
+  y_q, y_k = item.i * sizes.block_q, item.j * sizes.block_k
+  for row, at, group, y in (row_q, place.q, a, y_q), (row_k, place.k, c, y_k):
+    np.testing.assert_array_equal(row.group[h, at], group)
+    np.testing.assert_array_equal(row.y[h, at], y)
+  np.testing.assert_array_equal(place.x_q, a + P * y_q)
+  np.testing.assert_array_equal(place.x_k, c + P * y_k)
+  x_k = place.x_k[:, None] + P[:, None] * np.arange(sizes.block_k)
+  cut = np.sum(x_k < heads.first[h][:, None], axis=1)
+  np.testing.assert_array_equal(place.cut, cut)
+  assert place.start.min() >= 0
+  assert place.start.max() <= geometry.length - sizes.block_q - sizes.block_k
+  # The entry of the first query and the last key, which may be later.
+  entry = distance[h, place.line, place.start + 1]
+  x_last = place.x_k + P * (sizes.block_k - 1)
+  d = np.maximum(place.x_q - x_last, -1)
+  there = (item.flags & walk_items.EMPTY) == 0
+  np.testing.assert_array_equal(np.maximum(entry, -1)[there], d[there])
 
 
 def test_a_band_has_as_many_full_blocks_as_it_can():
