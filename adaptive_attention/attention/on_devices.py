@@ -87,21 +87,15 @@ def _in_parts(function, mesh, given, found):
   def _batched(size, is_batched, *arrays):
     del size
     where = [0 if batched else None for batched in is_batched]
-    firsts = [
-      jax.typeof(x).sharding.spec[0]
-      for x, batched in zip(arrays, is_batched, strict=True)
-      if batched
-    ]
-    mapped = next((name for name in firsts if name is not None), None)
+    # All arrays that are mapped over are dealt alike there, or `vmap` refuses.
+    mapped = jax.typeof(arrays[where.index(0)]).sharding.spec[0]
     specs = tuple(
       PartitionSpec(mapped, *spec) if batched else spec
       for spec, batched in zip(given, is_batched, strict=True)
     )
-    out = _in_parts(
-      jax.vmap(function, where),
-      *(mesh, specs, tuple(PartitionSpec(mapped, *spec) for spec in found)),
-    )(*(dealt(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)))
-    return out, tuple(True for _ in out)
+    results = tuple(PartitionSpec(mapped, *spec) for spec in found)
+    wider = _in_parts(jax.vmap(function, where), mesh, specs, results)
+    return wider(*arrays), tuple(True for _ in found)
 
   return run
 
