@@ -57,17 +57,25 @@ def earlier(
       f"--against={workdir} has no evaluations ({error.strerror}); evaluate it "
       "first, by --mode=eval"
     ) from error
-  for record in reversed(records):
-    found = (
-      *(record.get("data", {}).get("sha256"), record.get("split")),
-      *(record.get("protocol"), record.get("tokens", record.get("bytes"))),
-    )
-    # Earlier versions kept no chunks.
-    if found == (sha256, split, protocol, tokens) and "chunk_bits" in record:
-      return record
+  # Earlier versions kept no chunks.
+  same = {
+    record["protocol"]: record
+    for record in records
+    if record.get("data", {}).get("sha256") == sha256
+    and record.get("split") == split
+    and record.get("tokens", record.get("bytes")) == tokens
+    and "chunk_bits" in record
+  }
+  if protocol in same:
+    return same[protocol]
+  by_others = (
+    f", but by {', '.join(same)}; give --against_protocol or evaluate"
+    if same
+    else "; evaluate"
+  )
   raise EvaluationError(
     f"--against={workdir} has no evaluation of the same {tokens:,} tokens of "
-    f"{split} (sha256 {sha256[:12]}...) by the protocol {protocol}; evaluate "
+    f"{split} (sha256 {sha256[:12]}...) by the protocol {protocol}{by_others} "
     "it so first, by --mode=eval"
   )
 

@@ -354,6 +354,10 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
       [f"--against={tmp_path}", "--protocol=stride:5"],
       "has no evaluation of the same 999 tokens of valid",
     ),
+    (
+      [f"--against={tmp_path}", "--protocol=stride:5"],
+      "by the protocol stride:5, but by window",
+    ),
   ):
     code, _, err = main("--mode=eval", f"--workdir={tmp_path}", *flags)
     assert code in (1, 2)
