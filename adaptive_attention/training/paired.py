@@ -69,7 +69,7 @@ def earlier(
   if protocol in same:
     return same[protocol]
   by_others = (
-    f", but by {', '.join(same)}; give --against_protocol or evaluate"
+    f", but by {', '.join(same)}; name one by --against_protocol, or evaluate"
     if same
     else "; evaluate"
   )

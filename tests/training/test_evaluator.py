@@ -351,8 +351,8 @@ def test_the_mode(main, tiny_flags, text, tmp_path):
     (["--protocol=stride:99"], "to the context of 24"),
     (["--against_protocol=window"], "means nothing without --against"),
     (
-      [f"--against={tmp_path}", "--protocol=stride:5"],
-      "has no evaluation of the same 999 tokens of valid",
+      [f"--against={tmp_path}", "--config.eval_tokens=500"],
+      "has no evaluation of the same 499 tokens of valid",
     ),
     (
       [f"--against={tmp_path}", "--protocol=stride:5"],
