@@ -25,6 +25,7 @@ class Point(NamedTuple):
     low, high: the least and the largest loss among the seeds.
     macs: multiply-adds per token of attention, dense, open and computed; the
       mean of the seeds.
+    protocol: what the runs were evaluated by.
   """
 
   names: tuple[str, ...]
@@ -33,6 +34,7 @@ class Point(NamedTuple):
   low: float
   high: float
   macs: dict[str, float]
+  protocol: str
 
   @property
   def name(self) -> str:
@@ -77,4 +79,7 @@ def _point(names, bits, found) -> Point:
     )
     for name in ("dense", "open", "computed")
   }
-  return Point(names, float(np.mean(bits)), stderr, min(bits), max(bits), macs)
+  return Point(
+    *(names, float(np.mean(bits)), stderr, min(bits), max(bits), macs),
+    found[0]["protocol"],
+  )

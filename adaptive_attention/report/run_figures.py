@@ -136,8 +136,10 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
   from matplotlib.ticker import EngFormatter
 
   drawn, (row,) = style.axes(1, 2, width=8, height=3.0, sharey=True)
+  alike = len({point.protocol for point in found}) == 1
   for ax, kind in zip(row, ("open", "computed"), strict=True):
     for i, point in enumerate(found):
+      label = point.name if alike else f"{point.name} ({point.protocol})"
       ax.errorbar(
         *(point.macs[kind], point.bits),
         yerr=[
@@ -147,7 +149,7 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
         fmt=style.marker(i),
         color=style.of_run(i)["color"],
         capsize=3,
-        label=point.name if ax is row[0] else None,
+        label=label if ax is row[0] else None,
       )
     x, y = _front([(point.macs[kind], point.bits) for point in found])
     ax.step(x, y, where="post", color="grey", lw=0.8, zorder=0)

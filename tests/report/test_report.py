@@ -203,6 +203,10 @@ def test_runs_that_read_otherwise_are_no_seeds(change):
   one, other = made("a", 0, 2.0), made("b", 1, 2.0)
   other.evaluations[0].update(change)
   assert len(points.of_runs([one, other], "test")) == 2
+  front = run_figures.fronts([one, other], "test").drawn
+  labels = [text.get_text() for text in front.legends[0].get_texts()]
+  alike = "protocol" not in change
+  assert labels == (["a", "b"] if alike else ["a (window)", "b (memory)"])
 
 
 def test_the_table_tells_what_runs_lose_more_than_the_first():
