@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptive_attention.report import runs
+from adaptive_attention.training import paired
 from adaptive_attention.training.settings import MACHINE, flatten
 
 # Settings by which runs of one kind may differ: what is drawn, where a run is
@@ -26,6 +27,9 @@ class Point(NamedTuple):
     macs: multiply-adds per token of attention, dense, open and computed; the
       mean of the seeds.
     protocol: what the runs were evaluated by.
+    apart: the standard error of the difference from the first of all runs,
+      token by token, which is 0 for that run itself; None where it is not
+      known: of several seeds, or where a run read other tokens than the first.
   """
 
   names: tuple[str, ...]
@@ -35,6 +39,7 @@ class Point(NamedTuple):
   high: float
   macs: dict[str, float]
   protocol: str
+  apart: float | None
 
   @property
   def name(self) -> str:
@@ -48,11 +53,11 @@ def of_runs(all_runs: Sequence[runs.Run], split: str) -> list[Point]:
   tokens by one protocol. Runs that were not evaluated on the split at their
   step are left out.
   """
-  groups = {}
+  groups, first = {}, all_runs[0].evaluation(split)
   for run, name in zip(all_runs, runs.labels(all_runs), strict=True):
     found = run.evaluation(split)
     if found is not None:
-      one = name, run.bits(found), found
+      one = name, run.bits(found), found, _apart(found, first)
       groups.setdefault(_kind(run, found), []).append(one)
   return [_point(*zip(*group, strict=True)) for group in groups.values()]
 
@@ -69,10 +74,18 @@ def _kind(run, found) -> str:
   return repr((settings, run.step, data, found["protocol"], tokens))
 
 
-def _point(names, bits, found) -> Point:
-  stderr = found[0]["stderr"]
+def _apart(found, first) -> float | None:
+  """Returns the standard error of what a run has more than the first."""
+  if found is first:
+    return 0.0
+  more = None if first is None else paired.of_records(found, first)
+  return None if more is None else more.stderr
+
+
+def _point(names, bits, found, apart) -> Point:
+  stderr, of_one = found[0]["stderr"], apart[0]
   if len(bits) > 1:
-    stderr = float(np.std(bits, ddof=1) / len(bits) ** 0.5)
+    stderr, of_one = float(np.std(bits, ddof=1) / len(bits) ** 0.5), None
   macs = {
     name: float(
       np.mean([line["attention_macs_per_token"][name] for line in found])
@@ -81,5 +94,5 @@ def _point(names, bits, found) -> Point:
   }
   return Point(
     *(names, float(np.mean(bits)), stderr, min(bits), max(bits), macs),
-    found[0]["protocol"],
+    *(found[0]["protocol"], of_one),
   )

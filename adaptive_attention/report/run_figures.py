@@ -137,15 +137,13 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
 
   drawn, (row,) = style.axes(1, 2, width=8, height=3.0, sharey=True)
   alike = len({point.protocol for point in found}) == 1
+  bars, told = _bars(found, runs.labels(all_runs)[0])
   for ax, kind in zip(row, ("open", "computed"), strict=True):
     for i, point in enumerate(found):
       label = point.name if alike else f"{point.name} ({point.protocol})"
       ax.errorbar(
         *(point.macs[kind], point.bits),
-        yerr=[
-          [point.bits - min(point.low, point.bits - point.stderr)],
-          [max(point.high, point.bits + point.stderr) - point.bits],
-        ],
+        yerr=[[bar] for bar in bars[i]],
         fmt=style.marker(i),
         color=style.of_run(i)["color"],
         capsize=3,
@@ -164,13 +162,45 @@ def fronts(all_runs: Sequence[runs.Run], split: str) -> Figure | None:
     f"Loss against what attention costs, {split} split",
     f"{all_runs[0].units.name.capitalize()} of the {split} split against the "
     "multiply-adds of attention per token, over all layers and heads: those of "
-    "the open pairs, and those of the pairs that are computed. Bars are one "
-    "standard error or, of several seeds, their least and largest. The grey "
-    f"line is the Pareto front. The least loss is that of {best.name}, "
+    f"the open pairs, and those of the pairs that are computed. {told} The "
+    f"grey line is the Pareto front. The least loss is that of {best.name}, "
     f"{best.bits:.4f}.",
     f"{len(found)} points; the least loss is that of {best.name}.",
     drawn,
   )
+
+
+def _bars(found: Sequence[points.Point], first: str):
+  """Returns ((below, above) of each point, a sentence on what bars are).
+
+  What the text does to all runs alike is left out of the bars, if that is known
+  of each run.
+
+  Args:
+    first: the name of the run that others are compared with.
+  """
+  alone = [point for point in found if len(point.names) == 1]
+  apart = [point.apart for point in alone]
+  # The first run has a point to itself, and is compared with all others.
+  compared = len(apart) > 1 and apart[0] == 0 and None not in apart
+  told = "Bars are one standard error"
+  if compared:
+    most = max(point.stderr for point in alone)
+    told += (
+      f" of the difference from {first}, token by token, as most of the error "
+      f"of a loss, {most:.3f}, is one of the text, which all runs share; what "
+      "another seed would change is in neither"
+    )
+  if len(alone) < len(found):
+    told += " or, of several seeds, their least and largest"
+  bars = []
+  for point in found:
+    error = point.apart if compared else point.stderr
+    bar = error, error
+    if len(point.names) > 1:
+      bar = point.bits - point.low, point.high - point.bits
+    bars.append(bar)
+  return bars, f"{told}."
 
 
 def _front(points_XY):

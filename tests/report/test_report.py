@@ -209,15 +209,56 @@ def test_runs_that_read_otherwise_are_no_seeds(change):
   assert labels == (["a", "b"] if alike else ["a (window)", "b (memory)"])
 
 
+CHUNKS = np.full(3, 6.0), np.array([506.0, 506.0, 256.0])
+
+
+def with_chunks(*some):
+  """Returns runs that were evaluated on the same 2,500 bytes."""
+  for run, bits in zip(some, CHUNKS, strict=True):
+    run.evaluations[0].update(chunk_bits=list(bits), bytes=2_500)
+  return some
+
+
+def bars_of(front):
+  """Returns (from, to) of the bar of each point, on the left."""
+  lines = [bar.lines[2][0] for bar in front.drawn.axes[0].containers]
+  return [tuple(line.get_segments()[0][:, 1]) for line in lines]
+
+
+def test_bars_of_the_front_are_of_the_difference_from_the_first():
+  one, other = with_chunks(made("a", 0, 2.0), made("b", 0, 2.5, 0.1))
+  error = evaluator.standard_error(CHUNKS[1] - CHUNKS[0], 2_500)
+  front = run_figures.fronts([one, other], "test")
+  expected = (2.0, 2.0), (2.5 - error, 2.5 + error)
+  np.testing.assert_allclose(bars_of(front), expected)
+  assert "difference from a, token by token" in front.caption
+  seeds = [
+    made("c", seed, bits, 0.2) for seed, bits in enumerate((3, 3.5, 3.6))
+  ]
+  front = run_figures.fronts([one, other, *seeds], "test")
+  np.testing.assert_allclose(bars_of(front), [*expected, (3.0, 3.6)])
+  assert "difference" in front.caption and "several seeds" in front.caption
+
+
+def test_bars_are_of_each_loss_where_one_cannot_be_compared():
+  """As it read other tokens, or the first run has no point to itself."""
+  one, other = with_chunks(made("a", 0, 2.0), made("b", 0, 2.5, 0.1))
+  elsewhere = made("c", 0, 3.0, 0.2)
+  front = run_figures.fronts([one, other, elsewhere], "test")
+  np.testing.assert_allclose(bars_of(front), [(1.5, 2.5), (2, 3), (2.5, 3.5)])
+  assert "difference" not in front.caption
+  third, seed = with_chunks(made("c", 0, 3.0, 0.2), made("d", 1, 2.4))
+  front = run_figures.fronts([one, seed, other, third], "test")
+  expected = (2.0, 2.4), (2.0, 3.0), (2.5, 3.5)
+  np.testing.assert_allclose(bars_of(front), expected)
+
+
 def test_the_table_tells_what_runs_lose_more_than_the_first():
   """On the same tokens, with the error of the difference."""
-  one, other = made("a", 0, 2.0), made("b", 1, 2.5)
-  chunks = np.full(3, 6.0), np.array([506.0, 506.0, 256.0])
-  for run, bits in zip((one, other), chunks, strict=True):
-    run.evaluations[0].update(chunk_bits=list(bits), bytes=2_500)
+  one, other = with_chunks(made("a", 0, 2.0), made("b", 1, 2.5))
   table = page._table([one, other], ["a", "b"], "test")
   assert "<th>more than a</th>" in table
-  error = evaluator.standard_error(chunks[1] - chunks[0], 2_500)
+  error = evaluator.standard_error(CHUNKS[1] - CHUNKS[0], 2_500)
   assert f"<td>+0.5000 +- {error:.4f}</td>" in table
   assert table.count(" +- ") == 1
   del one.evaluations[0]["chunk_bits"]
