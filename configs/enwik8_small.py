@@ -2,7 +2,7 @@
 
 VARIANT is dense, span, span_wave (real periods) or span_integer (periods that
 are integers, whose hidden keys are skipped). A run is meant to take at most 20
-minutes on two quiet CPU cores; RESULTS.md has the first of them:
+minutes on two quiet CPU cores; RESULTS.md has what they came to:
 
 python main.py --config configs/enwik8_small.py:VARIANT --config.seed=1 \
   --config.model.position=rotary --workdir runs/VARIANT_1
