@@ -107,6 +107,21 @@ def test_there_are_no_more_rows_than_windows(params):
   assert predict._reading(params, 401, "stride:1").starts.shape[1] == 64
 
 
+def test_the_standard_error_is_that_of_articles_which_chunks_share():
+  articles = np.random.default_rng(0).normal(2.0, 0.5, 250)
+  stderr = standard_error(np.repeat(articles, 4 * 1_024))
+  np.testing.assert_allclose(stderr, 0.5 / math.sqrt(250), rtol=0.2)
+  # 28 chunks, the last of which is a short one.
+  nats = np.sin(np.arange(28_000) / 3_000.0)
+  counts = np.append(np.full(27, 1_024), 28_000 - 27 * 1_024)
+  more = evaluator.chunk_sums(nats) - nats.mean() * counts
+  apart = np.abs(np.subtract.outer(np.arange(28), np.arange(28)))
+  variance = 28 / 25 * more @ np.clip(1 - apart / 3, 0, 1) @ more
+  np.testing.assert_allclose(
+    standard_error(nats), math.sqrt(variance) / 28_000, rtol=1e-9
+  )
+
+
 def test_the_standard_error_is_that_of_independent_bytes_when_they_are():
   nats = np.random.default_rng(0).normal(2.0, 0.5, 200_000)
   stderr = standard_error(nats)
