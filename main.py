@@ -9,7 +9,7 @@ import sys
 from adaptive_attention.command_line import flags
 from adaptive_attention.errors import Error
 from adaptive_attention.training import console, last_words, signals
-from adaptive_attention.training.settings import holds_tokens
+from adaptive_attention.training.bounds import holds_tokens
 from configs import base
 from data import CorpusError
 

@@ -25,7 +25,7 @@ from adaptive_attention import weight_files, weights
 from adaptive_attention.command_line import flags
 from adaptive_attention.config import ModelConfig
 from adaptive_attention.errors import SettingsError
-from adaptive_attention.training import console, settings
+from adaptive_attention.training import bounds, console, settings
 from configs import base
 from data import CorpusError, text_file, tokens
 from tests.conftest import ROOT
@@ -155,7 +155,7 @@ def zipped(file, content):
 
 def read_data(path):
   """Reads text or tokens as main.py does; returns the first tokens."""
-  if settings.holds_tokens(str(path)):
+  if bounds.holds_tokens(str(path)):
     corpus = tokens.load(path, 512, path.parent / "cache")
   else:
     corpus = text_file.load(path)

@@ -14,6 +14,7 @@ from adaptive_attention.command_line import config_file, workdirs
 from adaptive_attention.command_line.flags import Given
 from adaptive_attention.errors import SettingsError
 from adaptive_attention.training import (
+  bounds,
   console,
   exported,
   logbook,
@@ -158,7 +159,7 @@ def _check_data_settings(given, config):
   if config.data.path:
     read = f"data.path={config.data.path} is read"
     unused |= {"data.corpus": read, "data.cache_dir": read}
-  if settings.holds_tokens(config.data.path):
+  if bounds.holds_tokens(config.data.path):
     del unused["data.cache_dir"]  # it keeps the digests of the files
   for name, why in unused.items():
     if name in given.overrides:

@@ -1,4 +1,4 @@
-"""Settings: their bounds, and the objects that they are taken apart into.
+"""Settings: how they are checked, and the objects they are taken apart into.
 
 All settings are checked before any device is used; each error is one sentence
 that names the field. The locked ConfigDict itself refuses wrong types and
@@ -9,54 +9,18 @@ import contextlib
 import copy
 import dataclasses
 import pathlib
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from ml_collections import ConfigDict
 
 from adaptive_attention import accounting
 from adaptive_attention import config as configs
-from adaptive_attention.config import (
-  ModelConfig,
-  OptimizerConfig,
-)
+from adaptive_attention.config import ModelConfig, OptimizerConfig
 from adaptive_attention.errors import SettingsError
-from adaptive_attention.training.targets import TARGETS
+from adaptive_attention.training import bounds
 from adaptive_attention.training.training_config import Every, TrainingConfig
 
-# The least that each number may be; all must be finite.
-_LEAST = {
-  "seed": 0,
-  "steps": 1,
-  "batch_size": 1,
-  "accumulation_steps": 1,
-  "log_every_steps": 1,
-  "eval_every_steps": 1,
-  "eval_tokens": 0,
-  "eval_batch_size": 1,
-  "sample_every_steps": 0,
-  "checkpoint_every_steps": 1,
-  "keep_checkpoints": 1,
-  "cpu_devices": 0,
-  "process_count": 0,
-  "process_index": -1,
-  "heartbeat_seconds": 1,
-  "stop_seconds": 1,
-  "bench.repeats": 1,
-  "bench.context": 0,
-  "data.bytes_per_token": 0,
-}
-# The most that a number may be, where it is not 31 bits.
-_MOST = {"seed": 2**32 - 1}  # jax.random.key takes 32
-_CHOICES = {
-  "bench.compare": ("", "torch"),
-  "data.corpus": ("enwik8", "python_source"),
-  "target": ("", *TARGETS),
-}
-
-# The settings by which several processes find each other.
-_PROCESSES = ("coordinator_address", "process_count", "process_index")
-_JOINING = ("distributed", *_PROCESSES, "heartbeat_seconds")
+_JOINING = ("distributed", *bounds.PROCESSES, "heartbeat_seconds")
 # The settings of the machine that a command runs on, not of the run.
 MACHINE = ("cpu_devices", *_JOINING, "stop_seconds")
 _OF_FILES = ("data.path", "data.cache_dir", "init_from")  # as they lie there
@@ -100,110 +64,13 @@ def check(config: ConfigDict, names: Collection[str] | None = None) -> Checked:
     SettingsError: naming the field, its value and what was expected.
   """
   flat = flatten(config)
-  for name, condition, expected in [
-    *_bounds(flat),
-    *_processes(config),
-    *_data_needs(config),
-    (
-      "train_only",
-      config.train_only != "masks" or config.model.attention != "dense",
-      "'' for all parameters, as model.attention='dense' has no masks",
-    ),
-    (
-      "train_only",
-      _is_expression(config.train_only),
-      "'' for all parameters, masks, or a regular expression of their paths",
-    ),
-  ]:
+  for name, condition, expected in bounds.of(flat):
     if names is None or name in names:
       _require(condition, name, flat[name], expected)
   optimizer = None
   if names is None or any(name.startswith("optimizer.") for name in names):
     optimizer = optimizer_config(config.optimizer)
   return Checked(config, model_config(config.model), optimizer)
-
-
-def _is_expression(text) -> bool:
-  try:
-    re.compile(text)
-  except (re.error, RecursionError, OverflowError):
-    return False
-  return True
-
-
-# For each setting: its name, whether its value is right, what was expected.
-_Conditions = Iterator[tuple[str, bool, str]]
-
-
-def _bounds(flat) -> _Conditions:
-  """Yields the bounds of each setting; model and optimizer check their own."""
-  for name, value in flat.items():
-    if isinstance(value, float):
-      yield name, abs(value) < 1e38, "a finite number, as a float32 holds it"
-    elif isinstance(value, int) and not name.startswith("model."):
-      most = _MOST.get(name, 2**31 - 1)
-      yield name, value <= most, f"at most {most}"
-  for name, least in _LEAST.items():
-    yield name, flat[name] >= least, f"at least {least}"
-  T = flat["model.context_tokens"]
-  yield (
-    "batch_size",
-    flat["batch_size"] * T < 2**31,
-    f"at most {(2**31 - 1) // max(T, 1)} sequences of "
-    f"model.context_tokens={T}, as tokens are counted by 32-bit integers",
-  )
-  for name, allowed in _CHOICES.items():
-    yield name, flat[name] in allowed, f"one of {allowed}"
-
-
-def _processes(config) -> _Conditions:
-  """Yields the conditions on the settings of several processes."""
-  for name, none in zip(_PROCESSES, ("", 0, -1)):
-    yield (
-      name,
-      config.distributed or config[name] == none,
-      f"{none!r} without distributed=True",
-    )
-  address = config.coordinator_address
-  yield (
-    "coordinator_address",
-    not address or address.rpartition(":")[2].isdecimal(),
-    "HOST:PORT",
-  )
-  yield (
-    "process_index",
-    not config.process_count or config.process_index < config.process_count,
-    f"less than process_count={config.process_count}",
-  )
-
-
-def holds_tokens(path: str) -> bool:
-  """Returns whether `data.path` is one of tokens, not text.
-
-  It is so if it is a folder, or an .npy.
-  """
-  return path.endswith(".npy") or (bool(path) and pathlib.Path(path).is_dir())
-
-
-def _data_needs(config) -> _Conditions:
-  """Yields the conditions that follow from what the data are."""
-  yield (
-    "eval_tokens",
-    config.eval_tokens != 1,
-    "at least 2, as the first is not predicted, or 0 for all",
-  )
-  if holds_tokens(config.data.path):
-    return
-  yield (
-    "model.vocab_size",
-    config.model.vocab_size >= 256,
-    "at least 256, as the data are bytes",
-  )
-  yield (
-    "data.bytes_per_token",
-    not config.data.bytes_per_token,
-    f"0, as the data are bytes (data.path={config.data.path!r}), not tokens",
-  )
 
 
 def model_config(model: Mapping) -> ModelConfig:
